@@ -1,0 +1,43 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""LLaVA with fewer visual tokens: merged in CLIP space, before the projector."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .compat import AutoModelForVision2Seq, register_multimodal_model
+from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .merging_base import MERGING_METHODS, MergeContext, MergeOutput, MergingMethod, list_mergers, register_merging_method
+from .modeling_llava_merge import (
+    LearnableTokenMergerV3,
+    LlavaMergeForConditionalGeneration,
+    LlavaMergeModel,
+    TokenMerger,
+)
+from .processing_llava_merge import LlavaMergeProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("llava_merge", LlavaMergeConfig, exist_ok=True)
+AutoConfig.register("llava_merger", MergerConfig, exist_ok=True)
+AutoModel.register(LlavaMergeConfig, LlavaMergeModel, exist_ok=True)
+AutoModel.register(MergerConfig, TokenMerger, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaMergeConfig, LlavaMergeForConditionalGeneration, exist_ok=True)
+register_multimodal_model(LlavaMergeConfig, LlavaMergeForConditionalGeneration)
+AutoProcessor.register(LlavaMergeConfig, LlavaMergeProcessor, exist_ok=True)
+
+__all__ = [
+    "MERGING_METHODS",
+    "AutoModelForVision2Seq",
+    "LearnableTokenMergerV3",
+    "LlavaMergeConfig",
+    "LlavaMergeForConditionalGeneration",
+    "LlavaMergeModel",
+    "LlavaMergeProcessor",
+    "MergeContext",
+    "MergeOutput",
+    "MergerConfig",
+    "MergingMethod",
+    "TokenMerger",
+    "list_mergers",
+    "register_merging_method",
+]

@@ -1,0 +1,160 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+from transformers import LlavaConfig, PretrainedConfig
+from transformers.utils import logging
+
+from .compat import HAS_SUB_CONFIG_SPECS, sub_config_attributes
+
+
+logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava_merge.LlavaMergeConfig",
+    "AutoModel": "modeling_llava_merge.LlavaMergeModel",
+    "AutoModelForImageTextToText": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
+}
+DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
+
+
+class MergerConfig(PretrainedConfig):
+    """Configuration of a [`TokenMerger`], and the `merger_config` of [`LlavaMergeConfig`].
+
+    Args:
+        merger_type: Name of the method, one of `llava_merge.list_mergers()`.
+        num_merged_tokens: Tokens M that an image becomes.
+        merge_ratio: M as a share of the N visual tokens, instead of `num_merged_tokens`: 0.5 makes 288 of 576.
+        vision_dim: Width of the visual features: the tower's hidden size times the number of feature layers.
+        text_dim: Width of the language model's input embeddings, in which the question comes.
+        internal_dim: Width of the pooling attention; default half of `vision_dim`.
+        num_heads: Heads of the pooling attention; has to divide `internal_dim` and `vision_dim`.
+        question_aware: Whether the question steers the merging. Then an image has to be merged anew per question.
+        init: `"average_pooling"` starts `fixed_pooling` as exact average pooling of the patch grid, `"random"` as the
+            plain resampler with random queries.
+        query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
+            Other budgets sample the same map, so that one checkpoint serves every M.
+
+    Raises:
+        ValueError: A value out of range, or two that disagree.
+    """
+
+    model_type = "llava_merger"
+
+    def __init__(
+        self,
+        merger_type: str = "fixed_pooling",
+        num_merged_tokens: int | None = None,
+        merge_ratio: float | None = None,
+        vision_dim: int = 1024,
+        text_dim: int = 4096,
+        internal_dim: int | None = None,
+        num_heads: int = 8,
+        question_aware: bool = False,
+        init: str = "average_pooling",
+        query_grid: tuple[int, int] | None = None,
+        **kwargs,
+    ):
+        self.merger_type = merger_type
+        self.num_merged_tokens = num_merged_tokens
+        self.merge_ratio = merge_ratio
+        self.vision_dim = vision_dim
+        self.text_dim = text_dim
+        self.internal_dim = vision_dim // 2 if internal_dim is None else internal_dim
+        self.num_heads = num_heads
+        self.question_aware = question_aware
+        self.init = init
+        self.query_grid = None if query_grid is None else list(query_grid)
+        self._check_values()
+        super().__init__(**kwargs)
+
+    def _check_values(self):
+        if self.num_merged_tokens is not None and self.num_merged_tokens < 1:
+            raise ValueError(f"num_merged_tokens={self.num_merged_tokens}: at least 1 token has to be left of an image.")
+        if self.merge_ratio is not None and not 0 < self.merge_ratio <= 1:
+            raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
+        if self.init not in ("average_pooling", "random"):
+            raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
+        for name in ("vision_dim", "internal_dim"):
+            if getattr(self, name) % self.num_heads:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} cannot be split into num_heads={self.num_heads} equal heads; "
+                    f"choose a num_heads that divides it."
+                )
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Tokens M that N = `num_patches` visual tokens become.
+
+        Raises:
+            ValueError: `num_merged_tokens` and `merge_ratio` disagree for this N, or M is more than N.
+        """
+        if self.merger_type == "none":
+            return num_patches
+        ratio = self.merge_ratio
+        if ratio is None and self.num_merged_tokens is None:
+            ratio = DEFAULT_MERGE_RATIO
+        from_ratio = None if ratio is None else max(1, round(ratio * num_patches))
+        if self.num_merged_tokens is None:
+            return from_ratio
+        if from_ratio not in (None, self.num_merged_tokens):
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens} and merge_ratio={ratio} disagree: the ratio gives "
+                f"{from_ratio} of {num_patches} tokens. Give only one of them."
+            )
+        if self.num_merged_tokens > num_patches:
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens} is more than the {num_patches} visual tokens of an image; "
+                f"choose at most {num_patches}."
+            )
+        return self.num_merged_tokens
+
+
+class LlavaMergeConfig(LlavaConfig):
+    """Configuration of a LLaVA with a token merger: [`~transformers.LlavaConfig`] plus `merger_config`.
+
+    Args:
+        merger_config: A [`MergerConfig`] or its fields as a dict; `vision_dim` and `text_dim` left out of the dict are
+            taken from the tower and the language model, and without a budget a quarter of the tokens is kept.
+
+    The other arguments are those of [`~transformers.LlavaConfig`]. `image_seq_length` becomes M.
+
+    Raises:
+        ValueError: The merger's widths are not those of the model, or its budget does not fit the image.
+    """
+
+    model_type = "llava_merge"
+    if HAS_SUB_CONFIG_SPECS:
+        sub_configs_defaults = sub_config_attributes(LlavaConfig, "merger_config", MergerConfig)["sub_configs_defaults"]
+    else:
+        sub_configs = sub_config_attributes(LlavaConfig, "merger_config", MergerConfig)["sub_configs"]
+
+    def __init__(self, merger_config: MergerConfig | dict | None = None, **kwargs):
+        self.merger_config = None
+        super().__init__(**kwargs)
+        self.set_merger_config(merger_config if merger_config is not None else {})
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens N of one image before merging, without CLS: 576 in LLaVA-1.5."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def merged_vision_dim(self) -> int:
+        """Width of the merged features: the tower's hidden size times the number of feature layers."""
+        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return self.vision_config.hidden_size * layers
+
+    def set_merger_config(self, merger_config: MergerConfig | dict):
+        """Fits `merger_config` to this model and makes it the merger's; the config is unchanged where it raises."""
+        widths = {"vision_dim": self.merged_vision_dim, "text_dim": self.text_config.hidden_size}
+        if isinstance(merger_config, dict):
+            merger_config = MergerConfig(**{**widths, **merger_config})
+        for name, width in widths.items():
+            if getattr(merger_config, name) != width:
+                raise ValueError(
+                    f"The merger has {name}={getattr(merger_config, name)}, this model needs {name}={width}. Use a merger "
+                    f"made for this model, or MergerConfig(..., {name}={width}) for a new one."
+                )
+        num_tokens = merger_config.num_tokens(self.num_patches)
+        self.merger_config = merger_config
+        if merger_config.merger_type != "none":
+            merger_config.num_merged_tokens = self.image_seq_length = num_tokens

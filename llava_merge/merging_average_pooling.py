@@ -1,0 +1,20 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+from torch import Tensor
+
+from .merging_base import MergeContext, MergeOutput, MergingMethod, as_source, register_merging_method, weighted_sum
+from .merging_grid import window_weights
+
+
+@register_merging_method("average_pooling")
+class AveragePooling(MergingMethod):
+    """Mean over equal windows of the patch grid, by area where M does not divide it. Training-free.
+
+    DeCo (arXiv 2405.20985), but before the projector.
+    """
+
+    training_free = True
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        weights = window_weights(context.grid, context.num_tokens, features.device)  # (M, N)
+        source = as_source(weights, features.shape[0]) if context.return_source else None
+        return MergeOutput(merged_features=weighted_sum(weights, features), source=source)  # (I, M, vision_dim)

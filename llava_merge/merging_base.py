@@ -1,0 +1,142 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The interface of a merging method. To add one: a file with a [`MergingMethod`] and its import in the modeling file."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_llava_merge import MergerConfig
+
+
+MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
+
+
+@dataclass
+class MergeContext:
+    """Everything that a method may use besides the features.
+
+    Attributes:
+        grid: Rows and columns of the patch grid; rows × columns = N.
+        num_tokens: Merged tokens M of this call.
+        question_embeds: (I, T, text_dim), the language model's input embeddings of each image's row, or None.
+        question_mask: (I, T) bool, True where that row is question; all False where an image has none.
+        return_source: Whether `MergeOutput.source` is wanted.
+    """
+
+    grid: tuple[int, int]
+    num_tokens: int
+    question_embeds: Tensor | None = None
+    question_mask: Tensor | None = None
+    return_source: bool = False
+
+
+@dataclass
+class MergeOutput(ModelOutput):
+    """Result of a merging method.
+
+    Attributes:
+        merged_features: (I, M, vision_dim), in raster order of the slots.
+        source: (I, M, N), how much of each token came from each patch; rows sum to 1. None unless asked for.
+    """
+
+    merged_features: Tensor | None = None
+    source: Tensor | None = None
+
+
+class OwnInitialization:
+    """Mixin of a module that initialises the parameters it owns itself, instead of by transformers' rules.
+
+    Only for modules that own parameters: transformers 5 never asks a container.
+    """
+
+    def reset_parameters(self):
+        raise NotImplementedError
+
+
+class MergingMethod(nn.Module):
+    """Base class of the methods: `forward(features, context)` makes (I, M, vision_dim) of features (I, N, vision_dim).
+
+    Class attributes that a method sets where they differ:
+        uses_question: Whether it can read the question (`MergerConfig.question_aware`).
+        needs_grid: Whether the features have to lie on a rows × columns grid.
+        training_free: Whether it has no parameters.
+
+    Parameters of the method itself are initialised by `reset_parameters()`, those of its parts by transformers, or by
+    themselves where they are [`OwnInitialization`].
+    """
+
+    uses_question = False
+    needs_grid = True
+    training_free = False
+
+    def __init__(self, config: MergerConfig):
+        super().__init__()
+        self.config = config
+
+    def reset_parameters(self):
+        """Initialises the parameters that the method owns directly; nothing to do where it has none."""
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        raise NotImplementedError
+
+
+def register_merging_method(name: str):
+    """Class decorator that makes a [`MergingMethod`] available as `merger_type=name`."""
+
+    def register(method: type[MergingMethod]) -> type[MergingMethod]:
+        MERGING_METHODS[name] = method
+        return method
+
+    return register
+
+
+def list_mergers() -> list[str]:
+    """Names that `merger_type` can have."""
+    return sorted(MERGING_METHODS)
+
+
+def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
+    """The class of the method that `config` names.
+
+    Raises:
+        ValueError: There is no such method, or it cannot read the question that `config` asks it to.
+    """
+    if config.merger_type not in MERGING_METHODS:
+        raise ValueError(f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}.")
+    method = MERGING_METHODS[config.merger_type]
+    if config.question_aware and not method.uses_question:
+        aware = ", ".join(name for name in list_mergers() if MERGING_METHODS[name].uses_question)
+        raise ValueError(
+            f"question_aware=True: merger_type={config.merger_type!r} does not read the question; set it to False or "
+            f"choose one of {aware}."
+        )
+    return method
+
+
+def check_grid(grid: tuple[int, int] | None, num_patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches: `grid`, or a square where that is None.
+
+    Raises:
+        ValueError: `num_patches` visual tokens do not fill it.
+    """
+    if grid is None:
+        grid = (math.isqrt(num_patches), math.isqrt(num_patches))
+    if grid[0] * grid[1] != num_patches:
+        raise ValueError(
+            f"{num_patches} visual tokens do not fill a grid of {grid[0]} × {grid[1]} patches. A tower with a CLS token "
+            f"needs vision_feature_select_strategy='default', which drops it; pass grid=(rows, columns) for other shapes."
+        )
+    return grid
+
+
+def as_source(weights: Tensor, num_images: int) -> Tensor:
+    """The same (M, N) weights for each of `num_images` images, as (I, M, N)."""
+    return weights.expand(num_images, *weights.shape)
+
+
+def weighted_sum(weights: Tensor, features: Tensor) -> Tensor:
+    """`weights` (M, N) or (I, M, N) times `features` (I, N, dim), in the dtype of the features: (I, M, dim)."""
+    return torch.matmul(weights.to(features.dtype), features)

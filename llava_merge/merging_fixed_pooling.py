@@ -1,0 +1,138 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .configuration_llava_merge import MergerConfig
+from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
+from .merging_grid import sample_query_map, slots_per_row, squared_distances, window_weights
+
+
+class ZeroLinear(OwnInitialization, nn.Linear):
+    """Linear layer that starts at zero, so that the branch it ends adds nothing before training."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class QuestionModulator(nn.Module):
+    """Vector (I, dim) that shifts an image's queries, from the embeddings of its question; zero before training.
+
+    The tokens are pooled by a soft maximum per channel: the mean of a question drowns the word that it is about.
+    """
+
+    sharpness = 4.0
+
+    def __init__(self, text_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(text_dim)
+        self.token_proj = nn.Linear(text_dim, dim)
+        self.output_proj = ZeroLinear(dim, dim)
+
+    def forward(self, question_embeds: Tensor, question_mask: Tensor) -> Tensor:
+        tokens = self.token_proj(self.norm(question_embeds))  # (I, T, dim)
+        is_question = question_mask[:, :, None]
+        scores = (self.sharpness * tokens).float().masked_fill(~is_question, torch.finfo(torch.float32).min)
+        pooled = (scores.softmax(dim=1).to(tokens.dtype) * tokens).sum(dim=1)  # (I, dim)
+        shift = self.output_proj(nn.functional.gelu(pooled))
+        return shift * is_question.any(dim=1)  # no question: the queries as they are
+
+
+class PoolAttention(nn.Module):
+    """Keys, values and queries of the pooling attention, split into heads."""
+
+    def __init__(self, vision_dim: int, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(vision_dim)
+        self.q_proj = nn.Linear(dim, dim, bias=False)  # zero queries have no preference
+        self.k_proj = nn.Linear(vision_dim, dim, bias=False)
+        self.v_proj = nn.Linear(vision_dim, dim)
+
+    def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self.norm(features)
+        projected = self.q_proj(queries), self.k_proj(normed), self.v_proj(normed)
+        return tuple(split_heads(tensor, self.num_heads) for tensor in projected)
+
+
+def split_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """(I, L, num_heads × head_dim) → (I, num_heads, L, head_dim)."""
+    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(tensor: Tensor) -> Tensor:
+    """(I, num_heads, L, head_dim) → (I, L, num_heads × head_dim)."""
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention averaged over the heads, (I, M, N) float32: what `scaled_dot_product_attention` does not return."""
+    scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5  # (I, heads, M, N)
+    if bias is not None:
+        scores = scores + bias.float()
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+@register_merging_method("fixed_pooling")
+class FixedPooling(MergingMethod):
+    """V3: M learned queries, shifted by the question, cross-attend over all visual tokens. No sampling, M fixed.
+
+    Every token is the sum of two attentions with the same queries and keys. The first pools the raw features inside the
+    slot's window of the grid; its logits start at the log of the window's area, so that it starts as average pooling
+    and learns which patches of the window matter. The second looks at the whole image, in each head through a window of
+    learned width, and enters through `output_proj`, which starts at zero. With `init="random"` only the second is left,
+    without windows and with random weights: the plain resampler (Perceiver, arXiv 2103.03206; Flamingo, 2204.14198).
+    Pooling as the start: D-Abstractor (2312.06742). One map of queries for every M: after MQT (2405.19315).
+    """
+
+    uses_question = True
+
+    def __init__(self, config: MergerConfig):
+        super().__init__(config)
+        if config.query_grid is None:
+            lengths = slots_per_row(config.num_merged_tokens or 256)
+            config.query_grid = [len(lengths), max(lengths)]
+        self.pools_windows = config.init == "average_pooling"
+        self.pool_queries = nn.Parameter(torch.empty(*config.query_grid, config.internal_dim))
+        self.pool_attention = PoolAttention(config.vision_dim, config.internal_dim, config.num_heads)
+        self.query_modulator = QuestionModulator(config.text_dim, config.internal_dim) if config.question_aware else None
+        output_class = ZeroLinear if self.pools_windows else nn.Linear
+        self.output_proj = output_class(config.internal_dim, config.vision_dim)
+        self.locality = nn.Parameter(torch.empty(config.num_heads)) if self.pools_windows else None
+
+    def reset_parameters(self):
+        if not self.pools_windows:
+            nn.init.normal_(self.pool_queries, std=0.02)
+            return
+        nn.init.zeros_(self.pool_queries)  # no preference inside a window
+        # from a window of about one slot to the whole image
+        slopes = 4.0 ** -torch.arange(self.config.num_heads)
+        with torch.no_grad():
+            self.locality.copy_(slopes)
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        queries, keys, values = self.pool_attention(self.make_queries(features, context), features)
+        if not self.pools_windows:
+            pooled = join_heads(scaled_dot_product_attention(queries, keys, values))
+            source = attention_weights(queries, keys, None) if context.return_source else None
+            return MergeOutput(merged_features=self.output_proj(pooled), source=source)
+
+        windows = window_weights(context.grid, context.num_tokens, features.device).log()  # (M, N), -inf outside
+        distances = squared_distances(context.grid, context.num_tokens, features.device)  # (M, N)
+        locality = -self.locality.abs()[:, None, None] * distances  # (heads, M, N)
+        raw = split_heads(features, self.config.num_heads)
+        local = scaled_dot_product_attention(queries, keys, raw, attn_mask=windows.to(queries.dtype))
+        pooled = scaled_dot_product_attention(queries, keys, values, attn_mask=locality.to(queries.dtype))
+        merged = join_heads(local) + self.output_proj(join_heads(pooled))  # (I, M, vision_dim)
+        source = attention_weights(queries, keys, windows) if context.return_source else None
+        return MergeOutput(merged_features=merged, source=source)
+
+    def make_queries(self, features: Tensor, context: MergeContext) -> Tensor:
+        """Queries of each image: (I, M, internal_dim)."""
+        queries = sample_query_map(self.pool_queries, context.num_tokens)
+        queries = queries.expand(features.shape[0], -1, -1)
+        if self.query_modulator is None or context.question_embeds is None:
+            return queries
+        return queries + self.query_modulator(context.question_embeds, context.question_mask)[:, None]

@@ -1,0 +1,85 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Geometry: where the M slots of a merged image lie on the unit square, and which patches each of them covers."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def slots_per_row(num_slots: int) -> list[int]:
+    """Number of slots in each row, top to bottom, that makes `num_slots` slots as square as they can be.
+
+    The most square grid if it is at most twice as wide as high (288 → 16 × 18), else rows of nearly equal length
+    (37 → 7, 6, 6, 6, 6, 6).
+    """
+    rows = max(r for r in range(1, math.isqrt(num_slots) + 1) if num_slots % r == 0)
+    if num_slots > 2 * rows * rows:
+        rows = round(math.sqrt(num_slots))
+    return [num_slots // rows + (row < num_slots % rows) for row in range(rows)]
+
+
+def slot_positions(num_slots: int, device=None) -> tuple[tuple[Tensor, int], tuple[Tensor, Tensor]]:
+    """Place of each slot in raster order: (row, number of rows) and (column, length of its row), as (M,) integers."""
+    num_rows = len(slots_per_row(num_slots))
+    short, num_long_rows = divmod(num_slots, num_rows)  # the first rows may be one slot longer
+    in_long_rows = num_long_rows * (short + 1)
+    slots = torch.arange(num_slots, device=device)
+    is_long = slots < in_long_rows
+    length = short + is_long.long()
+    offset = slots - torch.where(is_long, 0, in_long_rows)
+    row = offset // length + torch.where(is_long, 0, num_long_rows)
+    return (row, num_rows), (offset % length, length)
+
+
+def overlap(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
+    """Share of the interval `index` of `count` equal ones that each of `num_patches` equal ones covers: (M, num_patches).
+
+    Exact: in units of 1 / (count × num_patches) all borders are integers.
+    """
+    low = index[:, None] * num_patches
+    count = count if isinstance(count, int) else count[:, None]
+    patch_low = torch.arange(num_patches, device=index.device) * count  # (M or 1, num_patches)
+    shared = torch.minimum(low + num_patches, patch_low + count) - torch.maximum(low, patch_low)
+    return shared.clamp(min=0) / num_patches
+
+
+def centre_distance(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
+    """Distance between the centres of the intervals of [`overlap`], in lengths of the first: (M, num_patches)."""
+    count = count if isinstance(count, int) else count[:, None]
+    patches = torch.arange(num_patches, device=index.device) + 0.5
+    return index[:, None] + 0.5 - patches * count / num_patches
+
+
+def window_weights(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
+    """Share of each slot's area that lies on each patch: (M, N) float32, rows sum to 1, N = rows × columns of `grid`."""
+    vertical, horizontal = slot_positions(num_slots, device)
+    rows, columns = overlap(*vertical, grid[0]), overlap(*horizontal, grid[1])
+    return (rows[:, :, None] * columns[:, None, :]).flatten(1)
+
+
+def squared_distances(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
+    """Squared distance of each slot's centre to each patch's, in units of the slot's sides: (M, N) float32."""
+    vertical, horizontal = slot_positions(num_slots, device)
+    rows, columns = centre_distance(*vertical, grid[0]), centre_distance(*horizontal, grid[1])
+    return (rows.square()[:, :, None] + columns.square()[:, None, :]).flatten(1)
+
+
+def sample_query_map(query_map: Tensor, num_slots: int) -> Tensor:
+    """A map of vectors (rows, columns, dim) over the unit square, at the centres of M slots: (M, dim).
+
+    Bilinear, and exact where the slots are the map's own cells.
+    """
+    rows, columns = query_map.shape[:2]
+    if slots_per_row(num_slots) == [columns] * rows:
+        return query_map.flatten(0, 1)
+    (row, num_rows), (column, length) = slot_positions(num_slots, query_map.device)
+    points = torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1  # (M, 2), x before y
+    sampled = torch.nn.functional.grid_sample(
+        query_map.permute(2, 0, 1)[None].float(),
+        points[None, None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )  # (1, dim, 1, M)
+    return sampled[0, :, 0].T.to(query_map.dtype)

@@ -1,0 +1,78 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Which image belongs to which row, which text is its question, and where its tokens go. Pure functions on tensors."""
+
+import torch
+from torch import Tensor
+
+
+def image_rows(image_mask: Tensor, num_images: int, tokens_per_image: int) -> Tensor:
+    """Row of the batch (I,) that each image belongs to, from the placeholders (B, L): images are in reading order."""
+    images_up_to_row = (image_mask.sum(dim=1) // tokens_per_image).cumsum(dim=0)
+    images = torch.arange(num_images, device=image_mask.device)
+    return torch.searchsorted(images_up_to_row, images, right=True).clamp(max=image_mask.shape[0] - 1)
+
+
+def question_mask_of_rows(image_mask: Tensor, attention_mask: Tensor | None, question_mask: Tensor | None) -> Tensor:
+    """Text that a merger may read, (B, L) bool: attended, no placeholder, and in `question_mask` where that is given.
+
+    Raises:
+        ValueError: A mask is not (batch, tokens), so that padding or answers cannot be told from the question.
+    """
+    readable = ~image_mask
+    for name, mask in (("attention_mask", attention_mask), ("question_mask", question_mask)):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.shape != readable.shape:
+            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{name} is {found}, but a question-aware merger reads the text where it is true and needs it as "
+                f"(batch, tokens)={tuple(readable.shape)}. Pass the 2-D mask that the processor returns."
+            )
+        readable = readable & mask.to(readable.device).bool()
+    return readable
+
+
+def scatter_image_features(inputs_embeds: Tensor, image_mask: Tensor, image_features: Tensor) -> Tensor:
+    """Puts `image_features` (I·M, hidden) into the placeholders (B, L) of `inputs_embeds` (B, L, hidden).
+
+    Raises:
+        ValueError: The counts differ.
+    """
+    check_placeholders(image_mask, image_features.shape[0])
+    image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(image_mask[:, :, None].to(inputs_embeds.device), image_features)
+
+
+def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | None = None):
+    """Compares the placeholders with the features that go there; per row too where `num_images` is given.
+
+    Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
+
+    Raises:
+        ValueError: The prompt was made for another number of tokens per image.
+    """
+    fits = image_mask.sum() == num_features
+    if num_images:
+        fits = fits & (image_mask.sum(dim=1) % (num_features // num_images) == 0).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, "Image placeholders and merged tokens do not match.")
+    elif not fits:
+        per_row = image_mask.sum(dim=1).tolist()
+        images = f"{num_images} images give {num_features // num_images} tokens each" if num_images else "the images give"
+        raise ValueError(
+            f"The prompts hold {sum(per_row)} image placeholders (per row: {per_row}), but {images}, {num_features} in "
+            f"all. Make the prompts with the number of tokens that this model merges an image into: "
+            f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, with "
+            f"M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
+        )
+
+
+def repeat_rows_together(image_counts: Tensor, times: int) -> Tensor:
+    """Order of the images when each row is repeated `times` times in place: all images of a row, then all again.
+
+    Rows with 2 and 1 images, twice: 0, 1, 0, 1, 2, 2. Repeating single images would give 0, 0, 1, 1, 2, 2.
+    """
+    counts = image_counts.repeat_interleave(times)  # of each repeated row
+    first_image = (image_counts.cumsum(0) - image_counts).repeat_interleave(times)
+    row_start = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum()), device=counts.device) + (first_image - row_start).repeat_interleave(counts)

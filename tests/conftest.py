@@ -1,0 +1,150 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Tiny random LLaVAs, built offline. Weights are scaled up so that every picture and question changes the output."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
+
+
+WORDS = "<pad> <s> </s> <unk> <image> USER: ASSISTANT: what color is the star ? red blue how many circles are there".split()
+IMAGE_ID, PAD_ID = WORDS.index("<image>"), 0
+NUM_PATCHES = 36  # 6 × 6
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_config(tower: str = "clip", **kwargs) -> LlavaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 84, "patch_size": 14}
+    vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**sizes, num_hidden_layers=3)
+    text = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(WORDS) + 8,
+        pad_token_id=PAD_ID,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=1024,
+    )
+    kwargs.setdefault("vision_feature_select_strategy", "default" if tower == "clip" else "full")
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_seq_length=NUM_PATCHES, **kwargs
+    )
+
+
+def scale_up(model: torch.nn.Module, merger: bool = False) -> torch.nn.Module:
+    """Random weights large enough that differences survive; the merger's only if `merger`, for it starts special."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "merger" in name and not merger:
+                continue
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter.shape[-1]) ** 0.5)
+    return model.eval()
+
+
+def tiny_stock(tower: str = "clip", **kwargs) -> LlavaForConditionalGeneration:
+    return scale_up(LlavaForConditionalGeneration(tiny_config(tower, **kwargs)))
+
+
+def tiny_model(merger_config: dict, tower: str = "clip", train_merger: bool = False, **kwargs):
+    """A llava_merge model with the weights of `tiny_stock`; `train_merger` gives the merger random weights."""
+    stock_config = tiny_config(tower, **kwargs).to_dict()
+    stock_config.pop("model_type")
+    model = LlavaMergeForConditionalGeneration(LlavaMergeConfig(merger_config=merger_config, **stock_config)).eval()
+    missing, unexpected = model.load_state_dict(tiny_stock(tower, **kwargs).state_dict(), strict=False)
+    assert not unexpected and all("merger" in key for key in missing)
+    if train_merger:
+        scale_up(model.model.merger, merger=True)
+        if model.model.merger.method.__class__.__name__ == "FixedPooling" and model.model.merger.method.pools_windows:
+            model.model.merger.method.locality.data.abs_()
+    return model
+
+
+def aware(num_merged_tokens: int = 9, **fields) -> dict:
+    """Merger config of a question-aware V3."""
+    return {"num_merged_tokens": num_merged_tokens, "num_heads": 4, "question_aware": True, **fields}
+
+
+def agnostic(num_merged_tokens: int = 9, **fields) -> dict:
+    """Merger config of a V3 that does not read the question."""
+    return {"num_merged_tokens": num_merged_tokens, "num_heads": 4, **fields}
+
+
+def prompts(image_counts: list[int], tokens_per_image: int, pad: str = "left", seed: int = 0, text: int = 6):
+    """input_ids and attention_mask (B, L) of rows with the given number of images and random words, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index, count in enumerate(image_counts):
+        words = torch.randint(5, len(WORDS), (text + index,), generator=generator).tolist()
+        rows.append([1, *[IMAGE_ID] * (tokens_per_image * count), *words])
+    length = max(map(len, rows))
+    padded = [
+        [PAD_ID] * (length - len(row)) + row if pad == "left" else row + [PAD_ID] * (length - len(row)) for row in rows
+    ]
+    input_ids = torch.tensor(padded)
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD_ID).long()}
+
+
+def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_images, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
+
+
+def make_processor(**kwargs) -> LlavaProcessor:
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+    )
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+    processor_class = kwargs.pop("processor_class", LlavaProcessor)
+    return processor_class(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    pixels = torch.randint(0, 255, (100, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return Image.fromarray(pixels.numpy())
+
+
+@pytest.fixture(autouse=True)
+def seed_and_restore_threads():
+    torch.manual_seed(0)

@@ -1,0 +1,137 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import copy
+
+import pytest
+import torch
+from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
+
+from llava_merge.question import repeat_rows_together
+
+
+CONFIGS = pytest.mark.parametrize("config", [agnostic(), aware()], ids=["agnostic", "aware"])
+
+
+@pytest.fixture
+def model():
+    return tiny_model(aware(), train_merger=True)
+
+
+def generate(model, batch, images, **kwargs):
+    return model.generate(**batch, pixel_values=images, max_new_tokens=6, **{"do_sample": False, **kwargs})
+
+
+def merged_features_of(model, call):
+    """What the projector is given while `call` runs, one tensor a call."""
+    seen = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    call()
+    hook.remove()
+    return seen
+
+
+@CONFIGS
+def test_generate_gives_the_merger_the_same_question_as_forward(config):
+    model = tiny_model(config, train_merger=True)
+    batch, images = prompts([1, 2, 0], 9), pixels(3)
+    in_forward = merged_features_of(model, lambda: model(**batch, pixel_values=images))
+    in_generate = merged_features_of(model, lambda: generate(model, batch, images))
+    assert len(in_generate) == 1
+    assert torch.equal(in_generate[0], in_forward[0])
+
+
+@CONFIGS
+def test_generate_equals_the_argmax_of_forward_step_by_step(config):
+    model = tiny_model(config, train_merger=True)
+    batch, images = prompts([2], 9), pixels(2)
+    generated = generate(model, batch, images)
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones_like(generated)
+    prompt_only = torch.zeros_like(generated, dtype=torch.bool)
+    prompt_only[:, :length] = True
+    logits = model(generated, images, attention_mask=mask, question_mask=prompt_only).logits
+    assert torch.equal(logits[:, length - 1 : -1].argmax(-1), generated[:, length:])
+
+
+@CONFIGS
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_two_images_a_prompt_with_beams_equals_the_rows_one_by_one(config, num_return_sequences):
+    model = tiny_model(config, train_merger=True)
+    counts, images = [2, 1, 2], pixels(5)
+    batch = prompts(counts, 9)
+    beams = {"num_beams": 2, "num_return_sequences": num_return_sequences}
+    together = generate(model, batch, images, **beams)[:, batch["input_ids"].shape[1] :]
+    first = 0
+    for row, count in enumerate(counts):
+        keep = batch["attention_mask"][row].bool()
+        one = {name: tensor[row][keep][None] for name, tensor in batch.items()}
+        alone = generate(model, one, images[first : first + count], **beams)[:, one["input_ids"].shape[1] :]
+        expected = together[row * num_return_sequences : (row + 1) * num_return_sequences, : alone.shape[1]]
+        assert torch.equal(alone, expected), f"row {row}"
+        first += count
+
+
+def test_use_cache_false_gives_the_same_ids(model):
+    batch, images = prompts([1, 2], 9), pixels(3)
+    cached, uncached = (
+        generate(model, batch, images, use_cache=use_cache, suppress_tokens=[IMAGE_ID]) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
+def test_static_cache_gives_the_same_ids(model):
+    batch, images = prompts([1, 2], 9), pixels(3)
+    assert torch.equal(generate(model, batch, images), generate(model, batch, images, cache_implementation="static"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_a_static_cache(model, dtype):
+    model = model.to(dtype)
+    batch, images = prompts([1, 2], 9), pixels(3).to(dtype)
+    output = model(**batch, pixel_values=images)
+    assert output.image_hidden_states.dtype == dtype and output.logits.isfinite().all()
+    assert torch.equal(generate(model, batch, images), generate(model, batch, images, cache_implementation="static"))
+
+
+def test_sampling_with_several_return_sequences_sees_the_right_images(model):
+    counts, images = [2, 1], pixels(3)
+    batch = prompts(counts, 9)
+    torch.manual_seed(0)
+    output = generate(model, batch, images, do_sample=True, top_k=1, num_return_sequences=3)
+    greedy = generate(model, batch, images)
+    assert torch.equal(output, greedy.repeat_interleave(3, dim=0))
+
+
+def test_assisted_decoding_gives_the_greedy_ids(model):
+    batch, images = prompts([2], 9), pixels(2)
+    greedy = generate(model, batch, images)
+    assert torch.equal(generate(model, batch, images, prompt_lookup_num_tokens=3), greedy)
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        assistant.lm_head.weight.mul_(0.5).add_(0.01 * torch.randn_like(assistant.lm_head.weight))
+    assert torch.equal(generate(model, batch, images, assistant_model=assistant), greedy)
+
+
+def test_left_and_right_padding_give_the_same_first_token(model):
+    images = pixels(3)
+    left, right = prompts([1, 2], 9, "left"), prompts([1, 2], 9, "right")
+    last = right["attention_mask"].sum(dim=1) - 1
+    next_left = model(**left, pixel_values=images).logits[:, -1]
+    next_right = model(**right, pixel_values=images).logits[torch.arange(2), last]
+    torch.testing.assert_close(next_left, next_right, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_image_features_have_no_graph_break(model):
+    model.model.get_image_features(pixels(2))
+    embeds, mask = torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.bool)
+
+    def features(pixel_values, question_embeds, question_mask):
+        merged = model.model.merge(model.get_vision_features(pixel_values), question_embeds, question_mask)
+        return model.model.multi_modal_projector(merged)
+
+    compiled = torch.compile(features, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pixels(2), embeds, mask), features(pixels(2), embeds, mask))
+
+
+def test_rows_are_repeated_with_all_their_images():
+    assert repeat_rows_together(torch.tensor([2, 0, 1]), 2).tolist() == [0, 1, 0, 1, 2, 2]
+    assert repeat_rows_together(torch.tensor([1, 1]), 3).tolist() == [0, 0, 0, 1, 1, 1]

@@ -1,0 +1,350 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NUM_PATCHES, agnostic, aware, pixels, prompts, scale_up, tiny_config, tiny_model, tiny_stock
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+import llava_merge
+from llava_merge import (
+    LlavaMergeConfig,
+    LlavaMergeForConditionalGeneration,
+    LlavaMergeModel,
+    MergerConfig,
+    TokenMerger,
+)
+
+
+SAVED_ON_4_57 = Path(__file__).parent / "data" / "saved_on_4.57"
+BATCH = {**prompts([1, 2, 0], 9), "pixel_values": pixels(3)}
+
+
+def old_layout(state_dict: dict) -> dict:
+    """Keys as in llava-hf/llava-1.5-7b-hf."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        key = key.replace("model.vision_tower.vision_model.", "vision_tower.vision_model.")
+        key = key.replace("model.vision_tower.", "vision_tower.vision_model.")
+        key = key.replace("model.multi_modal_projector.", "multi_modal_projector.")
+        key = key.replace("model.language_model.", "language_model.model.")
+        renamed[key.replace("lm_head.", "language_model.lm_head.") if key.startswith("lm_head") else key] = tensor
+    return {key: tensor.contiguous() for key, tensor in renamed.items()}
+
+
+@pytest.fixture(scope="session")
+def stock_dir(tmp_path_factory) -> Path:
+    """A tiny stock LLaVA checkpoint, keys and config as llava-hf publishes them."""
+    directory = tmp_path_factory.mktemp("llava-tiny-hf")
+    tiny_config().save_pretrained(directory)
+    save_file(old_layout(tiny_stock().state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def merger_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("mergers") / "trained"
+    tiny_model(aware(), train_merger=True).save_merger(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("llava-merge-tiny")
+    tiny_model(aware(), train_merger=True).save_pretrained(directory)
+    return directory
+
+
+def assert_stock_weights(model):
+    expected = tiny_stock().state_dict()
+    actual = {key: tensor for key, tensor in model.state_dict().items() if ".merger." not in key}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+class TestOwnCheckpoint:
+    def test_it_comes_back_equal(self, model_dir):
+        expected = tiny_model(aware(), train_merger=True)(**BATCH).logits
+        for loader in (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText, llava_merge.AutoModelForVision2Seq):
+            model = loader.from_pretrained(model_dir)
+            assert type(model) is LlavaMergeForConditionalGeneration
+            assert torch.equal(model(**BATCH).logits, expected)
+
+    def test_config_values_other_than_defaults_survive(self, tmp_path):
+        fields = aware(7, init="random", internal_dim=8, query_grid=[3, 5])
+        tiny_model(fields, vision_feature_layer=-3).save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert type(config) is LlavaMergeConfig and type(config.merger_config) is MergerConfig
+        assert config.vision_feature_layer == -3 and config.image_seq_length == 7
+        for name, value in {**fields, "vision_dim": 32, "text_dim": 64}.items():
+            assert getattr(config.merger_config, name) == value, name
+
+    def test_auto_model_is_the_headless_model(self, model_dir):
+        model = AutoModel.from_pretrained(model_dir)
+        assert type(model) is LlavaMergeModel
+        full = LlavaMergeForConditionalGeneration.from_pretrained(model_dir)
+        assert torch.equal(model(**BATCH).last_hidden_state, full.model(**BATCH).last_hidden_state)
+
+    def test_sharded_safetensors(self, tmp_path):
+        model = tiny_model(aware(), train_merger=True)
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+        again = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
+
+    def test_merger_config_overrides_what_was_saved(self, model_dir):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config={"num_merged_tokens": 4})
+        assert model.config.merger_config.query_grid == [3, 3]
+        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config={"merge_ratio": 0.5})
+        assert model.config.merger_config.num_merged_tokens == 18
+        pooling = {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}
+        model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config=pooling)
+        assert not list(model.model.merger.parameters())
+
+
+class TestStockCheckpoint:
+    def test_old_key_layout_misses_only_merger_weights(self, stock_dir):
+        model, info = LlavaMergeForConditionalGeneration.from_pretrained(
+            stock_dir, merger_config=aware(), output_loading_info=True
+        )
+        assert not info["unexpected_keys"] and not info["mismatched_keys"]
+        merger_keys = {f"model.merger.{key}" for key in model.model.merger.state_dict()}
+        assert set(info["missing_keys"]) == merger_keys
+        assert_stock_weights(model)
+        assert model.config.model_type == "llava_merge"
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    def test_headless_model_too(self, stock_dir):
+        model = LlavaMergeModel.from_pretrained(stock_dir, merger_config=aware())
+        expected = tiny_stock().model.state_dict()
+        assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
+
+    @pytest.mark.parametrize("question_aware", [False, True])
+    def test_fresh_merger_is_average_pooling(self, stock_dir, question_aware):
+        fields = aware() if question_aware else agnostic()
+        fresh = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=fields)
+        pooling = {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}
+        pooled = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=pooling)
+        torch.testing.assert_close(fresh(**BATCH).logits, pooled(**BATCH).logits, atol=1e-5, rtol=1e-5)
+
+    def test_identity_equals_stock(self, stock_dir):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(
+            stock_dir, merger_config={"merger_type": "none", "num_heads": 4}
+        )
+        batch = {**prompts([1, 2], NUM_PATCHES), "pixel_values": pixels(3)}
+        assert torch.equal(model(**batch).logits, tiny_stock()(**batch).logits)
+
+    def test_a_quarter_of_the_tokens_is_the_default(self, stock_dir):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config={"num_heads": 4})
+        assert model.config.merger_config.num_merged_tokens == 9 == model.config.image_seq_length
+
+    def test_merger_checkpoint_is_laid_over_it(self, stock_dir, merger_dir):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(merger_dir))
+        assert torch.equal(model(**BATCH).logits, tiny_model(aware(), train_merger=True)(**BATCH).logits)
+
+    def test_tied_embeddings_stay_tied(self, tmp_path):
+        config = tiny_config(tie_word_embeddings=True)
+        config.text_config.tie_word_embeddings = True
+        config.save_pretrained(tmp_path)
+        weights = old_layout(tiny_stock().state_dict())
+        weights.pop("language_model.lm_head.weight")
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, merger_config=aware())
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16", "auto"])
+    def test_dtype(self, stock_dir, dtype):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=aware(), dtype=dtype)
+        expected = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+    @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+    def test_device_map(self, stock_dir, merger_dir, device_map):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(
+            stock_dir, merger=str(merger_dir), device_map=device_map
+        )
+        assert torch.equal(model(**BATCH).logits, tiny_model(aware(), train_merger=True)(**BATCH).logits)
+
+    def test_offload_to_disk(self, model_dir, tmp_path):
+        device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+        device_map |= {"model.merger": "disk", "model.language_model": "cpu"}
+        model = LlavaMergeForConditionalGeneration.from_pretrained(
+            model_dir, device_map=device_map, offload_folder=tmp_path
+        )
+        assert torch.equal(model(**BATCH).logits, tiny_model(aware(), train_merger=True)(**BATCH).logits)
+
+    def test_built_on_meta(self):
+        with torch.device("meta"):
+            model = LlavaMergeForConditionalGeneration(tiny_model(aware()).config)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert not list(model.model.merger.buffers())
+
+
+class TestMergerCheckpoint:
+    def test_it_is_config_and_safetensors(self, merger_dir):
+        assert {"config.json", "model.safetensors"} <= {path.name for path in merger_dir.iterdir()}
+        merger = AutoModel.from_pretrained(merger_dir)
+        assert type(merger) is TokenMerger
+        expected = tiny_model(aware(), train_merger=True).model.merger.state_dict()
+        assert all(torch.equal(merger.state_dict()[key], expected[key]) for key in expected)
+
+    def test_load_merger_replaces_type_and_budget(self, merger_dir, tmp_path):
+        model = tiny_model({"merger_type": "average_pooling", "num_merged_tokens": 4, "num_heads": 4})
+        model.load_merger(merger_dir)
+        assert model.config.merger_config.num_merged_tokens == 9 == model.config.image_seq_length
+        assert model.config.merger_config is model.model.merger.config
+        expected = tiny_model(aware(), train_merger=True)(**BATCH).logits
+        assert torch.equal(model(**BATCH).logits, expected)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(**BATCH).logits, expected)
+
+    def test_it_takes_the_dtype_of_the_model(self, merger_dir):
+        model = tiny_model(agnostic()).to(torch.bfloat16)
+        model.load_merger(merger_dir)
+        assert {parameter.dtype for parameter in model.model.merger.parameters()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("widths", [{"vision_dim": 64, "text_dim": 64}, {"vision_dim": 32, "text_dim": 128}])
+    def test_other_widths_are_refused_and_the_model_is_left_as_it_was(self, stock_dir, tmp_path, widths):
+        config = MergerConfig(num_merged_tokens=4, num_heads=4, question_aware=True, **widths)
+        TokenMerger(config).save_pretrained(tmp_path)
+        name, width = next((n, w) for n, w in widths.items() if w != {"vision_dim": 32, "text_dim": 64}[n])
+        message = f"The merger has {name}={width}, this model needs {name}={width // 2}"
+        model = tiny_model(aware(), train_merger=True)
+        before, merger, budget = model(**BATCH).logits, model.model.merger, model.config.to_dict()
+        with pytest.raises(ValueError, match=message):
+            model.load_merger(tmp_path)
+        assert model.model.merger is merger and model.config.to_dict() == budget
+        assert torch.equal(model(**BATCH).logits, before)
+        with pytest.raises(ValueError, match=message):
+            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(tmp_path))
+
+    def test_a_failed_save_leaves_the_old_checkpoint(self, tmp_path, monkeypatch):
+        model = tiny_model(aware(), train_merger=True)
+        model.save_merger(tmp_path / "merger")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "merger").iterdir()}
+
+        def fail_half_way(directory):
+            (Path(directory) / "model.safetensors").write_bytes(b"half")
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(model.model.merger, "save_pretrained", fail_half_way)
+        with pytest.raises(OSError, match="No space left"):
+            model.save_merger(tmp_path / "merger")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "merger").iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["merger"]
+
+
+class TestAdapter:
+    @pytest.fixture
+    def adapter(self, model_dir, tmp_path):
+        """An adapter dir of the saved model with trained LoRA and merger weights, and the logits it has to give."""
+        peft = pytest.importorskip("peft")
+        model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["merger"])
+        config.exclude_modules = r".*(merger|vision_tower).*"
+        model = peft.get_peft_model(model, config)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert any("lora" in name for name, _ in trained) and any("merger" in name for name, _ in trained)
+        with torch.no_grad():
+            for _, parameter in trained:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.eval()
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", model(**BATCH).logits
+
+    @pytest.mark.parametrize("loader", [LlavaMergeForConditionalGeneration, AutoModelForImageTextToText])
+    def test_adapter_directory_loads(self, adapter, loader):
+        directory, expected = adapter
+        torch.testing.assert_close(loader.from_pretrained(directory)(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
+
+    def test_adapter_of_a_stock_base_needs_the_merger_it_was_trained_with(self, adapter, stock_dir):
+        directory, _ = adapter
+        config = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(stock_dir)}))
+        with pytest.raises(ValueError, match="Pass merger_config"):
+            LlavaMergeForConditionalGeneration.from_pretrained(directory)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(directory, merger_config=aware())
+        assert model.config.merger_config.num_merged_tokens == 9
+
+    def test_a_pickled_adapter_is_never_opened(self, adapter):
+        directory, _ = adapter
+        (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+        with pytest.raises(ValueError, match="adapter_model.bin is a pickle"):
+            LlavaMergeForConditionalGeneration.from_pretrained(directory)
+
+
+class TestBrokenCheckpoint:
+    @pytest.fixture
+    def copy(self, model_dir, tmp_path) -> Path:
+        return Path(shutil.copytree(model_dir, tmp_path / "copy"))
+
+    @staticmethod
+    def without(directory: Path, part: str):
+        weights = load_file(directory / "model.safetensors")
+        kept = {key: tensor for key, tensor in weights.items() if part not in key}
+        assert len(kept) < len(weights)
+        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+
+    @pytest.mark.parametrize("part", ["multi_modal_projector", "layers.1.mlp", "merger.method.pool_queries", "lm_head"])
+    def test_missing_weights_raise_unless_asked_for(self, copy, part):
+        self.without(copy, part)
+        with pytest.raises(ValueError, match="lacks weights .*allow_missing_weights"):
+            LlavaMergeForConditionalGeneration.from_pretrained(copy)
+        LlavaMergeForConditionalGeneration.from_pretrained(copy, allow_missing_weights=True)
+
+    def test_missing_merger_weights_of_a_merger_checkpoint_raise(self, merger_dir, tmp_path):
+        directory = Path(shutil.copytree(merger_dir, tmp_path / "copy"))
+        self.without(directory, "k_proj")
+        with pytest.raises(ValueError, match="lacks weights .*k_proj"):
+            TokenMerger.from_pretrained(directory)
+
+    @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+    def test_broken_safetensors_are_refused_with_their_path(self, copy, damage):
+        path = copy / "model.safetensors"
+        content = path.read_bytes()
+        path.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"x" * 500, "empty": b""}[damage])
+        with pytest.raises(ValueError, match=f"{path}.*truncated or not a safetensors file"):
+            LlavaMergeForConditionalGeneration.from_pretrained(copy)
+        with pytest.raises(ValueError, match=f"{path}.*truncated"):
+            tiny_model(aware()).load_merger(copy)
+
+    def test_a_pickle_is_never_opened(self, copy):
+        class Exploit:
+            def __reduce__(self):
+                return (Path.touch, (copy / "exploited",))
+
+        (copy / "model.safetensors").unlink()
+        torch.save({"weight": Exploit()}, copy / "pytorch_model.bin")
+        with pytest.raises(OSError, match="safetensors"):
+            LlavaMergeForConditionalGeneration.from_pretrained(copy)
+        with pytest.raises(OSError, match="safetensors"):
+            TokenMerger.from_pretrained(copy, config=tiny_model(aware()).config.merger_config)
+        assert not (copy / "exploited").exists()
+
+    def test_merger_and_merger_config_exclude_each_other(self, stock_dir, merger_dir):
+        with pytest.raises(ValueError, match="leave out either"):
+            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(merger_dir), merger_config=aware())
+
+
+def test_a_checkpoint_saved_on_4_57_loads_here():
+    """tests/data/save.py wrote it, with the logits, on transformers 4.57.6."""
+    model = AutoModelForImageTextToText.from_pretrained(SAVED_ON_4_57)
+    expected = load_file(SAVED_ON_4_57 / "expected.safetensors")["logits"]
+    torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-4, rtol=1e-4)
+    assert model.config.merger_config.question_aware
+
+
+def test_weights_of_a_fresh_model_are_initialised(stock_dir):
+    """No parameter is left as uninitialised memory, whichever way the model is built."""
+    config = tiny_model(aware(init="random")).config
+    built = LlavaMergeForConditionalGeneration(config)
+    loaded = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=aware(init="random"))
+    for model in (built, loaded):
+        for name, parameter in model.model.merger.named_parameters():
+            assert parameter.isfinite().all() and parameter.abs().max() < 10, name
+        assert 0.01 < model.model.merger.method.pool_queries.std() < 0.03
+    scale_up(built)

@@ -1,0 +1,264 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Every method through the same promises, and each method's own. A new method is one row in METHODS."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from llava_merge import MERGING_METHODS, LearnableTokenMergerV3, MergerConfig, TokenMerger, list_mergers
+from llava_merge.merging_grid import sample_query_map, slots_per_row, squared_distances, window_weights
+
+
+METHODS = {
+    "none": {},
+    "average_pooling": {},
+    "fixed_pooling": {},
+    "fixed_pooling-question": {"question_aware": True},
+    "fixed_pooling-random": {"init": "random"},
+    "fixed_pooling-random-question": {"init": "random", "question_aware": True},
+}
+ALL = pytest.mark.parametrize("name", METHODS)
+POOLING = pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+BUDGETS = [576, 288, 144, 64, 37, 16, 4, 1]
+
+
+def make(name: str, trained: bool = True, **fields) -> TokenMerger:
+    """A small merger of that row; `trained` moves it away from its initialisation."""
+    fields = {"num_merged_tokens": 9, "vision_dim": 32, "text_dim": 24, "num_heads": 4, **METHODS[name], **fields}
+    merger = TokenMerger(MergerConfig(merger_type=name.split("-")[0], **fields)).eval()
+    if trained:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in merger.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return merger
+
+
+def inputs(num_images: int = 3, num_patches: int = 36, dtype=torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(num_images, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    return {
+        "features": torch.randn(num_images, num_patches, 32, generator=generator).to(dtype),
+        "question_embeds": torch.randn(num_images, 5, 24, generator=generator).to(dtype),
+        "question_mask": mask,
+    }
+
+
+def test_every_method_is_in_the_matrix():
+    assert {name.split("-")[0] for name in METHODS} == set(list_mergers())
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shape_dtype_and_no_nan(name, dtype):
+    output = make(name).to(dtype)(**inputs(dtype=dtype))
+    assert output.merged_features.shape == (3, 36 if name == "none" else 9, 32)
+    assert output.merged_features.dtype == dtype and output.merged_features.isfinite().all()
+    assert output.source is None and output["merged_features"] is output.merged_features
+
+
+@ALL
+def test_half_precision_is_near_full_precision(name):
+    merger = make(name)
+    expected = merger(**inputs()).merged_features
+    half = merger.to(torch.bfloat16)(**inputs(dtype=torch.bfloat16)).merged_features.float()
+    assert (half - expected).norm() / expected.norm() < 0.02
+
+
+@ALL
+def test_source_is_row_stochastic(name):
+    source = make(name)(**inputs(), return_source=True).source
+    assert source.shape == (3, 36 if name == "none" else 9, 36)
+    assert (source >= 0).all()
+    torch.testing.assert_close(source.sum(-1), torch.ones(source.shape[:2]))
+
+
+@pytest.mark.parametrize("name", ["none", "average_pooling"])
+def test_source_times_features_is_the_result_of_a_linear_method(name):
+    output = make(name)(**inputs(), return_source=True)
+    torch.testing.assert_close(output.source @ inputs()["features"], output.merged_features)
+
+
+@ALL
+def test_a_batch_equals_its_images_alone(name):
+    merger, batch = make(name), inputs()
+    together = merger(**batch).merged_features
+    for index in range(3):
+        alone = merger(**{key: value[index : index + 1] for key, value in batch.items()}).merged_features
+        torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=1e-5)
+
+
+@ALL
+def test_permuting_the_batch_permutes_the_result(name):
+    merger, batch, order = make(name), inputs(), torch.tensor([2, 0, 1])
+    permuted = merger(**{key: value[order] for key, value in batch.items()}).merged_features
+    torch.testing.assert_close(permuted, merger(**batch).merged_features[order], atol=1e-5, rtol=1e-5)
+
+
+@ALL
+def test_training_and_inference_are_the_same(name):
+    merger = make(name)
+    assert torch.equal(merger.train()(**inputs()).merged_features, merger.eval()(**inputs()).merged_features)
+
+
+@POOLING
+def test_results_are_contiguous(name):
+    """A strided view kills vLLM's engine at the first request."""
+    assert make(name)(**inputs()).merged_features.is_contiguous()
+
+
+@POOLING
+@pytest.mark.parametrize("num_tokens", [36, 18, 9, 7, 1])
+def test_every_budget_up_to_n(name, num_tokens):
+    assert make(name)(**inputs(), num_tokens=num_tokens).merged_features.shape == (3, num_tokens, 32)
+
+
+@POOLING
+def test_grids_that_are_not_square(name):
+    batch = inputs(num_patches=24)
+    assert make(name)(**batch, grid=(4, 6)).merged_features.shape == (3, 9, 32)
+    with pytest.raises(ValueError, match="24 visual tokens do not fill"):
+        make(name)(**batch)
+
+
+@ALL
+def test_compiles_without_graph_break(name):
+    merger = make(name)
+    compiled = torch.compile(merger, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs()).merged_features, merger(**inputs()).merged_features)
+
+
+@ALL
+def test_round_trip_on_disk(name, tmp_path):
+    merger = make(name)
+    merger.save_pretrained(tmp_path)
+    again = TokenMerger.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs()).merged_features, merger(**inputs()).merged_features)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not MERGING_METHODS[name.split("-")[0]].training_free])
+def test_gradients_reach_every_parameter(name):
+    merger = make(name).train()
+    merger(**inputs()).merged_features.square().sum().backward()
+    without = [n for n, p in merger.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "question" in name])
+def test_the_question_changes_the_result_and_its_absence_is_the_agnostic_path(name):
+    merger, batch = make(name), inputs()
+    result = merger(**batch).merged_features
+    other = {**batch, "question_embeds": batch["question_embeds"].flip(0)}
+    assert (merger(**other).merged_features - result).abs().amax(dim=(1, 2))[[0, 2]].min() > 1e-4
+    padding = {**batch, "question_embeds": batch["question_embeds"].clone()}
+    padding["question_embeds"][0, 3:] = 100.0
+    assert torch.equal(merger(**padding).merged_features, result)
+    absent = merger(batch["features"]).merged_features
+    masked = merger(**{**batch, "question_mask": torch.zeros(3, 5, dtype=torch.bool)}).merged_features
+    assert torch.equal(masked, absent)
+
+
+class TestAveragePoolingInit:
+    @pytest.mark.parametrize("question_aware", [False, True])
+    @pytest.mark.parametrize("num_tokens", BUDGETS)
+    def test_fixed_pooling_starts_as_average_pooling(self, num_tokens, question_aware):
+        features = torch.randn(2, 576, 64)
+        fields = {"num_merged_tokens": num_tokens, "vision_dim": 64, "text_dim": 32}
+        pooled = TokenMerger(MergerConfig(merger_type="average_pooling", **fields))(features).merged_features
+        fixed = TokenMerger(MergerConfig(question_aware=question_aware, **fields))
+        for question in (None, torch.randn(2, 7, 32)):
+            merged = fixed(features, question_embeds=question).merged_features
+            torch.testing.assert_close(merged, pooled, atol=1e-5, rtol=0)
+
+    def test_one_set_of_weights_is_average_pooling_at_every_budget(self):
+        features = torch.randn(2, 576, 64)
+        fixed = TokenMerger(MergerConfig(num_merged_tokens=64, vision_dim=64))
+        pooling = TokenMerger(MergerConfig(merger_type="average_pooling", num_merged_tokens=64, vision_dim=64))
+        for num_tokens in BUDGETS:
+            expected = pooling(features, num_tokens=num_tokens).merged_features
+            merged = fixed(features, num_tokens=num_tokens).merged_features
+            torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
+
+    def test_trained_windows_still_mix_only_their_own_patches(self):
+        """The first branch stays inside the slot's window, so that a token keeps its place in the picture."""
+        source = make("fixed_pooling")(**inputs(), return_source=True).source
+        outside = window_weights((6, 6), 9) == 0
+        assert source[:, outside].abs().max() == 0
+
+    def test_the_second_branch_sees_the_whole_picture(self):
+        merger, batch = make("fixed_pooling"), inputs()
+        changed = {**batch, "features": batch["features"].clone()}
+        changed["features"][:, -1] = torch.randn(32)  # the last patch is far from the first slot
+        difference = merger(**changed).merged_features[:, 0] - merger(**batch).merged_features[:, 0]
+        assert difference.abs().max() > 1e-5
+
+
+class TestGeometry:
+    @pytest.mark.parametrize("rows, columns", [(24, 24), (12, 12), (8, 8), (4, 4), (1, 1)])
+    def test_windows_that_divide_the_grid_are_adaptive_average_pooling(self, rows, columns):
+        features = torch.randn(1, 5, 24, 24)
+        expected = adaptive_avg_pool2d(features, (rows, columns)).flatten(2).transpose(1, 2)
+        weights = window_weights((24, 24), rows * columns)
+        torch.testing.assert_close(weights @ features.flatten(2).transpose(1, 2), expected)
+
+    @pytest.mark.parametrize("grid", [(24, 24), (27, 27), (5, 7)])
+    @pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 12, 16, 23])
+    def test_windows_pool_by_area(self, grid, num_slots):
+        """Against a fine raster on which every patch and every slot is a block of whole pixels."""
+        lengths = slots_per_row(num_slots)
+        height, width = grid[0] * len(lengths), grid[1] * math.lcm(*lengths)
+        y, x = torch.arange(height), torch.arange(width)
+        patch = (y * grid[0] // height)[:, None] * grid[1] + x * grid[1] // width
+        expected = torch.zeros(num_slots, grid[0] * grid[1])
+        first = 0
+        for row, length in enumerate(lengths):
+            inside_row = y * len(lengths) // height == row
+            for column in range(length):
+                covered = patch[inside_row][:, x * length // width == column].flatten()
+                expected[first + column] = torch.bincount(covered, minlength=expected.shape[1]) / covered.numel()
+            first += length
+        torch.testing.assert_close(window_weights(grid, num_slots), expected)
+
+    def test_every_patch_is_seen_equally_where_rows_are_equal(self):
+        for num_slots in (576, 288, 144, 64, 16, 1):
+            torch.testing.assert_close(
+                window_weights((24, 24), num_slots).sum(0), torch.full((576,), num_slots / 576), atol=1e-6, rtol=0
+            )
+
+    def test_all_patches_are_kept_as_they_are_at_m_equal_n(self):
+        assert torch.equal(window_weights((24, 24), 576), torch.eye(576))
+
+    def test_layouts(self):
+        assert slots_per_row(288) == [18] * 16
+        assert slots_per_row(37) == [7, 6, 6, 6, 6, 6]
+        assert slots_per_row(64) == [8] * 8 and slots_per_row(1) == [1] and slots_per_row(3) == [2, 1]
+        for num_slots in range(1, 600):
+            lengths = slots_per_row(num_slots)
+            assert sum(lengths) == num_slots and max(lengths) - min(lengths) <= 1
+            assert max(lengths) <= 2 * len(lengths)
+
+    def test_slots_are_nearest_to_their_own_windows(self):
+        for num_slots in (36, 9, 7, 4):
+            nearest = squared_distances((6, 6), num_slots).argmin(dim=0)
+            strongest = window_weights((6, 6), num_slots).argmax(dim=0)
+            assert (nearest == strongest).float().mean() > 0.8
+
+    def test_query_map_is_exact_on_its_own_cells_and_linear_between(self):
+        y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8, (torch.arange(8) + 0.5) / 8, indexing="ij")
+        plane = torch.stack((2 * x + 3 * y, y - x), dim=-1)
+        assert torch.equal(sample_query_map(plane, 64), plane.flatten(0, 1))
+        sampled = sample_query_map(plane, 16).reshape(4, 4, 2)
+        centre = (torch.arange(4) + 0.5) / 4
+        torch.testing.assert_close(sampled[..., 0], 3 * centre[:, None] + 2 * centre)
+
+
+class TestDocumentName:
+    def test_it_is_v3(self):
+        merger = LearnableTokenMergerV3(d_vision=32, d_text=24, num_merged_tokens=9, num_heads=4, question_aware=True)
+        result = merger(inputs()["features"], inputs()["question_embeds"])
+        assert result["merged_features"].shape == (3, 9, 32)
+        assert merger.config.merger_type == "fixed_pooling"
+        names = {name.removeprefix("method.").split(".")[0] for name, _ in merger.named_parameters()}
+        assert {"pool_queries", "query_modulator", "pool_attention", "output_proj"} <= names

@@ -1,0 +1,323 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from conftest import IMAGE_ID, NUM_PATCHES, agnostic, aware, pixels, prompts, tiny_config, tiny_model, tiny_stock
+
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig
+from llava_merge.compat import TRANSFORMERS_V5
+
+
+NONE = {"merger_type": "none", "num_heads": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_stock_logits_are_equal_bit_for_bit_when_merger_is_identity(dtype, pad):
+    stock, model = tiny_stock().to(dtype), tiny_model(NONE).to(dtype)
+    inputs = {**prompts([1, 2, 0], NUM_PATCHES, pad), "pixel_values": pixels(3).to(dtype)}
+    expected, actual = stock(**inputs), model(**inputs)
+    assert torch.equal(actual.logits, expected.logits)
+    assert torch.equal(actual.image_hidden_states, expected.image_hidden_states)
+
+
+def test_generated_ids_are_equal_to_stock_when_merger_is_identity():
+    inputs = {**prompts([1, 2, 0], NUM_PATCHES), "pixel_values": pixels(3)}
+    generated = [m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (tiny_stock(), tiny_model(NONE))]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("config", [agnostic(), aware(), {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}])
+def test_projector_runs_once_on_m_tokens(config):
+    model = tiny_model(config)
+    shapes = []
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: shapes.append((args[0].shape, out.shape)))
+    model(**prompts([1, 2, 0], 9), pixel_values=pixels(3))
+    model.generate(**prompts([1, 2, 0], 9), pixel_values=pixels(3), max_new_tokens=3)
+    hook.remove()
+    assert shapes == [((3, 9, 32), (3, 9, 64))] * 2
+
+
+def test_get_vision_features_are_the_unprojected_hidden_states():
+    model = tiny_model(agnostic())
+    features = model.get_vision_features(pixels(2))
+    hidden = model.model.vision_tower(pixels(2), output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert features.shape == (2, NUM_PATCHES, 32) and torch.equal(features, hidden)
+
+
+def test_image_hidden_states_and_get_image_features_agree():
+    model = tiny_model(agnostic())
+    images = pixels(3)
+    output = model(**prompts([1, 2], 9), pixel_values=images)
+    result = model.get_image_features(images)
+    features = result.pooler_output if TRANSFORMERS_V5 else result
+    assert len(features) == 3 and features[0].shape == (9, 64)
+    assert torch.equal(torch.cat(list(features)), output.image_hidden_states)
+    if TRANSFORMERS_V5:
+        assert isinstance(model.get_image_features(images, return_dict=False), tuple)
+        assert len(model.get_image_features(images, output_hidden_states=True).hidden_states) == 4
+
+
+@pytest.mark.parametrize("config", [agnostic(), aware()])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_a_row_alone_and_in_a_batch_give_the_same_merged_features(config, pad):
+    model = tiny_model(config, train_merger=True)
+    counts, images = [1, 2, 0, 1], pixels(4)
+    batch = prompts(counts, 9, pad)
+    together = model(**batch, pixel_values=images).image_hidden_states.reshape(4, 9, 64)
+    first = 0
+    for row, count in enumerate(counts):
+        if count:
+            keep = batch["attention_mask"][row].bool()
+            alone = model(
+                input_ids=batch["input_ids"][row][keep][None],
+                attention_mask=batch["attention_mask"][row][keep][None],
+                pixel_values=images[first : first + count],
+            )
+            torch.testing.assert_close(
+                alone.image_hidden_states.reshape(count, 9, 64), together[first : first + count], atol=1e-5, rtol=1e-5
+            )
+        first += count
+
+
+def test_a_question_token_changes_merged_features_only_of_its_row():
+    model = tiny_model(aware(), train_merger=True)
+    batch = prompts([1, 2], 9)
+    before = model(**batch, pixel_values=pixels(3)).image_hidden_states.reshape(3, 9, 64)
+    batch["input_ids"][1, -1] = 5 if batch["input_ids"][1, -1] != 5 else 6
+    after = model(**batch, pixel_values=pixels(3)).image_hidden_states.reshape(3, 9, 64)
+    assert torch.equal(before[0], after[0])
+    assert (before[1:] - after[1:]).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_an_agnostic_merger_gives_the_same_features_for_every_question():
+    model = tiny_model(agnostic(), train_merger=True)
+    features = [model(**prompts([1], 9, seed=seed), pixel_values=pixels(1)).image_hidden_states for seed in (1, 2)]
+    assert torch.equal(*features)
+
+
+def test_answer_tokens_never_reach_the_merger():
+    model = tiny_model(aware(), train_merger=True)
+    batch = prompts([1, 2], 9, text=8)
+    labels = batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    labels[labels == IMAGE_ID] = -100
+    clean = model(**batch, pixel_values=pixels(3), labels=labels)
+    poisoned = {**batch, "input_ids": batch["input_ids"].clone()}
+    poisoned["input_ids"][:, -3:] = torch.tensor([7, 9, 11])
+    dirty = model(**poisoned, pixel_values=pixels(3), labels=labels)
+    assert torch.equal(clean.image_hidden_states, dirty.image_hidden_states)
+    prompt_only = {name: tensor[:, :-3] for name, tensor in batch.items()}
+    inference = model(**prompt_only, pixel_values=pixels(3))
+    torch.testing.assert_close(clean.image_hidden_states, inference.image_hidden_states, atol=1e-5, rtol=1e-5)
+
+
+def test_question_mask_narrows_the_question():
+    model = tiny_model(aware(), train_merger=True)
+    batch = prompts([1], 9)
+    mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    absent = model(**batch, pixel_values=pixels(1), question_mask=mask).image_hidden_states
+    agnostic_path = model.model.merger(model.get_vision_features(pixels(1))).merged_features
+    torch.testing.assert_close(absent, model.model.multi_modal_projector(agnostic_path)[0])
+    mask[:, -2:] = True
+    narrowed = model(**batch, pixel_values=pixels(1), question_mask=mask).image_hidden_states
+    generated = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *args: generated.append(args[-1]))
+    model.generate(**batch, pixel_values=pixels(1), question_mask=mask, max_new_tokens=2)
+    torch.testing.assert_close(generated[0][0], narrowed)
+    assert (narrowed - absent).abs().max() > 1e-3
+
+
+def test_inputs_embeds_give_the_same_as_input_ids():
+    model = tiny_model(aware(), train_merger=True)
+    batch = prompts([1, 2], 9)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    by_ids = model(**batch, pixel_values=pixels(3))
+    by_embeds = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], pixel_values=pixels(3))
+    assert torch.equal(by_ids.logits, by_embeds.logits)
+    generated = model.generate(**batch, pixel_values=pixels(3), max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
+    from_embeds = model.generate(
+        inputs_embeds=embeds, attention_mask=batch["attention_mask"], pixel_values=pixels(3), max_new_tokens=5
+    )
+    assert torch.equal(generated, from_embeds[:, -generated.shape[1] :])
+
+
+def test_gradients_reach_every_merger_parameter_and_nothing_else_changes_when_frozen():
+    model = tiny_model(aware(), train_merger=False).train()
+    model.requires_grad_(False)
+    model.model.merger.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    optimizer = torch.optim.Adam(model.model.merger.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    without = [name for name, p in model.model.merger.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+    assert losses[-1] < 0.9 * losses[0]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"model.merger.{name}" for name, _ in model.model.merger.named_parameters()}
+
+
+def test_merger_bypassed_is_the_stock_model():
+    stock, model = tiny_stock(), tiny_model(aware(), train_merger=True)
+    inputs = {**prompts([1, 2], NUM_PATCHES), "pixel_values": pixels(3)}
+    with model.merger_bypassed():
+        bypassed = model(**inputs).logits
+        with pytest.raises(ValueError, match="placeholders"):
+            model(**prompts([1, 2], 9), pixel_values=pixels(3))
+    assert torch.equal(bypassed, stock(**inputs).logits)
+    assert model(**prompts([1, 2], 9), pixel_values=pixels(3)).image_hidden_states.shape == (27, 64)
+
+
+@pytest.mark.parametrize("num_tokens", [36, 12, 7, 4, 1])
+def test_set_num_merged_tokens_serves_every_budget_with_one_checkpoint(num_tokens, tmp_path):
+    model = tiny_model(aware(), train_merger=True)
+    model.set_num_merged_tokens(num_tokens)
+    batch = {**prompts([1, 2], num_tokens), "pixel_values": pixels(3)}
+    output = model(**batch)
+    assert output.image_hidden_states.shape == (3 * num_tokens, 64)
+    assert model.config.image_seq_length == model.model.merger.config.num_merged_tokens == num_tokens
+    model.save_pretrained(tmp_path)
+    again = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, output.logits)
+
+
+def test_text_only_prompts_work():
+    stock, model = tiny_stock(), tiny_model(aware())
+    batch = prompts([0, 0], 9)
+    assert torch.equal(stock(**batch).logits, model(**batch).logits)
+    assert torch.equal(*(m.generate(**batch, max_new_tokens=4, do_sample=False) for m in (stock, model)))
+
+
+def test_siglip_towers_merge_all_their_tokens():
+    model = tiny_model(aware(), tower="siglip", train_merger=True)
+    assert model.get_vision_features(pixels(2)).shape == (2, NUM_PATCHES, 32)
+    output = model(**prompts([1, 1], 9), pixel_values=pixels(2))
+    assert output.image_hidden_states.shape == (18, 64)
+    stock, identity = tiny_stock("siglip"), tiny_model(NONE, tower="siglip")
+    inputs = {**prompts([1, 1], NUM_PATCHES), "pixel_values": pixels(2)}
+    assert torch.equal(stock(**inputs).logits, identity(**inputs).logits)
+
+
+def test_several_vision_feature_layers_are_merged_as_one_wider_feature():
+    model = tiny_model(aware(), vision_feature_layer=[-2, -3], train_merger=True)
+    assert model.config.merger_config.vision_dim == 64
+    assert model.get_vision_features(pixels(1)).shape == (1, NUM_PATCHES, 64)
+    assert model(**prompts([1], 9), pixel_values=pixels(1)).image_hidden_states.shape == (9, 64)
+    stock, identity = (
+        tiny_stock(vision_feature_layer=[-2, -3]),
+        tiny_model(NONE, vision_feature_layer=[-2, -3]),
+    )
+    inputs = {**prompts([1], NUM_PATCHES), "pixel_values": pixels(1)}
+    assert torch.equal(stock(**inputs).logits, identity(**inputs).logits)
+
+
+def test_the_seeds_own_verification_at_llava_widths():
+    """576 × 1024 → 288 × 1024 at ratio 0.5 → one projector call → 288 × 4096."""
+    from transformers import LlavaConfig
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    from llava_merge import LearnableTokenMergerV3
+
+    features = torch.randn(1, 576, 1024)
+    merged = LearnableTokenMergerV3(d_vision=1024, merge_ratio=0.5)(features)["merged_features"]
+    assert merged.shape == (1, 288, 1024)
+    assert LlavaMultiModalProjector(LlavaConfig())(merged).shape == (1, 288, 4096)
+    assert LlavaMergeConfig(merger_config={"merge_ratio": 0.5}).merger_config.num_merged_tokens == 288
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(implementation, tmp_path):
+    model = tiny_model(aware(), train_merger=True)
+    model.save_pretrained(tmp_path)
+    loaded = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert loaded.model.language_model.config._attn_implementation == implementation
+    inputs = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+    attended = inputs["attention_mask"].bool()
+    torch.testing.assert_close(loaded(**inputs).logits[attended], model(**inputs).logits[attended], atol=1e-4, rtol=1e-4)
+
+
+def test_resized_token_embeddings_keep_the_answers():
+    model = tiny_model(aware(), train_merger=True)
+    inputs = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+    vocabulary = model.config.text_config.vocab_size
+    before = model(**inputs).logits
+    model.resize_token_embeddings(vocabulary + 5)
+    assert torch.equal(model(**inputs).logits[..., :vocabulary], before)
+
+
+class TestBadInput:
+    def test_wrong_placeholder_count_names_both_counts_and_the_fix(self):
+        model = tiny_model(aware())
+        with pytest.raises(ValueError, match=r"36 image placeholders .*9 tokens each, 9 in all.*num_merged_tokens"):
+            model(**prompts([1], NUM_PATCHES), pixel_values=pixels(1))
+        with pytest.raises(ValueError, match=r"18 image placeholders.*27"):
+            tiny_model(agnostic())(**prompts([1, 1], 9), pixel_values=pixels(3))
+        with pytest.raises(ValueError, match="placeholders"):
+            model.generate(**prompts([1], NUM_PATCHES), pixel_values=pixels(1))
+
+    def test_unknown_merger_type(self):
+        with pytest.raises(ValueError, match="'nonsense' does not exist; choose one of average_pooling, fixed_pooling"):
+            tiny_model({"merger_type": "nonsense", "num_heads": 4})
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"num_merged_tokens": 37}, "num_merged_tokens=37 is more than the 36"),
+            ({"num_merged_tokens": 0}, "num_merged_tokens=0"),
+            ({"num_merged_tokens": -3}, "num_merged_tokens=-3"),
+            ({"num_merged_tokens": 9, "merge_ratio": 0.5}, "disagree: the ratio gives 18"),
+            ({"merge_ratio": 1.5}, "merge_ratio=1.5"),
+            ({"merge_ratio": 0.0}, "merge_ratio=0.0"),
+            ({"init": "zeros"}, "init='zeros'"),
+            ({"num_heads": 5}, "num_heads=5"),
+            ({"vision_dim": 64}, "vision_dim=64, this model needs vision_dim=32"),
+            ({"text_dim": 32}, "text_dim=32, this model needs text_dim=64"),
+            ({"merger_type": "average_pooling", "question_aware": True}, "does not read the question"),
+        ],
+    )
+    def test_merger_config(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_model({"num_heads": 4, **fields})
+
+    def test_wrong_image_size(self):
+        with pytest.raises(ValueError, match=r"\(1, 3, 70, 70\).*\(images, channels, 84, 84\)"):
+            tiny_model(agnostic())(**prompts([1], 9), pixel_values=torch.zeros(1, 3, 70, 70))
+
+    def test_clip_tower_with_its_cls_token_cannot_be_merged_on_a_grid(self):
+        model = tiny_model(agnostic(), vision_feature_select_strategy="full")
+        with pytest.raises(ValueError, match="CLS.*'default'"):
+            model(**prompts([1], 9), pixel_values=pixels(1))
+
+    def test_features_of_another_width(self):
+        merger = tiny_model(aware()).model.merger
+        with pytest.raises(ValueError, match=r"\(1, 36, 64\).*vision_dim=32"):
+            merger(torch.zeros(1, 36, 64))
+        with pytest.raises(ValueError, match=r"\(1, 5, 32\).*text_dim=64"):
+            merger(torch.zeros(1, 36, 32), question_embeds=torch.zeros(1, 5, 32))
+        with pytest.raises(ValueError, match="num_tokens=37"):
+            merger(torch.zeros(1, 36, 32), num_tokens=37)
+
+    def test_mask_that_hides_the_question(self):
+        batch = prompts([1], 9)
+        with pytest.raises(ValueError, match="attention_mask is"):
+            tiny_model(aware())(batch["input_ids"], pixels(1), attention_mask=torch.zeros(1, 1, 16, 16))
+
+    def test_set_num_merged_tokens_out_of_range_changes_nothing(self):
+        model = tiny_model(aware())
+        for wrong in (0, 37):
+            with pytest.raises(ValueError, match=f"num_merged_tokens={wrong}"):
+                model.set_num_merged_tokens(wrong)
+        assert model.config.merger_config.num_merged_tokens == 9 == model.config.image_seq_length
+
+    def test_merger_config_made_for_another_width(self):
+        stock = tiny_config().to_dict()
+        stock.pop("model_type")
+        with pytest.raises(ValueError, match="vision_dim=1024, this model needs vision_dim=32"):
+            LlavaMergeConfig(merger_config=MergerConfig(num_merged_tokens=4), **stock)
