@@ -5,7 +5,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .compat import AutoModelForVision2Seq, register_multimodal_model
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .merging_base import MERGING_METHODS, MergeContext, MergeOutput, MergingMethod, list_mergers, register_merging_method
+from .merging_base import (
+    MERGING_METHODS,
+    MergeContext,
+    MergeOutput,
+    MergingMethod,
+    list_mergers,
+    register_merging_method,
+)
 from .modeling_llava_merge import (
     LearnableTokenMergerV3,
     LlavaMergeForConditionalGeneration,
@@ -13,9 +20,8 @@ from .modeling_llava_merge import (
     TokenMerger,
 )
 from .processing_llava_merge import LlavaMergeProcessor
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register("llava_merge", LlavaMergeConfig, exist_ok=True)
 AutoConfig.register("llava_merger", MergerConfig, exist_ok=True)
@@ -38,6 +44,7 @@ __all__ = [
     "MergerConfig",
     "MergingMethod",
     "TokenMerger",
+    "__version__",
     "list_mergers",
     "register_merging_method",
 ]

@@ -3,7 +3,7 @@
 
 import transformers
 from packaging.version import Version
-from transformers import BatchFeature, LlavaConfig, LlavaProcessor, PretrainedConfig
+from transformers import BatchFeature, LlavaProcessor, PretrainedConfig
 
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
@@ -78,12 +78,27 @@ def image_features_result(outputs, return_dict: bool):
 def is_prefill(generation_inputs: dict) -> bool:
     """Whether these arguments of `prepare_inputs_for_generation` are those of a forward that has to see the images.
 
-    5.x says so; 4.57 is at position 0 then, in every step where it does without a cache. 5.19 and newer also drop encoded
-    images themselves.
+    5.x says so; 4.57 is at position 0 then, in every step where it does without a cache. 5.19 and newer also drop
+    encoded images themselves.
     """
     if not TRANSFORMERS_V5:
         return bool(generation_inputs["cache_position"][0] == 0)
     return generation_inputs.get("is_first_iteration", False) or not generation_inputs.get("use_cache", True)
+
+
+def cached_tokens(past_key_values) -> int:
+    """Number of tokens that `generate` finds in the cache it is given along with images.
+
+    Raises:
+        ValueError: There are some on 4.57, which passes images on only into an empty cache.
+    """
+    cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if cached and not TRANSFORMERS_V5:
+        raise ValueError(
+            f"past_key_values hold {cached} tokens: transformers 4.57 cannot add an image to a filled cache. Pass the "
+            f"whole conversation without past_key_values, or use transformers 5."
+        )
+    return cached
 
 
 class MergedPlaceholderProcessor(LlavaProcessor):
@@ -94,12 +109,24 @@ class MergedPlaceholderProcessor(LlavaProcessor):
 
     num_merged_tokens: int | None = None
 
+    def placeholders(self) -> str:
+        """The placeholders of one merged image.
+
+        Raises:
+            ValueError: `num_merged_tokens` is below 1.
+        """
+        if self.num_merged_tokens < 1:
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
+            )
+        return self.image_token * self.num_merged_tokens
+
     if TRANSFORMERS_V5:
 
         def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
             if self.num_merged_tokens is None:
                 return super().replace_image_token(image_inputs, image_idx, **kwargs)
-            return self.image_token * self.num_merged_tokens
+            return self.placeholders()
 
     else:
 
@@ -108,12 +135,13 @@ class MergedPlaceholderProcessor(LlavaProcessor):
                 return super().__call__(images=images, text=text, **kwargs)
             from transformers.models.llava.processing_llava import LlavaProcessorKwargs
 
-            merged = self._merge_kwargs(LlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            merged = self._merge_kwargs(
+                LlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            )
             return_tensors = merged["text_kwargs"].pop("return_tensors", None)
             merged["text_kwargs"].pop("return_mm_token_type_ids", None)
-            placeholders = self.image_token * self.num_merged_tokens
             texts = [text] if isinstance(text, str) else text
-            texts = [sample.replace(self.image_token, placeholders) for sample in texts]
+            texts = [sample.replace(self.image_token, self.placeholders()) for sample in texts]
             text_inputs = self.tokenizer(texts, **merged["text_kwargs"], return_tensors=None)
             self._check_special_mm_tokens(texts, text_inputs, modalities=["image"])
             image_inputs = self.image_processor(images, **merged["images_kwargs"])

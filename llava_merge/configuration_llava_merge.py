@@ -68,7 +68,9 @@ class MergerConfig(PretrainedConfig):
 
     def _check_values(self):
         if self.num_merged_tokens is not None and self.num_merged_tokens < 1:
-            raise ValueError(f"num_merged_tokens={self.num_merged_tokens}: at least 1 token has to be left of an image.")
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens}: at least 1 token has to be left of an image."
+            )
         if self.merge_ratio is not None and not 0 < self.merge_ratio <= 1:
             raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
         if self.init not in ("average_pooling", "random"):
@@ -151,8 +153,8 @@ class LlavaMergeConfig(LlavaConfig):
         for name, width in widths.items():
             if getattr(merger_config, name) != width:
                 raise ValueError(
-                    f"The merger has {name}={getattr(merger_config, name)}, this model needs {name}={width}. Use a merger "
-                    f"made for this model, or MergerConfig(..., {name}={width}) for a new one."
+                    f"The merger has {name}={getattr(merger_config, name)}, this model needs {name}={width}. Use a "
+                    f"merger made for this model, or MergerConfig(..., {name}={width}) for a new one."
                 )
         num_tokens = merger_config.num_tokens(self.num_patches)
         self.merger_config = merger_config

@@ -87,8 +87,8 @@ def refuse_missing_weights(path: str, missing_keys):
     if missing:
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(
-            f"{path} lacks weights of this model, which would stay random: {some}. Use a complete checkpoint of the same "
-            f"architecture, or pass allow_missing_weights=True."
+            f"{path} lacks weights of this model, which would stay random: {some}. Use a complete checkpoint of the "
+            f"same architecture, or pass allow_missing_weights=True."
         )
 
 

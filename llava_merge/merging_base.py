@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The interface of a merging method. To add one: a file with a [`MergingMethod`] and its import in the modeling file."""
+"""The interface of a merging method. To add one: a file with a [`MergingMethod`], imported by the modeling file."""
 
 import math
 from dataclasses import dataclass
@@ -105,7 +105,9 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
         ValueError: There is no such method, or it cannot read the question that `config` asks it to.
     """
     if config.merger_type not in MERGING_METHODS:
-        raise ValueError(f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}.")
+        raise ValueError(
+            f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}."
+        )
     method = MERGING_METHODS[config.merger_type]
     if config.question_aware and not method.uses_question:
         aware = ", ".join(name for name in list_mergers() if MERGING_METHODS[name].uses_question)
@@ -126,8 +128,8 @@ def check_grid(grid: tuple[int, int] | None, num_patches: int) -> tuple[int, int
         grid = (math.isqrt(num_patches), math.isqrt(num_patches))
     if grid[0] * grid[1] != num_patches:
         raise ValueError(
-            f"{num_patches} visual tokens do not fill a grid of {grid[0]} × {grid[1]} patches. A tower with a CLS token "
-            f"needs vision_feature_select_strategy='default', which drops it; pass grid=(rows, columns) for other shapes."
+            f"{num_patches} visual tokens do not fill a grid of {grid[0]} × {grid[1]} patches. A tower with CLS"
+            f" needs vision_feature_select_strategy='default', which drops it; other shapes need grid=(rows, columns)."
         )
     return grid
 

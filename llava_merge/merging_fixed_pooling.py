@@ -97,7 +97,9 @@ class FixedPooling(MergingMethod):
         self.pools_windows = config.init == "average_pooling"
         self.pool_queries = nn.Parameter(torch.empty(*config.query_grid, config.internal_dim))
         self.pool_attention = PoolAttention(config.vision_dim, config.internal_dim, config.num_heads)
-        self.query_modulator = QuestionModulator(config.text_dim, config.internal_dim) if config.question_aware else None
+        self.query_modulator = (
+            QuestionModulator(config.text_dim, config.internal_dim) if config.question_aware else None
+        )
         output_class = ZeroLinear if self.pools_windows else nn.Linear
         self.output_proj = output_class(config.internal_dim, config.vision_dim)
         self.locality = nn.Parameter(torch.empty(config.num_heads)) if self.pools_windows else None

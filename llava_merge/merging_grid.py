@@ -33,7 +33,7 @@ def slot_positions(num_slots: int, device=None) -> tuple[tuple[Tensor, int], tup
 
 
 def overlap(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
-    """Share of the interval `index` of `count` equal ones that each of `num_patches` equal ones covers: (M, num_patches).
+    """Share of interval `index` of `count` equal ones that each of `num_patches` equal ones covers: (M, num_patches).
 
     Exact: in units of 1 / (count × num_patches) all borders are integers.
     """
@@ -52,7 +52,7 @@ def centre_distance(index: Tensor, count: Tensor | int, num_patches: int) -> Ten
 
 
 def window_weights(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
-    """Share of each slot's area that lies on each patch: (M, N) float32, rows sum to 1, N = rows × columns of `grid`."""
+    """Share of each slot's area that lies on each patch: (M, N) float32, rows sum to 1, N is the size of `grid`."""
     vertical, horizontal = slot_positions(num_slots, device)
     rows, columns = overlap(*vertical, grid[0]), overlap(*horizontal, grid[1])
     return (rows[:, :, None] * columns[:, None, :]).flatten(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
@@ -16,9 +17,15 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import find_adapter_config_file, logging
 from transformers.utils.generic import can_return_tuple
 
-# Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this file
-# when it loads a folder with trust_remote_code.
-from .compat import hidden_states_to_keep, image_features_result, is_prefill, register_llava_key_mapping
+# Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
+# file when it loads a folder with trust_remote_code.
+from .compat import (
+    cached_tokens,
+    hidden_states_to_keep,
+    image_features_result,
+    is_prefill,
+    register_llava_key_mapping,
+)
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .hub import (
     MERGER_USAGE,
@@ -159,6 +166,15 @@ class TokenMerger(PreTrainedModel):
         refuse_missing_weights(pretrained_model_name_or_path, info["missing_keys"])
         return (merger, info) if wants_info else merger
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; a training-free merger is its code and config.json alone."""
+        if not self.method.training_free:
+            return super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        custom_object_save(self, save_directory, config=self.config)
+        self.config.save_pretrained(save_directory)
+
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; a repo without a model card gets one."""
         push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs.get("token"), private=kwargs.get("private"))
@@ -187,14 +203,14 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             pretrained_model_name_or_path: Directory or Hub repo. A stock LLaVA (`llava-hf/llava-1.5-7b-hf`) gives its
                 weights and gets a merger that is fresh unless `merger` is given.
             merger: Directory or Hub repo of a merger checkpoint to lay over it.
-            merger_config: Configuration of the merger, instead of the checkpoint's, as an object or a dict of its fields.
+            merger_config: Configuration of the merger instead of the checkpoint's, an object or a dict of its fields.
             allow_missing_weights: Load even where the checkpoint lacks weights; they stay random.
 
         The other arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: Weights are missing (those of a fresh merger may), a file is truncated or corrupted, or the merger
-                does not fit the model.
+            ValueError: Weights are missing (those of a fresh merger may), a file is truncated or corrupted, or the
+                merger does not fit the model.
         """
         if merger is not None and merger_config is not None:
             raise ValueError(f"merger={merger!r} brings its own configuration; leave out either it or merger_config.")
@@ -202,8 +218,9 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         check_safetensors_files(path)
         check_adapter_is_safetensors(path)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        merger_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
         if merger is not None:
-            merger_config = MergerConfig.from_pretrained(merger, **{**hub_kwargs, "revision": None})
+            merger_config = MergerConfig.from_pretrained(merger, **merger_kwargs)
         config, has_merger = load_config(path, config, merger_config, hub_kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
@@ -212,7 +229,7 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             missing = [key for key in info["missing_keys"] if has_merger or not is_merger_key(key)]
             refuse_missing_weights(path, missing)
         if merger is not None:
-            model.load_merger(merger)
+            model.load_merger(merger, **merger_kwargs)
         return (model, info) if wants_info else model
 
 
@@ -275,8 +292,8 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         resized = kwargs.get("interpolate_pos_encoding", False)
         if pixel_values.ndim != 4 or not resized and tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; the tower takes (images, channels, {size}, {size}). "
-                f"Use the model's own processor, or pass interpolate_pos_encoding=True."
+                f"pixel_values have shape {tuple(pixel_values.shape)}; the tower takes images as (images, channels, "
+                f"{size}, {size}). Use the model's own processor, or pass interpolate_pos_encoding=True."
             )
 
     def merge(
@@ -286,7 +303,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         question_mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); inside `merger_bypassed()` keeps them."""
+        """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`."""
         if not self.merger_enabled:
             return features
         return self.merger(features, question_embeds, question_mask, grid=grid).merged_features
@@ -523,8 +540,12 @@ class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForCond
         layer = model_kwargs.pop("vision_feature_layer", None)
         strategy = model_kwargs.pop("vision_feature_select_strategy", None)
         image_mask, inputs_embeds = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
-        attention_mask = model_kwargs.get("attention_mask")
-        question = self.model.get_question(inputs_embeds, image_mask, len(pixel_values), attention_mask, question_mask)
+        masks = [image_mask, model_kwargs.get("attention_mask"), question_mask]
+        cached = cached_tokens(model_kwargs.get("past_key_values"))  # turns before this one
+        image_mask, attention_mask, question_mask = (None if mask is None else mask[:, cached:] for mask in masks)
+        question = self.model.get_question(
+            inputs_embeds[:, cached:], image_mask, len(pixel_values), attention_mask, question_mask
+        )
         outputs = self.model._image_outputs(pixel_values, layer, strategy, **question)
         model_kwargs["mm_encoder_outputs"] = {"image": outputs}
 
@@ -542,9 +563,9 @@ class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForCond
             return self.model.get_image_mask(None, inputs_embeds), inputs_embeds
         return self.model.get_image_mask(input_ids, None), self.get_input_embeddings()(input_ids)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """Encoded images go into the prefill only; after that they are in the cache."""
-        model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if not is_prefill(kwargs):
             model_inputs.pop("mm_encoder_outputs", None)
         return model_inputs
@@ -569,7 +590,11 @@ class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForCond
             ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
         """
         merger_config = self.config.merger_config
-        changed = MergerConfig(**{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None})
+        if merger_config.merger_type == "none":
+            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
+        changed = MergerConfig(
+            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
+        )
         changed.num_tokens(self.config.num_patches)
         merger_config.num_merged_tokens, merger_config.merge_ratio = num_merged_tokens, None
         self.config.image_seq_length = num_merged_tokens
@@ -633,8 +658,8 @@ def load_config(path: str, config, merger_config, hub_kwargs: dict) -> tuple[Lla
     saved_merger = saved.get("merger_config")
     if adapter is not None and saved_merger is None and merger_config is None:
         raise ValueError(
-            f"The adapter's base {path} is a stock LLaVA, and an adapter does not say which merger it was trained with. "
-            f"Pass merger_config=... or merger=... as in training."
+            f"The adapter's base {path} is a stock LLaVA, and an adapter does not say which merger it was trained "
+            f"with. Pass merger_config=... or merger=... as in training."
         )
     if isinstance(merger_config, dict):
         merger_config = overlay_merger_config(saved_merger or {}, merger_config)
@@ -649,7 +674,7 @@ def load_config(path: str, config, merger_config, hub_kwargs: dict) -> tuple[Lla
 
 
 def overlay_merger_config(saved: dict, given: dict) -> dict:
-    """The fields of `given` over those that the checkpoint has for the same method; a budget replaces the other kind."""
+    """The fields of `given` over those of the checkpoint for the same method; a budget replaces the other kind."""
     if given.get("merger_type", saved.get("merger_type")) != saved.get("merger_type"):
         return given
     budget = ("num_merged_tokens", "merge_ratio")

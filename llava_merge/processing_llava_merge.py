@@ -18,6 +18,8 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         >>> processor = LlavaMergeProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", num_merged_tokens=64)
     """
 
+    _auto_class = "AutoProcessor"
+
     def __init__(
         self,
         image_processor=None,
@@ -52,18 +54,10 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
             processor.num_merged_tokens = num_merged_tokens
         return processor
 
-    @property
-    def num_merged_tokens(self) -> int | None:
-        return self._num_merged_tokens
-
-    @num_merged_tokens.setter
-    def num_merged_tokens(self, value: int | None):
-        if value is not None and value < 1:
-            raise ValueError(f"num_merged_tokens={value}: an image needs at least 1 placeholder; None keeps all of them.")
-        self._num_merged_tokens = value
-
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if self.num_merged_tokens is None or image_sizes is None:
             return super()._get_num_multimodal_tokens(image_sizes, **kwargs)
         num_images = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_merged_tokens] * num_images, num_image_patches=[1] * num_images)
+        return MultiModalData(
+            num_image_tokens=[self.num_merged_tokens] * num_images, num_image_patches=[1] * num_images
+        )

@@ -58,12 +58,14 @@ def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | 
         torch._assert_async(fits, "Image placeholders and merged tokens do not match.")
     elif not fits:
         per_row = image_mask.sum(dim=1).tolist()
-        images = f"{num_images} images give {num_features // num_images} tokens each" if num_images else "the images give"
+        images = (
+            f"{num_images} images give {num_features // num_images} tokens each" if num_images else "the images give"
+        )
         raise ValueError(
             f"The prompts hold {sum(per_row)} image placeholders (per row: {per_row}), but {images}, {num_features} in "
             f"all. Make the prompts with the number of tokens that this model merges an image into: "
-            f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, with "
-            f"M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
+            f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, "
+            f"with M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
         )
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
 
+from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.question import repeat_rows_together
 
 
@@ -109,6 +110,49 @@ def test_assisted_decoding_gives_the_greedy_ids(model):
     with torch.no_grad():
         assistant.lm_head.weight.mul_(0.5).add_(0.01 * torch.randn_like(assistant.lm_head.weight))
     assert torch.equal(generate(model, batch, images, assistant_model=assistant), greedy)
+
+
+def continued(model, batch, images, next_text: list[int], next_images):
+    """Second turn of a conversation on the cache of the first: its ids, and those without a cache."""
+    first = generate(model, batch, images, return_dict_in_generate=True, suppress_tokens=[IMAGE_ID])
+    second = torch.cat((first.sequences, torch.tensor([next_text])), dim=1)
+    batch = {"input_ids": second, "attention_mask": torch.ones_like(second)}
+    return generate(model, batch, next_images, past_key_values=first.past_key_values)[:, second.shape[1] :], second
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="transformers 4.57 drops images where the cache is filled")
+def test_a_second_turn_with_a_new_image_on_a_filled_cache():
+    model = tiny_model(agnostic(), train_merger=True)
+    images = pixels(2)
+    ids, second = continued(model, prompts([1], 9), images[:1], [IMAGE_ID] * 9 + [7, 8], images[1:])
+    whole = {"input_ids": second, "attention_mask": torch.ones_like(second)}
+    assert torch.equal(ids, generate(model, whole, images)[:, second.shape[1] :])
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="transformers 4.57 drops images where the cache is filled")
+def test_the_question_of_a_later_turn_is_its_own_text(model):
+    turns = []
+    seen = merged_features_of(
+        model,
+        lambda: turns.append(
+            continued(model, prompts([1], 9), pixels(1), [IMAGE_ID] * 9 + [7, 8], pixels(1, seed=5))[1]
+        ),
+    )
+    uncached = turns[0][:, -12:]  # the turn, and before it the answer's last token, which no forward has seen yet
+    alone = merged_features_of(model, lambda: model(uncached, pixels(1, seed=5)))
+    torch.testing.assert_close(seen[1], alone[0])
+
+
+@pytest.mark.skipif(TRANSFORMERS_V5, reason="works there")
+def test_a_filled_cache_with_images_is_refused_on_4_57(model):
+    with pytest.raises(ValueError, match="cannot add an image to a filled cache"):
+        continued(model, prompts([1], 9), pixels(1), [IMAGE_ID] * 9 + [7, 8], pixels(1))
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="4.57 has no chunks for images")
+def test_chunked_prefill_gives_the_same_ids(model):
+    batch, images = prompts([2], 9), pixels(2)
+    assert torch.equal(generate(model, batch, images, prefill_chunk_size=7), generate(model, batch, images))
 
 
 def test_left_and_right_padding_give_the_same_first_token(model):

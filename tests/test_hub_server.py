@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hub_server import LFS_THRESHOLD, HubServer, run_python
 
+
 TINY_LLAMA = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

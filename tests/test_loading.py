@@ -68,7 +68,11 @@ def assert_stock_weights(model):
 class TestOwnCheckpoint:
     def test_it_comes_back_equal(self, model_dir):
         expected = tiny_model(aware(), train_merger=True)(**BATCH).logits
-        for loader in (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText, llava_merge.AutoModelForVision2Seq):
+        for loader in (
+            LlavaMergeForConditionalGeneration,
+            AutoModelForImageTextToText,
+            llava_merge.AutoModelForVision2Seq,
+        ):
             model = loader.from_pretrained(model_dir)
             assert type(model) is LlavaMergeForConditionalGeneration
             assert torch.equal(model(**BATCH).logits, expected)
@@ -264,7 +268,9 @@ class TestAdapter:
     def test_adapter_of_a_stock_base_needs_the_merger_it_was_trained_with(self, adapter, stock_dir):
         directory, _ = adapter
         config = json.loads((directory / "adapter_config.json").read_text())
-        (directory / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(stock_dir)}))
+        (directory / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": str(stock_dir)})
+        )
         with pytest.raises(ValueError, match="Pass merger_config"):
             LlavaMergeForConditionalGeneration.from_pretrained(directory)
         model = LlavaMergeForConditionalGeneration.from_pretrained(directory, merger_config=aware())

@@ -26,11 +26,15 @@ def test_generated_ids_are_equal_to_stock_when_merger_is_identity():
     assert torch.equal(*generated)
 
 
-@pytest.mark.parametrize("config", [agnostic(), aware(), {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}])
+@pytest.mark.parametrize(
+    "config", [agnostic(), aware(), {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}]
+)
 def test_projector_runs_once_on_m_tokens(config):
     model = tiny_model(config)
     shapes = []
-    hook = model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: shapes.append((args[0].shape, out.shape)))
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda _, args, out: shapes.append((args[0].shape, out.shape))
+    )
     model(**prompts([1, 2, 0], 9), pixel_values=pixels(3))
     model.generate(**prompts([1, 2, 0], 9), pixel_values=pixels(3), max_new_tokens=3)
     hook.remove()
@@ -157,7 +161,9 @@ def test_gradients_reach_every_merger_parameter_and_nothing_else_changes_when_fr
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    without = [name for name, p in model.model.merger.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name for name, p in model.model.merger.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not without
     assert losses[-1] < 0.9 * losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -240,7 +246,9 @@ def test_attention_implementations_agree(implementation, tmp_path):
     assert loaded.model.language_model.config._attn_implementation == implementation
     inputs = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
     attended = inputs["attention_mask"].bool()
-    torch.testing.assert_close(loaded(**inputs).logits[attended], model(**inputs).logits[attended], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        loaded(**inputs).logits[attended], model(**inputs).logits[attended], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_resized_token_embeddings_keep_the_answers():
@@ -315,6 +323,8 @@ class TestBadInput:
             with pytest.raises(ValueError, match=f"num_merged_tokens={wrong}"):
                 model.set_num_merged_tokens(wrong)
         assert model.config.merger_config.num_merged_tokens == 9 == model.config.image_seq_length
+        with pytest.raises(ValueError, match="'none' keeps all tokens"):
+            tiny_model(NONE).set_num_merged_tokens(9)
 
     def test_merger_config_made_for_another_width(self):
         stock = tiny_config().to_dict()

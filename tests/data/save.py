@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Writes the checkpoint of test_loading.py that another transformers release saved: `python tests/data/save.py` on 4.57."""
+"""Writes the checkpoint that test_loading.py expects from another transformers release: run on 4.57."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,77 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The `llava-merge` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+
+try:
+    import typer
+    from PIL import Image
+except ModuleNotFoundError as error:
+    sys.exit(f"The llava-merge command needs {error.name}: pip install 'llava-merge[demo]'")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe():
+    """LLaVA with fewer visual tokens, merged in CLIP space, before the projector."""
+
+
+@app.command()
+def demo(
+    image: Annotated[Path | None, typer.Option(help="Picture to ask about; default a bundled one.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
+    num_merged_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture after merging.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")
+    ] = None,
+    merger: Annotated[str | None, typer.Option(help="Directory or Hub repo of a merger for it.")] = None,
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("llava_merge_demo.png"),
+):
+    """Answers questions about a picture with all visual tokens and with merged ones, and draws what was merged."""
+    from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
+    from llava_merge.demo.compare import Comparison
+
+    picture = open_picture(image or PICTURE)
+    questions = question or list(QUESTIONS)
+    try:
+        comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, merger)
+    except (OSError, ValueError) as error:
+        fail(error)
+    answers = [
+        (text, comparison.with_all_tokens(picture, text), comparison.with_merged_tokens(picture, text))
+        for text in questions
+    ]
+    print_answers(answers)
+    comparison.picture(picture, questions[0]).save(output)
+    typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
+
+
+def print_answers(answers):
+    """A table: each question, then answer and milliseconds with all tokens and with merged ones."""
+    _, full, merged = answers[0]
+    width = max(len(question) for question, _, _ in answers)
+    columns = [max(len(pair[i].text) for pair in answers) for i in (1, 2)]
+    columns = [max(length, 11) for length in columns]
+    heads = [f"{answer.num_image_tokens} tokens" for answer in (full, merged)]
+    typer.echo(f"{'':{width}}  {heads[0]:{columns[0] + 10}}  {heads[1]}")
+    for question, full, merged in answers:
+        cells = [
+            f"{a.text:{column}} {a.milliseconds:6.0f} ms" for a, column in zip((full, merged), columns, strict=True)
+        ]
+        typer.echo(f"{question:{width}}  {cells[0]}  {cells[1]}")
+
+
+def open_picture(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        fail(f"{path} is not a picture that can be opened: {error}")
+
+
+def fail(message):
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)

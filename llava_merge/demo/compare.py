@@ -1,0 +1,95 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Asks a model the same questions with all visual tokens and with merged ones."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.demo import MODEL_DIR
+from llava_merge.visualization import draw_merged_tokens, side_by_side
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, the image tokens it was given from, and the milliseconds from prompt to last token."""
+
+    text: str
+    num_image_tokens: int
+    milliseconds: float
+
+
+class Comparison:
+    """A LLaVA with its merger and, by `merger_bypassed()`, without: the same weights answer twice.
+
+    Args:
+        model_dir: Directory or Hub repo of a LLaVA; default the embedded one.
+        num_merged_tokens: Tokens per image after merging.
+        merger: Directory or Hub repo of a merger checkpoint; default a fresh one, which pools averages.
+    """
+
+    def __init__(
+        self, model_dir: str = str(MODEL_DIR), num_merged_tokens: int | None = None, merger: str | None = None
+    ):
+        kwargs = {"merger": merger} if merger else {"merger_config": {"num_merged_tokens": num_merged_tokens}}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        self.model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, dtype=dtype, **kwargs).to(
+            self.device
+        )
+        self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
+        if merger and num_merged_tokens:
+            self.model.set_num_merged_tokens(num_merged_tokens)
+
+    @property
+    def num_merged_tokens(self) -> int:
+        return self.model.config.merger_config.num_merged_tokens
+
+    def with_all_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
+        with self.model.merger_bypassed():
+            return self._answer(image, question, None, repeats)
+
+    def with_merged_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
+        return self._answer(image, question, self.num_merged_tokens, repeats)
+
+    def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | None, repeats: int) -> Answer:
+        """Greedy answer; the median time of `repeats` runs after one to warm up."""
+        self.processor.num_merged_tokens = num_merged_tokens
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
+        inputs = inputs.to(self.device, self.model.dtype)
+        times = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            output = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+            times.append(1000 * (time.perf_counter() - start))
+        text = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        num_image_tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return Answer(text, num_image_tokens, statistics.median(times[1:]))
+
+    def picture(self, image: Image.Image, question: str) -> Image.Image:
+        """The picture as the model crops it, and what its merged tokens keep of it."""
+        size = self.model.config.vision_config.image_size
+        cropped = crop_as_clip(image, size).resize((336, 336), Image.Resampling.BICUBIC)
+        inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)
+        words = self.processor.tokenizer(question, return_tensors="pt")["input_ids"].to(self.device)
+        with torch.no_grad():
+            features = self.model.get_vision_features(pixel_values)
+            embeds = self.model.get_input_embeddings()(words)
+            source = self.model.model.merger(features, embeds, return_source=True).source[0]
+        side = round(features.shape[1] ** 0.5)
+        return side_by_side([cropped, draw_merged_tokens(cropped, source, (side, side))])
+
+
+def crop_as_clip(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of `size` pixels, after the shorter edge has been brought to that."""
+    image = image.convert("RGB")
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,175 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The embedded model, the pictures of what was merged, and the command that shows both."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_processor, tiny_stock
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.cli import app
+from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
+from llava_merge.demo.compare import Comparison, crop_as_clip
+from llava_merge.demo.scenes import QUESTION_TYPES, ask_question, draw_scene, sample_scene, scene_rng
+from llava_merge.merging_grid import window_weights
+from llava_merge.visualization import draw_merged_tokens, side_by_side
+
+
+RESULTS = Path(__file__).parents[1] / "examples" / "results" / "demo_accuracy.json"
+ANSWERS = ("yellow", "cross", "2", "no", "left", "4")
+
+
+def ask(model, processor, asked: list[tuple]) -> list[str]:
+    """Greedy answers to (picture, question) pairs, in one batch."""
+    prompts = [f"USER: <image>\n{question} ASSISTANT:" for _, question in asked]
+    inputs = processor(images=[picture for picture, _ in asked], text=prompts, padding=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+class TestEmbeddedModel:
+    def test_it_is_small_safetensors_of_stock_architecture(self):
+        weights = load_file(MODEL_DIR / "model.safetensors")
+        assert (MODEL_DIR / "model.safetensors").stat().st_size < 25e6
+        assert {key.split(".")[0] for key in weights} == {"language_model", "vision_tower", "multi_modal_projector"}
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+        assert (MODEL_DIR / "README.md").exists()
+        model, info = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert model.config.image_seq_length >= 144
+
+    def test_the_committed_accuracy_is_at_least_90_percent_on_every_question_type(self):
+        accuracy = json.loads(RESULTS.read_text())["models"]["all tokens"]["accuracy"]
+        assert {name for name in accuracy if name != "all"} == set(QUESTION_TYPES)
+        for name in QUESTION_TYPES:
+            assert accuracy[name]["accuracy"] >= 0.90 and accuracy[name]["n"] >= 300, name
+
+    @pytest.mark.parametrize("name", QUESTION_TYPES)
+    def test_it_answers_questions_about_scenes_it_has_not_seen(self, name):
+        """A small sample of what the committed script measures; 24 of 30 would be a chance below 1 in 500 at 95 %."""
+        model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        asked, expected, index = [], [], 0
+        while len(asked) < 30:
+            rng = scene_rng("test", index)
+            scene = sample_scene(rng)
+            question = ask_question(scene, name, rng)
+            index += 1
+            if question:
+                asked.append((draw_scene(scene, model.config.vision_config.image_size), question.text))
+                expected.append(question.answer)
+        answers = ask(model, AutoProcessor.from_pretrained(MODEL_DIR), asked)
+        assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 24
+
+    def test_it_answers_the_bundled_questions_with_all_tokens(self):
+        model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        picture = Image.open(PICTURE).convert("RGB")
+        answers = ask(model, AutoProcessor.from_pretrained(MODEL_DIR), [(picture, question) for question in QUESTIONS])
+        assert tuple(answers) == ANSWERS
+
+    def test_its_chat_template_makes_the_prompt_it_was_trained_on(self):
+        processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
+        content = [{"type": "image"}, {"type": "text", "text": "What digit is shown?"}]
+        messages = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert prompt == "USER: <image>\nWhat digit is shown? ASSISTANT:"
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "4"}]})
+        assert processor.apply_chat_template(messages) == prompt + " 4</s>".replace(" 4", "4")
+
+
+class TestComparison:
+    @pytest.fixture(scope="class")
+    def comparison(self):
+        return Comparison(num_merged_tokens=36)
+
+    def test_all_tokens_are_those_of_the_stock_model(self, comparison):
+        picture = Image.open(PICTURE).convert("RGB")
+        answer = comparison.with_all_tokens(picture, QUESTIONS[0], repeats=1)
+        assert answer.text == ANSWERS[0] and answer.num_image_tokens == comparison.model.config.num_patches
+        assert answer.milliseconds > 0
+
+    def test_merged_tokens_are_fewer(self, comparison):
+        answer = comparison.with_merged_tokens(Image.open(PICTURE), QUESTIONS[0], repeats=1)
+        assert answer.num_image_tokens == 36 and answer.text
+
+    def test_the_picture_shows_the_question_and_what_is_left(self, comparison):
+        drawn = comparison.picture(Image.open(PICTURE), QUESTIONS[0])
+        assert drawn.size == (336 * 2 + 8, 336)
+
+
+class TestCommand:
+    def run(self, *arguments, code=0):
+        result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def test_demo_answers_with_both_token_counts_and_writes_a_picture(self, tmp_path):
+        output = self.run("--output", tmp_path / "demo.png")
+        num_patches = LlavaMergeForConditionalGeneration.from_pretrained(MODEL_DIR).config.num_patches
+        assert f"{num_patches} tokens" in output and f"{num_patches // 4} tokens" in output
+        assert all(question in output for question in QUESTIONS) and output.count(" ms") == 2 * len(QUESTIONS)
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+            line = next(line for line in output.splitlines() if line.startswith(question))
+            assert line.removeprefix(question).split()[0] == answer
+        assert Image.open(tmp_path / "demo.png").size == (680, 336)
+
+    def test_own_picture_question_and_budget(self, tmp_path):
+        rng = scene_rng("test", 3)
+        draw_scene(sample_scene(rng), 200).save(tmp_path / "mine.png")
+        output = self.run(
+            *("--image", tmp_path / "mine.png", "--question", "How many shapes are there?"),
+            *("--num-merged-tokens", 9, "--output", tmp_path / "out.png"),
+        )
+        assert "How many shapes are there?" in output and " 9 tokens" in output
+
+    def test_another_model(self, tmp_path):
+        tiny_stock().save_pretrained(tmp_path / "model")
+        make_processor().save_pretrained(tmp_path / "model")
+        arguments = ("--model", tmp_path / "model", "--question", "what color ?", "--output", tmp_path / "out.png")
+        assert "36 tokens" in self.run(*arguments) and (tmp_path / "out.png").exists()
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--image", "missing.png"), "missing.png is not a picture"),
+            (("--image", __file__), "is not a picture"),
+            (("--num-merged-tokens", 100_000), "num_merged_tokens=100000 is more than"),
+            (("--model", "/nowhere/at/all"), "/nowhere/at/all"),
+        ],
+    )
+    def test_bad_input_is_one_line_without_a_traceback(self, arguments, message, tmp_path):
+        output = self.run(*arguments, "--output", tmp_path / "out.png", code=1)
+        assert message in output and "Traceback" not in output
+        assert not (tmp_path / "out.png").exists()
+
+
+class TestVisualization:
+    def test_each_token_is_painted_in_the_mean_of_its_patches(self):
+        image = Image.new("RGB", (80, 80), "red")
+        image.paste("blue", (40, 0, 80, 80))
+        drawn = draw_merged_tokens(image, window_weights((4, 4), 4), (4, 4), line=1)
+        assert drawn.size == (80, 80)
+        assert drawn.getpixel((10, 10)) == (255, 0, 0) and drawn.getpixel((70, 70)) == (0, 0, 255)
+        assert drawn.getpixel((40, 10)) == (255, 255, 255)  # the line between two tokens
+        one = draw_merged_tokens(image, window_weights((4, 4), 1), (4, 4))
+        assert one.getpixel((10, 10)) == one.getpixel((70, 70)) == (128, 0, 128)
+
+    def test_source_of_another_grid_is_refused(self):
+        with pytest.raises(ValueError, match=r"\(4, 16\).*6 × 6 = 36"):
+            draw_merged_tokens(Image.new("RGB", (8, 8)), torch.ones(4, 16), (6, 6))
+
+    def test_side_by_side_brings_pictures_to_one_height(self):
+        row = side_by_side([Image.new("RGB", (50, 100)), Image.new("RGB", (100, 50))], gap=10)
+        assert row.size == (50 + 10 + 200, 100)
+
+    def test_crop_is_that_of_the_processor(self):
+        image = Image.effect_noise((120, 80), 50).convert("RGB")
+        values = make_processor().image_processor(image, return_tensors="pt", do_normalize=False)["pixel_values"][0]
+        cropped = torch.tensor(list(crop_as_clip(image, 84).tobytes())).reshape(84, 84, 3).permute(2, 0, 1) / 255
+        torch.testing.assert_close(values.float(), cropped, atol=0.02, rtol=0)

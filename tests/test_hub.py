@@ -1,0 +1,191 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Pushing and loading through the real huggingface_hub client, against a server on this machine."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import aware, make_processor, pixels, prompts, tiny_model
+from hub_server import HubServer, run_python
+from safetensors.torch import load, save_file
+
+import llava_merge
+from llava_merge import LlavaMergeProcessor
+
+
+PACKAGE = Path(llava_merge.__file__).parent
+ENTRY_FILES = ("configuration_llava_merge", "modeling_llava_merge", "processing_llava_merge")
+BATCH = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+BLOCK_PACKAGE = """
+import sys
+sys.modules["llava_merge"] = None  # import llava_merge raises ImportError
+"""
+COMPARE = """
+import torch
+from safetensors.torch import load_file
+tensors = load_file({file!r})
+expected = tensors.pop("logits")
+torch.testing.assert_close(model(**tensors).logits, expected, atol=1e-5, rtol=1e-5)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+"""
+
+
+def relative_imports(name: str) -> set[str]:
+    return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", (PACKAGE / f"{name}.py").read_text(), flags=re.MULTILINE))
+
+
+def all_relative_imports(name: str) -> set[str]:
+    found, queue = set(), [name]
+    while queue:
+        new = relative_imports(queue.pop()) - found
+        found |= new
+        queue += new
+    return found
+
+
+@pytest.mark.parametrize("entry", ENTRY_FILES)
+def test_every_sibling_that_travels_exists_and_is_named_by_the_entry_file(entry):
+    """transformers 4.57 copies no deeper than the imports of the entry file when it loads a folder."""
+    needed = all_relative_imports(entry)
+    assert all((PACKAGE / f"{name}.py").exists() for name in needed)
+    assert needed == relative_imports(entry)
+
+
+@pytest.mark.parametrize("entry", ENTRY_FILES)
+def test_files_that_travel_import_only_the_core_dependencies(entry):
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
+    standard = {"contextlib", "dataclasses", "json", "math", "os", "pathlib", "tempfile"}
+    for name in {entry, *all_relative_imports(entry)}:
+        source = (PACKAGE / f"{name}.py").read_text()
+        packages = re.findall(
+            r"^\s*(?:from|import)\s+([a-z_0-9]+)(?:\.\S+)?(?:\s+import|\s*$)", source, flags=re.MULTILINE
+        )
+        assert set(packages) <= allowed | standard, name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model with its processor, and a file with inputs and the logits they have to give."""
+    directory = tmp_path_factory.mktemp("saved") / "llava-merge-tiny"
+    model = tiny_model(aware(), train_merger=True)
+    model.save_pretrained(directory)
+    make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9).save_pretrained(directory)
+    file = directory.parent / "expected.safetensors"
+    save_file({**BATCH, "logits": model(**BATCH).logits.detach()}, file)
+    return directory, file
+
+
+@pytest.fixture
+def server():
+    with HubServer() as running:
+        yield running
+
+
+AUTO_CLASSES = ["AutoModelForImageTextToText"]
+AUTO_CLASSES += [] if llava_merge.compat.TRANSFORMERS_V5 else ["AutoModelForVision2Seq"]
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_a_saved_folder_loads_without_the_package(saved, auto_class, server, tmp_path, monkeypatch):
+    directory, file = saved
+    monkeypatch.chdir(tmp_path)
+    code = f"""
+from transformers import {auto_class}, AutoModel, AutoProcessor
+model = {auto_class}.from_pretrained({str(directory)!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(directory)!r}, trust_remote_code=True)
+assert processor.num_merged_tokens == 9 and type(processor).__name__ == "LlavaMergeProcessor"
+assert type(AutoModel.from_pretrained({str(directory)!r}, trust_remote_code=True)).__name__ == "LlavaMergeModel"
+"""
+    run_python(BLOCK_PACKAGE + code + COMPARE.format(file=str(file)), server.environment(tmp_path / "home"))
+
+
+def test_a_pushed_repo_loads_without_the_package_and_can_be_saved_again(saved, server, tmp_path, monkeypatch):
+    directory, file = saved
+    push = f"""
+import llava_merge
+model = llava_merge.LlavaMergeForConditionalGeneration.from_pretrained({str(directory)!r})
+model.push_to_hub("org/llava-merge")
+llava_merge.LlavaMergeProcessor.from_pretrained({str(directory)!r}).push_to_hub("org/llava-merge")
+"""
+    run_python(push, server.environment(tmp_path / "pusher"))
+    files = server.repos["org/llava-merge"]
+    code = {f"{name}.py" for entry in ENTRY_FILES for name in {entry, *all_relative_imports(entry)}}
+    assert code | {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files.keys()
+    card = files["README.md"].decode()
+    assert "- token-merging" in card and "- merge\n" not in card
+    assert 'from_pretrained("org/llava-merge", trust_remote_code=True)' in card and "| tokens per image | 9 |" in card
+
+    monkeypatch.chdir(tmp_path)
+    load = """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("org/llava-merge", trust_remote_code=True)
+assert AutoProcessor.from_pretrained("org/llava-merge", trust_remote_code=True).num_merged_tokens == 9
+"""
+    again = """
+model.save_pretrained("again")
+model = AutoModelForImageTextToText.from_pretrained("again", trust_remote_code=True)
+"""
+    compare = COMPARE.format(file=str(file))
+    run_python(BLOCK_PACKAGE + load + compare + again + compare, server.environment(tmp_path / "loader"))
+
+
+def test_mergers_are_pushed_alone_and_loaded_over_a_base(saved, server, tmp_path):
+    directory, file = saved
+    push = f"""
+import llava_merge
+model = llava_merge.LlavaMergeForConditionalGeneration.from_pretrained({str(directory)!r})
+model.push_merger_to_hub("org/some-merger")
+"""
+    run_python(push, server.environment(tmp_path / "pusher"))
+    files = server.repos["org/some-merger"]
+    assert {"config.json", "model.safetensors", "README.md"} <= files.keys()
+    merger = tiny_model(aware(), train_merger=True).model.merger.state_dict()
+    pushed = load(files["model.safetensors"])
+    assert pushed.keys() == merger.keys() and all(torch.equal(pushed[key], merger[key]) for key in merger)
+    assert "token-merging" in files["README.md"].decode() and 'merger="org/some-merger"' in files["README.md"].decode()
+
+    other = tmp_path / "other"
+    tiny_model({"merger_type": "average_pooling", "num_merged_tokens": 4, "num_heads": 4}).save_pretrained(other)
+    use = f"""
+import torch
+from transformers import AutoModel
+from safetensors.torch import load_file
+from llava_merge import LlavaMergeForConditionalGeneration, TokenMerger
+tensors = load_file({str(file)!r})
+expected = tensors.pop("logits")
+model = LlavaMergeForConditionalGeneration.from_pretrained({str(other)!r}, merger="org/some-merger")
+torch.testing.assert_close(model(**tensors).logits, expected, atol=1e-5, rtol=1e-5)
+model = LlavaMergeForConditionalGeneration.from_pretrained({str(other)!r})
+model.load_merger("org/some-merger")
+torch.testing.assert_close(model(**tensors).logits, expected, atol=1e-5, rtol=1e-5)
+assert type(AutoModel.from_pretrained("org/some-merger")) is TokenMerger
+"""
+    run_python(use, server.environment(tmp_path / "loader"))
+
+
+def test_a_merger_repo_loads_without_the_package(saved, server, tmp_path, monkeypatch):
+    directory, _ = saved
+    merger = tmp_path / "merger"
+    tiny_model(aware(), train_merger=True).save_merger(merger)
+    monkeypatch.chdir(tmp_path)
+    code = f"""
+import torch
+from transformers import AutoModel
+merger = AutoModel.from_pretrained({str(merger)!r}, trust_remote_code=True)
+assert merger(torch.randn(1, 36, 32)).merged_features.shape == (1, 9, 32)
+"""
+    run_python(BLOCK_PACKAGE + code, server.environment(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("method", ["push_to_hub", "push_merger_to_hub"])
+def test_a_users_model_card_is_never_overwritten(saved, server, tmp_path, method):
+    directory, _ = saved
+    server.put("org/mine", {"README.md": b"---\nlicense: mit\n---\n\n# My own words\n"})
+    push = f"""
+import llava_merge
+llava_merge.LlavaMergeForConditionalGeneration.from_pretrained({str(directory)!r}).{method}("org/mine")
+"""
+    run_python(push, server.environment(tmp_path / "pusher"))
+    assert "model.safetensors" in server.repos["org/mine"]
+    assert server.repos["org/mine"]["README.md"].decode().endswith("# My own words\n")

@@ -1,0 +1,91 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What the package promises as a package: light import, files at their places, README's commands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llava_merge
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What the parts of transformers and huggingface_hub that the core is built on import by themselves.
+BASELINE = """
+import transformers, torch, safetensors, huggingface_hub
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoModelForImageTextToText
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+"""
+MODULES = "import sys; print(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", code + MODULES], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_adds_nothing_but_the_package_to_its_dependencies():
+    ours = modules_after("import llava_merge\n")
+    added = ours - modules_after(BASELINE) - sys.stdlib_module_names
+    assert added <= {"llava_merge"}
+    assert not ours & {"peft", "gradio", "matplotlib", "vllm", "typer", "datasets", "tensorboard"}
+
+
+def test_import_does_not_build_or_patch_anything():
+    code = """
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor, PreTrainedModel
+classes = (LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor, PreTrainedModel)
+before = [dict(vars(each)) for each in classes]
+import llava_merge
+assert before == [dict(vars(each)) for each in classes]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_top_level_is_as_agreed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
+    assert top == {"llava_merge", "examples", "tests", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
+
+
+def test_metadata_is_in_one_place():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"demo", "train", "serve", "test", "dev"} == set(project["optional-dependencies"])
+    assert {re.split("[<>=]", name)[0] for name in project["dependencies"]} == {
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+    }
+    assert project["scripts"] == {"llava-merge": "llava_merge.cli:app"}
+    assert "[metadata]" not in (ROOT / "setup.cfg").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", llava_merge.__version__) and "py.typed" in os.listdir(ROOT / "llava_merge")
+
+
+def test_exports_are_there():
+    assert all(hasattr(llava_merge, name) for name in llava_merge.__all__)
+
+
+def test_readme_has_two_commands_and_a_changelog():
+    section = README.split("## Two commands")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.strip().splitlines()]
+    assert len(lines) == 2 and "llava-merge demo" in lines[0] and "pytest" in lines[1]
+    assert "## Changelog" in README
+
+
+def test_readme_example_code_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for name in re.findall(r"from llava_merge import ([\w, ]+)", block):
+            assert all(hasattr(llava_merge, part.strip()) for part in name.split(","))
