@@ -1,11 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 from transformers import LlavaConfig, PretrainedConfig
-from transformers.utils import logging
 
 from .compat import HAS_SUB_CONFIG_SPECS, sub_config_attributes
 
-
-logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_merge.LlavaMergeConfig",

@@ -1,5 +1,4 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,45 +13,30 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
-from transformers.utils import find_adapter_config_file, logging
 from transformers.utils.generic import can_return_tuple
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
-from .compat import (
-    cached_tokens,
-    hidden_states_to_keep,
-    image_features_result,
-    is_prefill,
-    register_llava_key_mapping,
-)
+from .compat import hidden_states_to_keep, image_features_result, register_llava_key_mapping
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .hub import (
-    MERGER_USAGE,
-    MODEL_USAGE,
+from .generation_llava_merge import EncodesImagesBeforeForward
+from .hub import MERGER_USAGE, MODEL_USAGE, push_card_if_missing, save_at_once
+from .loading import (
+    HUB_KWARGS,
     check_adapter_is_safetensors,
     check_safetensors_files,
-    push_card_if_missing,
+    for_other_repo,
+    is_merger_key,
+    load_config,
     refuse_missing_weights,
-    save_at_once,
 )
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, check_grid, find_merging_method
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import window_weights  # noqa: F401
 from .merging_none import Identity  # noqa: F401
-from .question import (
-    check_placeholders,
-    image_rows,
-    question_mask_of_rows,
-    repeat_rows_together,
-    scatter_image_features,
-)
+from .question import check_placeholders, image_rows, question_mask_of_rows, scatter_image_features
 
-
-logger = logging.get_logger(__name__)
-
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
 
@@ -177,12 +161,12 @@ class TokenMerger(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; a repo without a model card gets one."""
-        push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs.get("token"), private=kwargs.get("private"))
+        push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs)
         return super().push_to_hub(repo_id, **kwargs)
 
 
 class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
-    """What the headless model and the one with a language-modelling head share: loading."""
+    """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
 
     config_class = LlavaMergeConfig
 
@@ -218,7 +202,7 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         check_safetensors_files(path)
         check_adapter_is_safetensors(path)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        merger_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+        merger_kwargs = for_other_repo(hub_kwargs)
         if merger is not None:
             merger_config = MergerConfig.from_pretrained(merger, **merger_kwargs)
         config, has_merger = load_config(path, config, merger_config, hub_kwargs)
@@ -231,6 +215,61 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         if merger is not None:
             model.load_merger(merger, **merger_kwargs)
         return (model, info) if wants_info else model
+
+    @property
+    def core(self) -> "LlavaMergeModel":
+        """The model that holds tower, merger, projector and language model."""
+        raise NotImplementedError
+
+    @contextmanager
+    def merger_bypassed(self):
+        """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
+
+        The prompts need all placeholders then: a processor with `num_merged_tokens=None`.
+        """
+        was_enabled = self.core.merger_enabled
+        self.core.merger_enabled = False
+        try:
+            yield self
+        finally:
+            self.core.merger_enabled = was_enabled
+
+    def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
+        """Changes M of the model, and of `processor` if given; the weights stay.
+
+        Raises:
+            ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
+        """
+        merger_config = self.config.merger_config
+        if merger_config.merger_type == "none":
+            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
+        changed = MergerConfig(
+            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
+        )
+        changed.num_tokens(self.config.num_patches)
+        merger_config.num_merged_tokens, merger_config.merge_ratio = num_merged_tokens, None
+        self.config.image_seq_length = num_merged_tokens
+        if processor is not None:
+            processor.num_merged_tokens = num_merged_tokens
+
+    def save_merger(self, save_directory: str):
+        """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all."""
+        save_at_once(self.core.merger.save_pretrained, save_directory)
+
+    def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
+        """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.
+
+        Raises:
+            ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
+        """
+        weight = self.core.multi_modal_projector.linear_1.weight
+        merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": weight.dtype, **kwargs})
+        self.config.set_merger_config(merger.config)
+        self.core.merger = merger.to("cpu" if weight.is_meta else weight.device)
+
+    def push_merger_to_hub(self, repo_id: str, **kwargs):
+        """Pushes the merger alone; `model.load_merger(repo_id)` gets it back. Arguments of `push_to_hub`."""
+        return self.core.merger.push_to_hub(repo_id, **kwargs)
 
 
 class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
@@ -250,6 +289,10 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.merger_enabled = True
         self.post_init()
+
+    @property
+    def core(self) -> "LlavaMergeModel":
+        return self
 
     def get_vision_features(
         self,
@@ -306,13 +349,22 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`."""
         if not self.merger_enabled:
             return features
+        weight = next(self.merger.parameters(), features)
+        if weight.device.type != "meta":  # an offloaded merger is brought to the features instead
+            features = features.to(weight.device)
         return self.merger(features, question_embeds, question_mask, grid=grid).merged_features
 
-    def _image_outputs(
-        self, pixel_values, layer=None, strategy=None, question_embeds=None, question_mask=None, **kwargs
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question_embeds: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """The tower's output, with the merged and projected (M, hidden) features of each image as `pooler_output`."""
-        features, outputs = self._encode(pixel_values, layer, strategy, **kwargs)
+        features, outputs = self._encode(pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs)
         patch_size = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
         merged = self.merge(features, question_embeds, question_mask, grid)  # (I, M, vision_dim)
@@ -341,7 +393,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
             A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
             `pooler_output`, a tuple with `return_dict=False`.
         """
-        outputs = self._image_outputs(
+        outputs = self.encode_images(
             pixel_values,
             vision_feature_layer,
             vision_feature_select_strategy,
@@ -414,7 +466,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         if pixel_values is not None or image_outputs is not None:
             image_mask = self.get_image_mask(input_ids, inputs_embeds)
         if pixel_values is not None:
-            image_outputs = self._image_outputs(
+            image_outputs = self.encode_images(
                 pixel_values,
                 vision_feature_layer,
                 vision_feature_select_strategy,
@@ -441,7 +493,9 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         )
 
 
-class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
+class LlavaMergeForConditionalGeneration(
+    EncodesImagesBeforeForward, LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+):
     """LLaVA that merges each image's visual tokens before the projector: a drop-in for LlavaForConditionalGeneration.
 
     Example:
@@ -457,6 +511,10 @@ class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForCond
         self.model = LlavaMergeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def core(self) -> LlavaMergeModel:
+        return self.model
 
     def get_vision_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
         """The tower's features of each image before merging and projecting: (I, N, vision_dim)."""
@@ -511,118 +569,9 @@ class LlavaMergeForConditionalGeneration(LlavaMergePreTrainedModel, LlavaForCond
             **kwargs,
         )
 
-    # generate() encodes the images once per prompt, with the prompt as their question, on every transformers release:
-    # before rows are repeated for beams, and before drafts of assisted decoding stand behind the prompt.
-
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
-        """5.19 and newer encode the images here, without a question; ours are encoded in the next step, with it."""
-        return model_kwargs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
-    ):
-        if model_kwargs.get("pixel_values") is not None:
-            self._encode_images_for_generation(input_ids, model_kwargs)
-        encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoded and expand_size > 1:
-            self._expand_encoded_images(encoded["image"], input_ids, model_kwargs.get("inputs_embeds"), expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if encoded:
-            model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
-
-    def _encode_images_for_generation(self, input_ids: Tensor | None, model_kwargs: dict):
-        """Replaces `pixel_values` and what goes with it in `model_kwargs` by `mm_encoder_outputs`."""
-        pixel_values = model_kwargs.pop("pixel_values")
-        question_mask = model_kwargs.pop("question_mask", None)
-        layer = model_kwargs.pop("vision_feature_layer", None)
-        strategy = model_kwargs.pop("vision_feature_select_strategy", None)
-        image_mask, inputs_embeds = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
-        masks = [image_mask, model_kwargs.get("attention_mask"), question_mask]
-        cached = cached_tokens(model_kwargs.get("past_key_values"))  # turns before this one
-        image_mask, attention_mask, question_mask = (None if mask is None else mask[:, cached:] for mask in masks)
-        question = self.model.get_question(
-            inputs_embeds[:, cached:], image_mask, len(pixel_values), attention_mask, question_mask
-        )
-        outputs = self.model._image_outputs(pixel_values, layer, strategy, **question)
-        model_kwargs["mm_encoder_outputs"] = {"image": outputs}
-
-    def _expand_encoded_images(self, outputs, input_ids, inputs_embeds, times: int):
-        """Repeats the images of each row together, as its text is repeated for beams and return sequences."""
-        image_mask, _ = self._prompt(input_ids, inputs_embeds)
-        features = torch.stack(list(outputs.pooler_output))  # (I, M, hidden)
-        image_counts = image_mask.sum(dim=1) // features.shape[1]
-        order = repeat_rows_together(image_counts, times).to(features.device)
-        outputs.pooler_output = list(features[order])
-
-    def _prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Placeholder mask (B, L) and embeddings (B, L, hidden) of a prompt given as ids or as embeddings."""
-        if inputs_embeds is not None:
-            return self.model.get_image_mask(None, inputs_embeds), inputs_embeds
-        return self.model.get_image_mask(input_ids, None), self.get_input_embeddings()(input_ids)
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        """Encoded images go into the prefill only; after that they are in the cache."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if not is_prefill(kwargs):
-            model_inputs.pop("mm_encoder_outputs", None)
-        return model_inputs
-
-    @contextmanager
-    def merger_bypassed(self):
-        """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
-
-        The prompts need all placeholders then: a processor with `num_merged_tokens=None`.
-        """
-        was_enabled = self.model.merger_enabled
-        self.model.merger_enabled = False
-        try:
-            yield self
-        finally:
-            self.model.merger_enabled = was_enabled
-
-    def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
-        """Changes M of the model, and of `processor` if given; the weights stay.
-
-        Raises:
-            ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
-        """
-        merger_config = self.config.merger_config
-        if merger_config.merger_type == "none":
-            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
-        changed = MergerConfig(
-            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
-        )
-        changed.num_tokens(self.config.num_patches)
-        merger_config.num_merged_tokens, merger_config.merge_ratio = num_merged_tokens, None
-        self.config.image_seq_length = num_merged_tokens
-        if processor is not None:
-            processor.num_merged_tokens = num_merged_tokens
-
-    def save_merger(self, save_directory: str):
-        """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all."""
-        save_at_once(self.model.merger.save_pretrained, save_directory)
-
-    def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
-        """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.
-
-        Raises:
-            ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
-        """
-        weight = self.model.multi_modal_projector.linear_1.weight
-        merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": weight.dtype, **kwargs})
-        self.config.set_merger_config(merger.config)
-        self.model.merger = merger.to(weight.device)
-
-    def push_merger_to_hub(self, repo_id: str, **kwargs):
-        """Pushes the merger alone; `model.load_merger(repo_id)` gets it back. Arguments of `push_to_hub`."""
-        return self.model.merger.push_to_hub(repo_id, **kwargs)
-
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers, with the code; a repo without a model card gets one."""
-        push_card_if_missing(self, repo_id, MODEL_USAGE, kwargs.get("token"), private=kwargs.get("private"))
+        push_card_if_missing(self, repo_id, MODEL_USAGE, kwargs)
         return super().push_to_hub(repo_id, **kwargs)
 
 
@@ -640,44 +589,3 @@ class LearnableTokenMergerV3(TokenMerger):
         if config is None:
             config = MergerConfig(merger_type="fixed_pooling", vision_dim=d_vision, text_dim=d_text, **kwargs)
         super().__init__(config)
-
-
-def is_merger_key(key: str) -> bool:
-    return key.startswith(("merger.", "model.merger."))
-
-
-def load_config(path: str, config, merger_config, hub_kwargs: dict) -> tuple[LlavaMergeConfig, bool]:
-    """Config for the checkpoint at `path`, and whether that has to hold the weights of the merger which it names.
-
-    `config` and `merger_config` replace what the checkpoint says, a dict `merger_config` field by field.
-    """
-    adapter = find_adapter_config_file(path, **hub_kwargs)
-    if adapter is not None:
-        path = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-    saved, _ = PretrainedConfig.get_config_dict(path, **hub_kwargs)
-    saved_merger = saved.get("merger_config")
-    if adapter is not None and saved_merger is None and merger_config is None:
-        raise ValueError(
-            f"The adapter's base {path} is a stock LLaVA, and an adapter does not say which merger it was trained "
-            f"with. Pass merger_config=... or merger=... as in training."
-        )
-    if isinstance(merger_config, dict):
-        merger_config = overlay_merger_config(saved_merger or {}, merger_config)
-    if not isinstance(config, LlavaMergeConfig):
-        fields = saved if config is None else config.to_dict()
-        fields = {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
-        config = LlavaMergeConfig.from_dict({**fields, "merger_config": merger_config or saved_merger})
-    elif merger_config is not None:
-        config.set_merger_config(merger_config)
-    saved_type = (saved_merger or {}).get("merger_type")
-    return config, saved_type == config.merger_config.merger_type
-
-
-def overlay_merger_config(saved: dict, given: dict) -> dict:
-    """The fields of `given` over those of the checkpoint for the same method; a budget replaces the other kind."""
-    if given.get("merger_type", saved.get("merger_type")) != saved.get("merger_type"):
-        return given
-    budget = ("num_merged_tokens", "merge_ratio")
-    if any(name in given for name in budget):
-        saved = {name: value for name, value in saved.items() if name not in budget}
-    return {**saved, **given}
