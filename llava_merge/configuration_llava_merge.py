@@ -1,7 +1,10 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import copy
+import inspect
+
 from transformers import LlavaConfig, PretrainedConfig
 
-from .compat import HAS_SUB_CONFIG_SPECS, sub_config_attributes
+from .compat import sub_config_attributes
 
 
 AUTO_MAP = {
@@ -10,6 +13,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
+SIZES = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", "num_heads")
+OTHER = ("self", "kwargs")
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
@@ -64,20 +69,20 @@ class MergerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def _check_values(self):
-        if self.num_merged_tokens is not None and self.num_merged_tokens < 1:
+        sizes = {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        sizes |= {f"query_grid[{index}]": size for index, size in enumerate(self.query_grid or ())}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r}: has to be a whole number of at least 1.")
+        if self.merger_type == "none" and (self.num_merged_tokens or self.merge_ratio):
             raise ValueError(
-                f"num_merged_tokens={self.num_merged_tokens}: at least 1 token has to be left of an image."
+                f"merger_type='none' keeps all tokens, but num_merged_tokens={self.num_merged_tokens} and "
+                f"merge_ratio={self.merge_ratio} ask for fewer: leave both out, or choose a merger."
             )
         if self.merge_ratio is not None and not 0 < self.merge_ratio <= 1:
             raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
         if self.init not in ("average_pooling", "random"):
             raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
-        for name in ("vision_dim", "internal_dim"):
-            if getattr(self, name) % self.num_heads:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} cannot be split into num_heads={self.num_heads} equal heads; "
-                    f"choose a num_heads that divides it."
-                )
 
     def num_tokens(self, num_patches: int) -> int:
         """Tokens M that N = `num_patches` visual tokens become.
@@ -120,10 +125,7 @@ class LlavaMergeConfig(LlavaConfig):
     """
 
     model_type = "llava_merge"
-    if HAS_SUB_CONFIG_SPECS:
-        sub_configs_defaults = sub_config_attributes(LlavaConfig, "merger_config", MergerConfig)["sub_configs_defaults"]
-    else:
-        sub_configs = sub_config_attributes(LlavaConfig, "merger_config", MergerConfig)["sub_configs"]
+    locals().update(sub_config_attributes(LlavaConfig, "merger_config", MergerConfig))
 
     def __init__(self, merger_config: MergerConfig | dict | None = None, **kwargs):
         self.merger_config = None
@@ -146,7 +148,12 @@ class LlavaMergeConfig(LlavaConfig):
         """Fits `merger_config` to this model and makes it the merger's; the config is unchanged where it raises."""
         widths = {"vision_dim": self.merged_vision_dim, "text_dim": self.text_config.hidden_size}
         if isinstance(merger_config, dict):
+            check_merger_fields(merger_config)
             merger_config = MergerConfig(**{**widths, **merger_config})
+        else:
+            merger_config = copy.deepcopy(merger_config)  # it may be another model's too
+        if not merger_config.question_aware:
+            merger_config.text_dim = widths["text_dim"]  # nothing depends on it
         for name, width in widths.items():
             if getattr(merger_config, name) != width:
                 raise ValueError(
@@ -157,3 +164,16 @@ class LlavaMergeConfig(LlavaConfig):
         self.merger_config = merger_config
         if merger_config.merger_type != "none":
             merger_config.num_merged_tokens = self.image_seq_length = num_tokens
+
+
+def check_merger_fields(fields: dict):
+    """Refuses misspelt fields, which would otherwise be kept and ignored.
+
+    Raises:
+        ValueError: A field that a merger's configuration does not have.
+    """
+    known = {*MergerConfig().to_dict(), *PretrainedConfig().to_dict(), "auto_map", "dtype", "torch_dtype"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        own = ", ".join(name for name in inspect.signature(MergerConfig.__init__).parameters if name not in OTHER)
+        raise ValueError(f"merger_config has no field {', '.join(unknown)}; its fields are {own}.")

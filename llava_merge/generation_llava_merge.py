@@ -22,12 +22,14 @@ class EncodesImagesBeforeForward:
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ):
         if model_kwargs.get("pixel_values") is not None:
+            if model_kwargs.get("mm_encoder_outputs"):
+                raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             self._encode_images_for_generation(input_ids, model_kwargs)
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
         if encoded and expand_size > 1:
-            encoded = self._expand_encoded_images(
-                encoded["image"], input_ids, model_kwargs.get("inputs_embeds"), expand_size
-            )
+            image_mask, _ = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
+            image_mask = image_mask[:, cached_tokens(model_kwargs.get("past_key_values")) :]
+            encoded = self._expand_encoded_images(encoded["image"], image_mask, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -51,9 +53,8 @@ class EncodesImagesBeforeForward:
         outputs = self.model.encode_images(pixel_values, **options, **question)
         model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=outputs.pooler_output)}
 
-    def _expand_encoded_images(self, outputs, input_ids, inputs_embeds, times: int) -> dict:
+    def _expand_encoded_images(self, outputs, image_mask: Tensor, times: int) -> dict:
         """The images of each row repeated together, as its text is repeated for beams and return sequences."""
-        image_mask, _ = self._prompt(input_ids, inputs_embeds)
         features = torch.stack(list(outputs.pooler_output))  # (I, M, hidden)
         image_counts = image_mask.sum(dim=1) // features.shape[1]
         order = repeat_rows_together(image_counts, times).to(features.device)

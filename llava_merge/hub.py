@@ -49,14 +49,14 @@ processor = LlavaMergeProcessor.from_pretrained(base, num_merged_tokens=model.co
 def save_at_once(save, directory: str | os.PathLike):
     """Calls `save(path)` with a temporary directory beside `directory`, then moves the files there.
 
-    A save that fails or is killed leaves `directory` as it was.
+    A save that fails leaves `directory` as it was; config.json is moved last.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
         save(temporary)
         directory.mkdir(exist_ok=True)
-        for file in Path(temporary).iterdir():
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, directory / file.name)
 
 

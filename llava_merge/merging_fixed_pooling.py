@@ -84,13 +84,20 @@ class FixedPooling(MergingMethod):
     and learns which patches of the window matter. The second looks at the whole image, in each head through a window of
     learned width, and enters through `output_proj`, which starts at zero. With `init="random"` only the second is left,
     without windows and with random weights: the plain resampler (Perceiver, arXiv 2103.03206; Flamingo, 2204.14198).
-    Pooling as the start: D-Abstractor (2312.06742). One map of queries for every M: after MQT (2405.19315).
+    `source` is that of the first attention. Pooling as the start: D-Abstractor (2312.06742). One map of queries for
+    every M: after MQT (2405.19315).
     """
 
     uses_question = True
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)
+        for name in ("vision_dim", "internal_dim"):
+            if getattr(config, name) % config.num_heads:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} cannot be split into num_heads={config.num_heads} equal heads; "
+                    f"choose a num_heads that divides it."
+                )
         if config.query_grid is None:
             lengths = slots_per_row(config.num_merged_tokens or 256)
             config.query_grid = [len(lengths), max(lengths)]

@@ -23,11 +23,12 @@ from .generation_llava_merge import EncodesImagesBeforeForward
 from .hub import MERGER_USAGE, MODEL_USAGE, push_card_if_missing, save_at_once
 from .loading import (
     HUB_KWARGS,
+    LLAVA_FIELDS,
     check_adapter_is_safetensors,
-    check_safetensors_files,
     for_other_repo,
-    is_merger_key,
-    load_config,
+    load_merger_config,
+    naming_broken_files,
+    plan_loading,
     refuse_missing_weights,
 )
 from .merging_average_pooling import AveragePooling  # noqa: F401
@@ -116,7 +117,7 @@ class TokenMerger(PreTrainedModel):
         return self.method(features, context)
 
     def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:
-        if num_tokens is None:
+        if num_tokens is None or self.config.merger_type == "none":
             return self.config.num_tokens(num_patches)
         if not 1 <= num_tokens <= num_patches:
             raise ValueError(f"num_tokens={num_tokens}: has to be from 1 to the {num_patches} visual tokens.")
@@ -137,17 +138,17 @@ class TokenMerger(PreTrainedModel):
         Raises:
             ValueError: A weight is missing, or a file is truncated or corrupted.
         """
-        check_safetensors_files(pretrained_model_name_or_path)
+        path = pretrained_model_name_or_path
         config = kwargs.pop("config", None)
         if config is None:
-            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            config = MergerConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            config = load_merger_config(path, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
         wants_info = kwargs.pop("output_loading_info", False)
         if find_merging_method(config).training_free:  # transformers cannot load a model without weights
             return (cls(config), {}) if wants_info else cls(config)
         kwargs = {**kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
-        merger, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        refuse_missing_weights(pretrained_model_name_or_path, info["missing_keys"])
+        with naming_broken_files(path, kwargs.get("subfolder")):
+            merger, info = super().from_pretrained(path, *args, **kwargs)
+        refuse_missing_weights(path, info["missing_keys"])
         return (merger, info) if wants_info else merger
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -157,7 +158,7 @@ class TokenMerger(PreTrainedModel):
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
         custom_object_save(self, save_directory, config=self.config)
-        self.config.save_pretrained(save_directory)
+        self.config.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; a repo without a model card gets one."""
@@ -196,24 +197,23 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             ValueError: Weights are missing (those of a fresh merger may), a file is truncated or corrupted, or the
                 merger does not fit the model.
         """
-        if merger is not None and merger_config is not None:
-            raise ValueError(f"merger={merger!r} brings its own configuration; leave out either it or merger_config.")
+        if pretrained_model_name_or_path is None:  # a config and a state_dict
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
         path = str(pretrained_model_name_or_path)
-        check_safetensors_files(path)
-        check_adapter_is_safetensors(path)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        merger_kwargs = for_other_repo(hub_kwargs)
-        if merger is not None:
-            merger_config = MergerConfig.from_pretrained(merger, **merger_kwargs)
-        config, has_merger = load_config(path, config, merger_config, hub_kwargs)
+        if config is None:
+            overrides = {name: kwargs.pop(name) for name in LLAVA_FIELDS if name in kwargs}
+        else:
+            overrides = {}
+        plan = plan_loading(path, config, overrides, merger, merger_config, hub_kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
+        with naming_broken_files(path, kwargs.get("subfolder")):
+            model, info = super().from_pretrained(path, *model_args, config=plan.config, **kwargs)
         if not allow_missing_weights:
-            missing = [key for key in info["missing_keys"] if has_merger or not is_merger_key(key)]
-            refuse_missing_weights(path, missing)
+            plan.check_loaded_keys(path, info)
         if merger is not None:
-            model.load_merger(merger, **merger_kwargs)
+            model.load_merger(merger, **for_other_repo(hub_kwargs))
         return (model, info) if wants_info else model
 
     @property
@@ -247,7 +247,8 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
         )
         changed.num_tokens(self.config.num_patches)
-        merger_config.num_merged_tokens, merger_config.merge_ratio = num_merged_tokens, None
+        for config in (merger_config, self.core.merger.config):  # one and the same, but for PEFT's copy
+            config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
         self.config.image_seq_length = num_merged_tokens
         if processor is not None:
             processor.num_merged_tokens = num_merged_tokens
@@ -262,10 +263,21 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         Raises:
             ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
         """
-        weight = self.core.multi_modal_projector.linear_1.weight
-        merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": weight.dtype, **kwargs})
+        merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": self.dtype, **kwargs})
         self.config.set_merger_config(merger.config)
-        self.core.merger = merger.to("cpu" if weight.is_meta else weight.device)
+        merger.config = merger.method.config = self.config.merger_config
+        device = self.core.multi_modal_projector.linear_1.weight.device
+        self.core.merger = merger.to("cpu" if device.type == "meta" else device)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """As in transformers, from safetensors only.
+
+        Raises:
+            ValueError: The adapter is a pickle.
+        """
+        if peft_model_id is not None:
+            check_adapter_is_safetensors(peft_model_id)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def push_merger_to_hub(self, repo_id: str, **kwargs):
         """Pushes the merger alone; `model.load_merger(repo_id)` gets it back. Arguments of `push_to_hub`."""
@@ -336,7 +348,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         if pixel_values.ndim != 4 or not resized and tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
                 f"pixel_values have shape {tuple(pixel_values.shape)}; the tower takes images as (images, channels, "
-                f"{size}, {size}). Use the model's own processor, or pass interpolate_pos_encoding=True."
+                f"{size}, {size}). Use the model's own processor."
             )
 
     def merge(
@@ -350,9 +362,11 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         if not self.merger_enabled:
             return features
         weight = next(self.merger.parameters(), features)
-        if weight.device.type != "meta":  # an offloaded merger is brought to the features instead
-            features = features.to(weight.device)
-        return self.merger(features, question_embeds, question_mask, grid=grid).merged_features
+        device = features.device if weight.is_meta else weight.device  # an offloaded merger comes to the features
+        # the budget of this config: PEFT copies the merger with a config of its own
+        num_tokens = self.config.merger_config.num_merged_tokens
+        output = self.merger(features.to(device, weight.dtype), question_embeds, question_mask, num_tokens, grid)
+        return output.merged_features.to(features.dtype)
 
     def encode_images(
         self,
@@ -429,7 +443,8 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         check_placeholders(image_mask, num_images * num_tokens, num_images)
         readable = question_mask_of_rows(image_mask, attention_mask, question_mask)
         rows = image_rows(image_mask, num_images, num_tokens)
-        return {"question_embeds": inputs_embeds[rows], "question_mask": readable[rows]}
+        question_embeds = inputs_embeds[rows.to(inputs_embeds.device)]
+        return {"question_embeds": question_embeds, "question_mask": readable[rows]}
 
     @can_return_tuple
     def forward(
@@ -475,7 +490,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
             )
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output))  # (I·M, hidden)
-            inputs_embeds = scatter_image_features(inputs_embeds, image_mask, image_features)
+            inputs_embeds = scatter_image_features(inputs_embeds, image_mask, list(image_outputs.pooler_output))
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -516,6 +531,14 @@ class LlavaMergeForConditionalGeneration(
     def core(self) -> LlavaMergeModel:
         return self.model
 
+    def _refuse_unmarked_answers(self):
+        if self.model.merger_enabled and self.config.merger_config.question_aware:
+            raise ValueError(
+                "A question-aware merger in training mode got neither labels nor question_mask, so that it cannot tell "
+                "the question from the answer and would read both. Pass labels, or question_mask (batch, tokens) where "
+                "the Trainer takes the labels away (label_smoothing_factor, compute_loss_func)."
+            )
+
     def get_vision_features(self, pixel_values: Tensor, **kwargs) -> Tensor:
         """The tower's features of each image before merging and projecting: (I, N, vision_dim)."""
         return self.model.get_vision_features(pixel_values, **kwargs)
@@ -549,6 +572,8 @@ class LlavaMergeForConditionalGeneration(
 
         The other arguments, and the result, are those of [`~transformers.LlavaForConditionalGeneration`].
         """
+        if self.training and labels is None and question_mask is None and pixel_values is not None:
+            self._refuse_unmarked_answers()
         if labels is not None and pixel_values is not None:
             prompt = labels == -100
             question_mask = prompt if question_mask is None else prompt & question_mask.bool()

@@ -22,6 +22,8 @@ def question_mask_of_rows(image_mask: Tensor, attention_mask: Tensor | None, que
     for name, mask in (("attention_mask", attention_mask), ("question_mask", question_mask)):
         if mask is None:
             continue
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            mask = mask[:, -readable.shape[1] :]  # with a filled cache it also covers what is in there
         if not isinstance(mask, Tensor) or mask.shape != readable.shape:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -32,13 +34,20 @@ def question_mask_of_rows(image_mask: Tensor, attention_mask: Tensor | None, que
     return readable
 
 
-def scatter_image_features(inputs_embeds: Tensor, image_mask: Tensor, image_features: Tensor) -> Tensor:
-    """Puts `image_features` (I·M, hidden) into the placeholders (B, L) of `inputs_embeds` (B, L, hidden).
+def scatter_image_features(inputs_embeds: Tensor, image_mask: Tensor, features_of_images: list[Tensor]) -> Tensor:
+    """Puts the (M, hidden) features of each image into the placeholders (B, L) of `inputs_embeds` (B, L, hidden).
 
     Raises:
-        ValueError: The counts differ.
+        ValueError: The counts or the widths differ.
     """
-    check_placeholders(image_mask, image_features.shape[0])
+    image_features = torch.cat(features_of_images)  # (I·M, hidden)
+    same_length = len({len(features) for features in features_of_images}) == 1  # not so in a chunk of a prompt
+    check_placeholders(image_mask, image_features.shape[0], len(features_of_images) if same_length else None)
+    if image_features.shape[-1] != inputs_embeds.shape[-1]:
+        raise ValueError(
+            f"The image features are {image_features.shape[-1]} wide, the language model's embeddings "
+            f"{inputs_embeds.shape[-1]}: they were encoded by another model. Encode the images with this one."
+        )
     image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(image_mask[:, :, None].to(inputs_embeds.device), image_features)
 

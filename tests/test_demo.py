@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The embedded model, the pictures of what was merged, and the command that shows both."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from typer.testing import CliRunner
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.cli import app
 from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
-from llava_merge.demo.compare import Comparison, crop_as_clip
+from llava_merge.demo.compare import Comparison
 from llava_merge.demo.scenes import QUESTION_TYPES, ask_question, draw_scene, sample_scene, scene_rng
 from llava_merge.merging_grid import window_weights
 from llava_merge.visualization import draw_merged_tokens, side_by_side
 
 
-RESULTS = Path(__file__).parents[1] / "examples" / "results" / "demo_accuracy.json"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RESULTS = EXAMPLES / "results" / "demo_accuracy.json"
 ANSWERS = ("yellow", "cross", "2", "no", "left", "4")
 
 
@@ -32,6 +34,13 @@ def ask(model, processor, asked: list[tuple]) -> list[str]:
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class TestEmbeddedModel:
@@ -73,14 +82,26 @@ class TestEmbeddedModel:
         answers = ask(model, AutoProcessor.from_pretrained(MODEL_DIR), [(picture, question) for question in QUESTIONS])
         assert tuple(answers) == ANSWERS
 
-    def test_its_chat_template_makes_the_prompt_it_was_trained_on(self):
-        processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
+    def test_prompts_are_tokenised_as_in_training(self):
+        processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR, num_merged_tokens=1)
         content = [{"type": "image"}, {"type": "text", "text": "What digit is shown?"}]
-        messages = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert prompt == "USER: <image>\nWhat digit is shown? ASSISTANT:"
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": "4"}]})
-        assert processor.apply_chat_template(messages) == prompt + " 4</s>".replace(" 4", "4")
+        ids = processor(images=Image.new("RGB", (50, 50)), text=prompt)["input_ids"][0]
+        builder = load_example("train_demo_model").TextBuilder(processor.tokenizer._tokenizer)
+        tokens, labels = builder.encode([("What digit is shown?", "4")])
+        trained = [*builder.prefix, processor.image_token_id, *tokens[labels == -100]]
+        assert ids == trained[: len(ids)] and set(trained[len(ids) :]) == {processor.tokenizer.pad_token_id}
+        answer = processor.decode(tokens[labels != -100], skip_special_tokens=True)
+        assert answer.strip() == "4" and tokens[labels != -100][-1] == processor.tokenizer.eos_token_id
+
+
+def test_quickstart_example_runs(capsys):
+    load_example("quickstart").main()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["36 tokens", "16 tokens", "all tokens", "loaded again, 16 tokens"]
+    answers = [line.split(": ")[1] for line in lines]
+    assert answers[2] == ANSWERS[0] and answers[1] == answers[3]
 
 
 class TestComparison:
@@ -101,6 +122,9 @@ class TestComparison:
     def test_the_picture_shows_the_question_and_what_is_left(self, comparison):
         drawn = comparison.picture(Image.open(PICTURE), QUESTIONS[0])
         assert drawn.size == (336 * 2 + 8, 336)
+        seen = torch.tensor(list(drawn.crop((0, 0, 336, 336)).tobytes())).float()
+        given = torch.tensor(list(Image.open(PICTURE).convert("RGB").tobytes())).float()
+        assert (seen - given).abs().mean() < 4  # it went through the size of the tower
 
 
 class TestCommand:
@@ -167,9 +191,3 @@ class TestVisualization:
     def test_side_by_side_brings_pictures_to_one_height(self):
         row = side_by_side([Image.new("RGB", (50, 100)), Image.new("RGB", (100, 50))], gap=10)
         assert row.size == (50 + 10 + 200, 100)
-
-    def test_crop_is_that_of_the_processor(self):
-        image = Image.effect_noise((120, 80), 50).convert("RGB")
-        values = make_processor().image_processor(image, return_tensors="pt", do_normalize=False)["pixel_values"][0]
-        cropped = torch.tensor(list(crop_as_clip(image, 84).tobytes())).reshape(84, 84, 3).permute(2, 0, 1) / 255
-        torch.testing.assert_close(values.float(), cropped, atol=0.02, rtol=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, agnostic, aware, pixels, prompts, scale_up, tiny_config, tiny_model, tiny_stock
+from conftest import NUM_PATCHES, agnostic, aware, pixels, prompts, tiny_config, tiny_model, tiny_stock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -109,6 +109,23 @@ class TestOwnCheckpoint:
         model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config=pooling)
         assert not list(model.model.merger.parameters())
 
+    def test_auto_classes_take_a_budget_too(self, model_dir):
+        model = AutoModelForImageTextToText.from_pretrained(model_dir, merger_config={"num_merged_tokens": 4})
+        assert model.config.merger_config.num_merged_tokens == 4 == model.config.image_seq_length
+        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+
+    @pytest.mark.parametrize("fields", [{"init": "random"}, {"num_heads": 2}, {"question_aware": False}])
+    def test_what_the_weights_were_trained_as_cannot_be_changed(self, model_dir, fields):
+        with pytest.raises(ValueError, match=f"trained with {next(iter(fields))}=.* cannot be changed"):
+            LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config=fields)
+
+    def test_a_merger_replaces_one_of_the_same_type(self, model_dir, tmp_path):
+        other = tiny_model(agnostic(4), train_merger=True)
+        other.save_merger(tmp_path)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger=str(tmp_path))
+        batch = {**prompts([1, 2], 4), "pixel_values": pixels(3)}
+        assert torch.equal(model(**batch).logits, other(**batch).logits)
+
 
 class TestStockCheckpoint:
     def test_old_key_layout_misses_only_merger_weights(self, stock_dir):
@@ -145,6 +162,12 @@ class TestStockCheckpoint:
     def test_a_quarter_of_the_tokens_is_the_default(self, stock_dir):
         model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config={"num_heads": 4})
         assert model.config.merger_config.num_merged_tokens == 9 == model.config.image_seq_length
+
+    def test_config_fields_can_be_given_as_in_stock(self, stock_dir):
+        fields = {"merger_config": agnostic(), "vision_feature_layer": -3}
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, **fields)
+        hidden = model.model.vision_tower(pixels(1), output_hidden_states=True).hidden_states[-3][:, 1:]
+        assert torch.equal(model.get_vision_features(pixels(1)), hidden)
 
     def test_merger_checkpoint_is_laid_over_it(self, stock_dir, merger_dir):
         model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(merger_dir))
@@ -206,6 +229,23 @@ class TestMergerCheckpoint:
         model.save_pretrained(tmp_path)
         assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(**BATCH).logits, expected)
 
+    def test_a_whole_model_is_no_merger(self, model_dir):
+        with pytest.raises(ValueError, match="'llava_merge', not of a merger. .*save_merger"):
+            tiny_model(aware()).load_merger(model_dir)
+
+    def test_an_agnostic_merger_fits_a_language_model_of_another_width(self, tmp_path):
+        config = MergerConfig(num_merged_tokens=9, num_heads=4, vision_dim=32, text_dim=4096)
+        TokenMerger(config).save_pretrained(tmp_path)
+        model = tiny_model(aware(4))
+        model.load_merger(tmp_path)
+        assert model(**prompts([1], 9), pixel_values=pixels(1)).image_hidden_states.shape == (9, 64)
+
+    def test_a_full_precision_merger_works_in_a_half_precision_model(self):
+        model = tiny_model(aware(), train_merger=True).to(torch.bfloat16)
+        model.model.merger.float()
+        output = model(**{**BATCH, "pixel_values": pixels(3).to(torch.bfloat16)})
+        assert output.image_hidden_states.dtype == torch.bfloat16 and output.logits.isfinite().all()
+
     def test_it_takes_the_dtype_of_the_model(self, merger_dir):
         model = tiny_model(agnostic()).to(torch.bfloat16)
         model.load_merger(merger_dir)
@@ -266,7 +306,7 @@ class TestAdapter:
         torch.testing.assert_close(loader.from_pretrained(directory)(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
 
     def test_adapter_of_a_stock_base_needs_the_merger_it_was_trained_with(self, adapter, stock_dir):
-        directory, _ = adapter
+        directory, expected = adapter
         config = json.loads((directory / "adapter_config.json").read_text())
         (directory / "adapter_config.json").write_text(
             json.dumps({**config, "base_model_name_or_path": str(stock_dir)})
@@ -274,13 +314,32 @@ class TestAdapter:
         with pytest.raises(ValueError, match="Pass merger_config"):
             LlavaMergeForConditionalGeneration.from_pretrained(directory)
         model = LlavaMergeForConditionalGeneration.from_pretrained(directory, merger_config=aware())
-        assert model.config.merger_config.num_merged_tokens == 9
+        torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
+
+    def test_a_merger_over_an_adapter_is_refused(self, adapter, merger_dir):
+        with pytest.raises(ValueError, match="would replace the merger .* model.load_adapter"):
+            LlavaMergeForConditionalGeneration.from_pretrained(adapter[0], merger=str(merger_dir))
+
+    def test_the_budget_can_be_changed_with_an_adapter(self, adapter):
+        model = LlavaMergeForConditionalGeneration.from_pretrained(adapter[0])
+        model.set_num_merged_tokens(4)
+        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+
+    def test_a_truncated_base_is_refused_with_its_path(self, adapter, model_dir, tmp_path):
+        directory, _ = adapter
+        base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+        (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+        config = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+        with pytest.raises(ValueError, match=f"{base}/model.safetensors"):
+            LlavaMergeForConditionalGeneration.from_pretrained(directory)
 
     def test_a_pickled_adapter_is_never_opened(self, adapter):
         directory, _ = adapter
         (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
-        with pytest.raises(ValueError, match="adapter_model.bin is a pickle"):
-            LlavaMergeForConditionalGeneration.from_pretrained(directory)
+        for loader in (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText):
+            with pytest.raises(ValueError, match="adapter_model.bin is a pickle"):
+                loader.from_pretrained(directory)
 
 
 class TestBrokenCheckpoint:
@@ -309,14 +368,16 @@ class TestBrokenCheckpoint:
             TokenMerger.from_pretrained(directory)
 
     @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-    def test_broken_safetensors_are_refused_with_their_path(self, copy, damage):
+    def test_broken_safetensors_are_refused_with_their_path(self, copy, merger_dir, damage):
         path = copy / "model.safetensors"
         content = path.read_bytes()
         path.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"x" * 500, "empty": b""}[damage])
         with pytest.raises(ValueError, match=f"{path}.*truncated or not a safetensors file"):
             LlavaMergeForConditionalGeneration.from_pretrained(copy)
-        with pytest.raises(ValueError, match=f"{path}.*truncated"):
-            tiny_model(aware()).load_merger(copy)
+        merger = Path(shutil.copytree(merger_dir, copy / "merger")) / "model.safetensors"
+        merger.write_bytes(path.read_bytes())
+        with pytest.raises(ValueError, match=f"{merger}.*truncated"):
+            tiny_model(aware()).load_merger(merger.parent)
 
     def test_a_pickle_is_never_opened(self, copy):
         class Exploit:
@@ -353,4 +414,3 @@ def test_weights_of_a_fresh_model_are_initialised(stock_dir):
         for name, parameter in model.model.merger.named_parameters():
             assert parameter.isfinite().all() and parameter.abs().max() < 10, name
         assert 0.01 < model.model.merger.method.pool_queries.std() < 0.03
-    scale_up(built)

@@ -194,6 +194,28 @@ def test_set_num_merged_tokens_serves_every_budget_with_one_checkpoint(num_token
     assert torch.equal(again(**batch).logits, output.logits)
 
 
+def test_images_can_be_encoded_once_for_several_questions():
+    model = tiny_model(agnostic(), train_merger=True)
+    encoded = {"image": model.model.encode_images(pixels(1))}
+    for seed in (1, 2):
+        batch = prompts([1], 9, seed=seed)
+        plain = model(**batch, pixel_values=pixels(1)).logits
+        assert torch.equal(model(**batch, mm_encoder_outputs=encoded).logits, plain)
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+        ids = [
+            model.generate(**batch, **images, **options)
+            for images in ({"pixel_values": pixels(1)}, {"mm_encoder_outputs": encoded})
+        ]
+        assert torch.equal(*ids)
+
+
+def test_models_do_not_share_the_merger_config_they_were_given():
+    config = MergerConfig(num_merged_tokens=9, num_heads=4, vision_dim=32, text_dim=64)
+    models = [tiny_model(config) for _ in range(2)]
+    models[0].set_num_merged_tokens(4)
+    assert models[1].config.merger_config.num_merged_tokens == 9 == config.num_merged_tokens
+
+
 def test_text_only_prompts_work():
     stock, model = tiny_stock(), tiny_model(aware())
     batch = prompts([0, 0], 9)
@@ -286,13 +308,40 @@ class TestBadInput:
             ({"init": "zeros"}, "init='zeros'"),
             ({"num_heads": 5}, "num_heads=5"),
             ({"vision_dim": 64}, "vision_dim=64, this model needs vision_dim=32"),
-            ({"text_dim": 32}, "text_dim=32, this model needs text_dim=64"),
+            ({"text_dim": 32, "question_aware": True}, "text_dim=32, this model needs text_dim=64"),
+            ({"num_merge_tokens": 4}, "no field num_merge_tokens; its fields are merger_type, num_merged_tokens"),
+            ({"num_merged_tokens": 4.5}, "num_merged_tokens=4.5: has to be a whole number"),
+            ({"num_merged_tokens": "9"}, "num_merged_tokens='9'"),
+            ({"query_grid": [0, 3]}, r"query_grid\[0\]=0"),
+            ({"merger_type": "none", "num_merged_tokens": 9}, "'none' keeps all tokens"),
             ({"merger_type": "average_pooling", "question_aware": True}, "does not read the question"),
         ],
     )
     def test_merger_config(self, fields, message):
         with pytest.raises(ValueError, match=message):
             tiny_model({"num_heads": 4, **fields})
+
+    def test_placeholders_of_one_row_do_not_take_the_image_of_another(self):
+        """5 and 13 placeholders are 18 in all, as two images of 9 tokens are."""
+        rows = [[IMAGE_ID] * 5 + [7] * 9, [IMAGE_ID] * 13 + [7]]
+        with pytest.raises(ValueError, match=r"per row: \[5, 13\]"):
+            tiny_model(agnostic())(torch.tensor(rows), pixels(2))
+
+    def test_training_without_a_mark_on_the_answers(self):
+        """As under Trainer(label_smoothing_factor=0.1), which takes the labels away."""
+        model = tiny_model(aware()).train()
+        batch = {**prompts([1], 9), "pixel_values": pixels(1)}
+        with pytest.raises(ValueError, match="neither labels nor question_mask"):
+            model(**batch)
+        model(**batch, question_mask=torch.ones_like(batch["input_ids"], dtype=torch.bool))
+        tiny_model(agnostic()).train()(**batch)
+
+    def test_images_given_twice(self):
+        model = tiny_model(agnostic())
+        encoded = {"image": model.model.encode_images(pixels(1))}
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match="either as pixel_values or encoded"):
+                call(**prompts([1], 9), pixel_values=pixels(1), mm_encoder_outputs=encoded)
 
     def test_wrong_image_size(self):
         with pytest.raises(ValueError, match=r"\(1, 3, 70, 70\).*\(images, channels, 84, 84\)"):

@@ -142,11 +142,14 @@ def test_trainer_trains_the_merger_alone(tmp_path, gradient_checkpointing):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
+    gradients, layer_calls = [], []
     for checkpointing in (False, True):
         model = tiny_model(aware(), train_merger=True).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        calls = []
+        model.model.language_model.layers[0].mlp.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        layer_calls.append(calls)
         batch = prompts([1, 2], 9)
         model(
             **batch, pixel_values=pixels(3), labels=batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100)
@@ -154,6 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append(
             {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         )
+    assert [len(calls) for calls in layer_calls] == [1, 2]  # once more in the backward
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)

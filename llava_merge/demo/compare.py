@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
-from llava_merge.visualization import draw_merged_tokens, side_by_side
+from llava_merge.visualization import draw_merged_tokens, side_by_side, to_image
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Comparison:
     def __init__(
         self, model_dir: str = str(MODEL_DIR), num_merged_tokens: int | None = None, merger: str | None = None
     ):
-        kwargs = {"merger": merger} if merger else {"merger_config": {"num_merged_tokens": num_merged_tokens}}
+        budget = {"num_merged_tokens": num_merged_tokens} if num_merged_tokens else {}
+        kwargs = {"merger": merger} if merger else {"merger_config": budget}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         self.model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, dtype=dtype, **kwargs).to(
@@ -71,25 +72,22 @@ class Comparison:
         num_image_tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
         return Answer(text, num_image_tokens, statistics.median(times[1:]))
 
+    @torch.no_grad()
     def picture(self, image: Image.Image, question: str) -> Image.Image:
-        """The picture as the model crops it, and what its merged tokens keep of it."""
-        size = self.model.config.vision_config.image_size
-        cropped = crop_as_clip(image, size).resize((336, 336), Image.Resampling.BICUBIC)
+        """What the model sees of the picture, and what its merged tokens keep of it."""
         inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)
+        pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)  # (1, 3, H, W)
         words = self.processor.tokenizer(question, return_tensors="pt")["input_ids"].to(self.device)
-        with torch.no_grad():
-            features = self.model.get_vision_features(pixel_values)
-            embeds = self.model.get_input_embeddings()(words)
-            source = self.model.model.merger(features, embeds, return_source=True).source[0]
-        side = round(features.shape[1] ** 0.5)
-        return side_by_side([cropped, draw_merged_tokens(cropped, source, (side, side))])
+        question_embeds = self.model.get_input_embeddings()(words)
+        features = self.model.get_vision_features(pixel_values)
+        source = self.model.model.merger(features, question_embeds, return_source=True).source[0]  # (M, N)
+        patch_size = self.model.config.vision_config.patch_size
+        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        seen = self.undo_normalization(pixel_values[0].float().cpu()).resize((336, 336), Image.Resampling.BICUBIC)
+        return side_by_side([seen, draw_merged_tokens(seen, source, grid)])
 
-
-def crop_as_clip(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of `size` pixels, after the shorter edge has been brought to that."""
-    image = image.convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    def undo_normalization(self, pixel_values: torch.Tensor) -> Image.Image:
+        """(3, H, W) as the tower gets it → picture."""
+        processor = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        return to_image(((pixel_values * std + mean) * 255).permute(1, 2, 0))

@@ -396,8 +396,6 @@ def _pair(scene: Scene, present: bool, rng: random.Random) -> tuple[str, str]:
 
 def _ask_position(scene: Scene, rng: random.Random) -> Asked:
     named = _named_objects(scene)
-    if len(named) > 1 and rng.random() < 0.3:
-        return _ask_relation(*rng.sample(named, 2), rng)
     if not named:
         return None
     name, item = rng.choice(named)
@@ -414,16 +412,6 @@ def _named_objects(scene: Scene) -> list[tuple[str, SceneObject]]:
         for item in scene.shapes
         if shapes[item.shape] > 1 and pairs[item.color, item.shape] == 1
     ]
-
-
-def _ask_relation(first: tuple[str, SceneObject], second: tuple[str, SceneObject], rng: random.Random) -> Asked:
-    """Asks about rows or columns, whichever differ; yes and no are equally likely."""
-    rows, columns = second[1].row - first[1].row, second[1].column - first[1].column
-    vertical = rows != 0 and (columns == 0 or rng.random() < 0.5)
-    relations = ("above", "below") if vertical else ("to the left of", "to the right of")
-    relation = rng.choice(relations)
-    holds = (relation == relations[0]) == ((rows if vertical else columns) > 0)
-    return f"Is the {first[0]} {relation} the {second[0]}?", "yes" if holds else "no"
 
 
 def _ask_digit(scene: Scene, rng: random.Random) -> Asked:
