@@ -12,7 +12,7 @@ from llava_merge.merging_grid import sample_query_map, slots_per_row, squared_di
 
 
 METHODS = {
-    "none": {},
+    "none": {"num_merged_tokens": None},
     "average_pooling": {},
     "fixed_pooling": {},
     "fixed_pooling-question": {"question_aware": True},
