@@ -52,7 +52,7 @@ IGNORED = -100
 PATCH_SIZE = 14
 TEXT_LENGTH = 128
 CAPTION_PROMPTS = ("Describe the picture.", "Describe the image.", "What is in the picture?", "What do you see?")
-TYPE_WEIGHTS = {"color": 2.0, "shape": 0.5, "count": 2.0, "existence": 1.5, "position": 2.0, "digit": 0.4}
+TYPE_WEIGHTS = {"color": 0.6, "shape": 0.4, "count": 2.5, "existence": 1.5, "position": 3.0, "digit": 0.4}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ 'USER: ' if message['role'] == 'user' else ('ASSISTANT: ' if message['role'] == 'assistant' else '') }}"
@@ -453,7 +453,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model, its log and stage checkpoints")
     parser.add_argument("--init", type=Path, help="saved folder to go on from; give stages that are done 0 minutes")
     parser.add_argument("--image-size", type=int, default=168, help="a multiple of 42: patches of 14 in thirds")
-    parser.add_argument("--vision", type=int, nargs=3, default=(128, 5, 4), help="width, layers, heads")
+    parser.add_argument("--vision", type=int, nargs=3, default=(96, 5, 3), help="width, layers, heads")
     parser.add_argument("--text", type=int, nargs=3, default=(128, 5, 4), help="width, layers, heads")
     parser.add_argument("--num-scenes", type=int, default=30_000)
     parser.add_argument("--tower-minutes", type=float, default=14)
@@ -479,7 +479,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     pictures = draw_all(args.num_scenes, args.image_size).to(args.device)
-    tokenizer = build_tokenizer()
+    tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json")) if args.init else build_tokenizer()
     builder = TextBuilder(tokenizer)
     config = model_config(args.image_size, args.vision, args.text, tokenizer.get_vocab_size())
     model = LlavaForConditionalGeneration(LlavaConfig.from_dict({**config, "dtype": "float32"})).float()
