@@ -32,9 +32,13 @@ def demo(
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("llava_merge_demo.png"),
 ):
     """Answers questions about a picture with all visual tokens and with merged ones, and draws what was merged."""
+    from transformers.utils import logging
+
     from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
 
+    logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
+    logging.disable_progress_bar()
     picture = open_picture(image or PICTURE)
     questions = question or list(QUESTIONS)
     try:
@@ -46,7 +50,10 @@ def demo(
         for text in questions
     ]
     print_answers(answers)
-    comparison.picture(picture, questions[0]).save(output)
+    try:
+        comparison.picture(picture, questions[0]).save(output)
+    except (OSError, ValueError) as error:
+        fail(f"{output} cannot be written: {error}")
     typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
 
 

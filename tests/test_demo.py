@@ -24,7 +24,7 @@ from llava_merge.visualization import draw_merged_tokens, side_by_side
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "results" / "demo_accuracy.json"
-ANSWERS = ("yellow", "cross", "2", "no", "left", "4")
+ANSWERS = ("yellow", "cross", "5", "no", "left", "4")
 
 
 def ask(model, processor, asked: list[tuple]) -> list[str]:

@@ -9,7 +9,7 @@ PICTURE = Path(__file__).parent / "picture.png"
 QUESTIONS = (
     "What color is the star?",
     "What shape is the blue object?",
-    "How many circles are there?",
+    "How many shapes are there?",
     "Is there a purple heart?",
     "Where is the star?",
     "What digit is shown?",
