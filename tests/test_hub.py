@@ -55,7 +55,7 @@ def test_every_sibling_that_travels_exists_and_is_named_by_the_entry_file(entry)
 @pytest.mark.parametrize("entry", ENTRY_FILES)
 def test_files_that_travel_import_only_the_core_dependencies(entry):
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
-    standard = {"contextlib", "dataclasses", "json", "math", "os", "pathlib", "tempfile"}
+    standard = {"contextlib", "copy", "dataclasses", "inspect", "json", "math", "os", "pathlib", "tempfile"}
     for name in {entry, *all_relative_imports(entry)}:
         source = (PACKAGE / f"{name}.py").read_text()
         packages = re.findall(
