@@ -148,7 +148,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         calls = []
-        model.model.language_model.layers[0].mlp.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        model.model.language_model.layers[0].input_layernorm.register_forward_hook(
+            lambda *args, calls=calls: calls.append(1)
+        )
         layer_calls.append(calls)
         batch = prompts([1, 2], 9)
         model(
