@@ -130,6 +130,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "pillow": PIL.__version__,
         "hardware": hardware,
+        "threads": str(torch.get_num_threads()),
         "command": shlex.join(["python", *sys.argv]),
     }
 
@@ -144,7 +145,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=str(MODEL_DIR), help="saved folder or Hub name of a LLaVA")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--per-type", type=int, default=300, help="questions of a type")
-    parser.add_argument("--budgets", type=int, nargs="*", default=[36, 16, 9, 4], help="merged tokens an image")
+    parser.add_argument(
+        "--budgets", type=int, nargs="*", default=[144, 64, 36, 16, 9, 4], help="merged tokens an image"
+    )
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

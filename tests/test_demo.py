@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from llava_merge.visualization import draw_merged_tokens, side_by_side
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "results" / "demo_accuracy.json"
+README = EXAMPLES.parent / "README.md"
 ANSWERS = ("yellow", "cross", "5", "no", "left", "4")
 
 
@@ -46,26 +48,34 @@ def load_example(name: str):
 class TestEmbeddedModel:
     def test_it_is_small_safetensors_of_stock_architecture(self):
         weights = load_file(MODEL_DIR / "model.safetensors")
-        assert (MODEL_DIR / "model.safetensors").stat().st_size < 25e6
+        assert (MODEL_DIR / "model.safetensors").stat().st_size < 14e6
         assert {key.split(".")[0] for key in weights} == {"language_model", "vision_tower", "multi_modal_projector"}
         assert all(tensor.isfinite().all() for tensor in weights.values())
         assert (MODEL_DIR / "README.md").exists()
         model, info = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        assert model.config.image_seq_length >= 144
+        assert model.config.vision_config.image_size == 336 and model.config.image_seq_length == 576
 
-    def test_the_committed_accuracy_is_at_least_90_percent_on_every_question_type(self):
+    def test_the_committed_accuracy_is_at_least_95_percent_on_every_question_type(self):
         accuracy = json.loads(RESULTS.read_text())["models"]["all tokens"]["accuracy"]
         assert {name for name in accuracy if name != "all"} == set(QUESTION_TYPES)
         for name in QUESTION_TYPES:
-            assert accuracy[name]["accuracy"] >= 0.90 and accuracy[name]["n"] >= 300, name
+            assert accuracy[name]["accuracy"] >= 0.95 and accuracy[name]["n"] >= 300, name
+
+    def test_the_readme_says_what_was_measured(self):
+        readme, measured = README.read_text(encoding="utf-8"), json.loads(RESULTS.read_text())
+        for row in measured["models"].values():
+            cells = [f"{100 * row['accuracy'][name]['accuracy']:.1f}" for name in (*QUESTION_TYPES, "all")]
+            cells = " | ".join([*cells, f"{row['seconds']:.1f}"])
+            assert re.search(rf"^\| {row['image_tokens']} \([^|]*\) \| {re.escape(cells)} \|$", readme, re.MULTILINE)
+        assert all(measured[name] in readme for name in ("torch", "transformers", "command"))
 
     @pytest.mark.parametrize("name", QUESTION_TYPES)
     def test_it_answers_questions_about_scenes_it_has_not_seen(self, name):
-        """A small sample of what the committed script measures; 24 of 30 would be a chance below 1 in 500 at 95 %."""
+        """A small sample of what the committed script measures; at 99 %, 1 in 1000 would have three wrong answers."""
         model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
         asked, expected, index = [], [], 0
-        while len(asked) < 30:
+        while len(asked) < 20:
             rng = scene_rng("test", index)
             scene = sample_scene(rng)
             question = ask_question(scene, name, rng)
@@ -74,7 +84,7 @@ class TestEmbeddedModel:
                 asked.append((draw_scene(scene, model.config.vision_config.image_size), question.text))
                 expected.append(question.answer)
         answers = ask(model, AutoProcessor.from_pretrained(MODEL_DIR), asked)
-        assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 24
+        assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 18
 
     def test_it_answers_the_bundled_questions_with_all_tokens(self):
         model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
@@ -99,16 +109,17 @@ class TestEmbeddedModel:
 def test_quickstart_example_runs(capsys):
     load_example("quickstart").main()
     lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["36 tokens", "16 tokens", "all tokens", "loaded again, 16 tokens"]
-    answers = [line.split(": ")[1] for line in lines]
-    assert answers[2] == ANSWERS[0] and answers[1] == answers[3]
+    labels, answers = zip(*(line.split(": ") for line in lines), strict=True)
+    assert labels == ("144 tokens", "16 tokens", "all tokens", "loaded again, 16 tokens")
+    assert answers[0] == answers[2] == ANSWERS[0] and answers[1] == answers[3]
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return Comparison(num_merged_tokens=36)
 
 
 class TestComparison:
-    @pytest.fixture(scope="class")
-    def comparison(self):
-        return Comparison(num_merged_tokens=36)
-
     def test_all_tokens_are_those_of_the_stock_model(self, comparison):
         picture = Image.open(PICTURE).convert("RGB")
         answer = comparison.with_all_tokens(picture, QUESTIONS[0], repeats=1)
