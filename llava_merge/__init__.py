@@ -13,12 +13,8 @@ from .merging_base import (
     list_mergers,
     register_merging_method,
 )
-from .modeling_llava_merge import (
-    LearnableTokenMergerV3,
-    LlavaMergeForConditionalGeneration,
-    LlavaMergeModel,
-    TokenMerger,
-)
+from .modeling_llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
+from .modeling_token_merger import LearnableTokenMergerV3, TokenMerger
 from .processing_llava_merge import LlavaMergeProcessor
 from .version import __version__
 

@@ -4,7 +4,7 @@ import inspect
 
 from transformers import LlavaConfig, PretrainedConfig
 
-from .compat import sub_config_attributes
+from .compat import add_sub_config
 
 
 AUTO_MAP = {
@@ -13,8 +13,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
-SIZES = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", "num_heads")
-OTHER = ("self", "kwargs")
+WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", "num_heads")
+BUDGET = ("num_merged_tokens", "merge_ratio")
+# Fields that a merger's weights were trained with, though their shapes may fit other values too.
+TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
@@ -69,7 +71,7 @@ class MergerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def _check_values(self):
-        sizes = {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        sizes = {name: getattr(self, name) for name in WHOLE_NUMBERS if getattr(self, name) is not None}
         sizes |= {f"query_grid[{index}]": size for index, size in enumerate(self.query_grid or ())}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
@@ -83,6 +85,27 @@ class MergerConfig(PretrainedConfig):
             raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
         if self.init not in ("average_pooling", "random"):
             raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, of a merger checkpoint.
+
+        Raises:
+            ValueError: It is a checkpoint of something else.
+        """
+        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of {fields.get('model_type')!r}, not of a merger. "
+                f"Save the merger of a model with model.save_merger(directory) and load that."
+            )
+        return cls.from_dict(fields, **kwargs)
+
+    def set_vision_dim(self, vision_dim: int):
+        """Changes the width of the features, and `internal_dim` where that was half of it."""
+        if self.internal_dim == self.vision_dim // 2:
+            self.internal_dim = vision_dim // 2
+        self.vision_dim = vision_dim
 
     def num_tokens(self, num_patches: int) -> int:
         """Tokens M that N = `num_patches` visual tokens become.
@@ -111,6 +134,7 @@ class MergerConfig(PretrainedConfig):
         return self.num_merged_tokens
 
 
+@add_sub_config("merger_config", MergerConfig)
 class LlavaMergeConfig(LlavaConfig):
     """Configuration of a LLaVA with a token merger: [`~transformers.LlavaConfig`] plus `merger_config`.
 
@@ -125,13 +149,37 @@ class LlavaMergeConfig(LlavaConfig):
     """
 
     model_type = "llava_merge"
-    locals().update(sub_config_attributes(LlavaConfig, "merger_config", MergerConfig))
 
     def __init__(self, merger_config: MergerConfig | dict | None = None, **kwargs):
         self.merger_config = None
         super().__init__(**kwargs)
         self.set_merger_config(merger_config if merger_config is not None else {})
-        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        self.auto_map = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads the configuration of a llava_merge or a stock LLaVA checkpoint; arguments as in transformers.
+
+        Args:
+            merger_config: Laid over that of the checkpoint: an object, or a dict field by field.
+
+        Raises:
+            ValueError: The checkpoint is of another architecture, or `merger_config` does not fit its merger.
+        """
+        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(fields, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; `merger_config` and the fields of stock LLaVA are read as by `from_pretrained`."""
+        fields = stock_or_own_fields(config_dict)
+        fields["merger_config"] = lay_over(fields.get("merger_config"), kwargs.pop("merger_config", None))
+        return super().from_dict(fields, **kwargs)
+
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        if name == "vision_feature_layer" and self.__dict__.get("merger_config") is not None:
+            self.merger_config.set_vision_dim(self.merged_vision_dim)
 
     @property
     def num_patches(self) -> int:
@@ -161,9 +209,67 @@ class LlavaMergeConfig(LlavaConfig):
                     f"merger made for this model, or MergerConfig(..., {name}={width}) for a new one."
                 )
         num_tokens = merger_config.num_tokens(self.num_patches)
+        merger_config._attn_implementation = self._attn_implementation
         self.merger_config = merger_config
         if merger_config.merger_type != "none":
             merger_config.num_merged_tokens = self.image_seq_length = num_tokens
+
+
+def stock_or_own_fields(fields: dict) -> dict:
+    """A copy of a checkpoint's configuration `fields` as those of a [`LlavaMergeConfig`].
+
+    Raises:
+        ValueError: It is the configuration of another architecture.
+    """
+    model_type = fields.get("model_type", LlavaMergeConfig.model_type)
+    if model_type == LlavaMergeConfig.model_type:
+        return dict(fields)
+    if model_type != LlavaConfig.model_type:
+        raise ValueError(
+            f"This is a checkpoint of model_type={model_type!r}; only LLaVA (model_type='llava', such as "
+            f"llava-hf/llava-1.5-7b-hf) and llava_merge checkpoints can be loaded. Mergers are loaded with merger=..."
+        )
+    return {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
+
+
+def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerConfig | dict | None:
+    """The merger configuration `given` over that of a checkpoint; a dict field by field where the method is the same.
+
+    Raises:
+        ValueError: A field does not exist, or is one that the checkpoint's weights were trained with.
+    """
+    if given is None:
+        return saved
+    if isinstance(given, dict):
+        check_merger_fields(given)
+        merger_type = given.get("merger_type")
+    else:
+        given = copy.deepcopy(given)
+        merger_type = given.merger_type
+    if saved is None or merger_type not in (None, saved["merger_type"]):
+        return given
+    if not isinstance(given, dict):
+        given.query_grid = given.query_grid or saved["query_grid"]
+        check_trained_with(saved, given.to_dict())
+        return given
+    check_trained_with(saved, given)
+    replaced = {*BUDGET, *given} if {*BUDGET} & {*given} else {*given}
+    return {**{name: value for name, value in saved.items() if name not in replaced}, **given}
+
+
+def check_trained_with(saved: dict, given: dict):
+    """Refuses another value of a field that the weights of the `saved` merger were trained with.
+
+    Raises:
+        ValueError: There is one; it is named.
+    """
+    for name in TRAINED_WITH:
+        asked = list(given[name]) if isinstance(given.get(name), tuple) else given.get(name, saved[name])
+        if asked != saved[name]:
+            raise ValueError(
+                f"The merger of this checkpoint was trained with {name}={saved[name]!r}, which cannot be changed to "
+                f"{asked!r}. Leave {name} out of merger_config, or start from the stock LLaVA."
+            )
 
 
 def check_merger_fields(fields: dict):
@@ -175,5 +281,5 @@ def check_merger_fields(fields: dict):
     known = {*MergerConfig().to_dict(), *PretrainedConfig().to_dict(), "auto_map", "dtype", "torch_dtype"}
     unknown = sorted(set(fields) - known)
     if unknown:
-        own = ", ".join(name for name in inspect.signature(MergerConfig.__init__).parameters if name not in OTHER)
-        raise ValueError(f"merger_config has no field {', '.join(unknown)}; its fields are {own}.")
+        _, *own, _ = inspect.signature(MergerConfig.__init__).parameters
+        raise ValueError(f"merger_config has no field {', '.join(unknown)}; its fields are {', '.join(own)}.")

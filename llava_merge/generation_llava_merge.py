@@ -1,13 +1,18 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat import cached_tokens, is_prefill
-from .question import repeat_rows_together
+from .compat import FORWARD_TAKES_ENCODED_IMAGES
+from .compat_generation import KeepsEncodedImagesToThePrefill
+from .question import last_images_of_rows, repeat_rows_together
 
 
-class EncodesImagesBeforeForward:
+TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+
+class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     """Mixin for `generate`: the images are encoded once per prompt, with the prompt as their question.
 
     On every transformers release that happens at the same moment: before rows are repeated for beams, so that each
@@ -15,7 +20,7 @@ class EncodesImagesBeforeForward:
     """
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
-        """5.19 and newer encode the images here, without a question; ours are encoded in the next step, with it."""
+        """5.18 and newer encode the images here, without a question; ours are encoded in the next step, with it."""
         return model_kwargs
 
     def _expand_inputs_for_generation(
@@ -26,10 +31,8 @@ class EncodesImagesBeforeForward:
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             self._encode_images_for_generation(input_ids, model_kwargs)
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoded and expand_size > 1:
-            image_mask, _ = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
-            image_mask = image_mask[:, cached_tokens(model_kwargs.get("past_key_values")) :]
-            encoded = self._expand_encoded_images(encoded["image"], image_mask, expand_size)
+        if encoded:
+            encoded = self._expand_encoded_images(encoded["image"], input_ids, model_kwargs, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -38,23 +41,45 @@ class EncodesImagesBeforeForward:
         return input_ids, model_kwargs
 
     def _encode_images_for_generation(self, input_ids: Tensor | None, model_kwargs: dict):
-        """Replaces `pixel_values` and what goes with it in `model_kwargs` by `mm_encoder_outputs`."""
-        pixel_values = model_kwargs.pop("pixel_values")
+        """Puts `mm_encoder_outputs` into `model_kwargs`, in the place of `pixel_values` and what goes with them."""
         question_mask = model_kwargs.pop("question_mask", None)
-        names = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        options = {name: model_kwargs.pop(name, None) for name in names}
+        options = {name: model_kwargs.pop(name, None) for name in TOWER_OPTIONS}
+        pixel_values = model_kwargs["pixel_values"]
         image_mask, inputs_embeds = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
-        masks = [image_mask, model_kwargs.get("attention_mask"), question_mask]
-        cached = cached_tokens(model_kwargs.get("past_key_values"))  # turns before this one
-        image_mask, attention_mask, question_mask = (None if mask is None else mask[:, cached:] for mask in masks)
-        question = self.model.get_question(
-            inputs_embeds[:, cached:], image_mask, len(pixel_values), attention_mask, question_mask
+        cached = num_cached_inputs(image_mask.shape[1], model_kwargs)  # turns before this one
+        if cached:
+            pixel_values = self._images_not_in_cache(pixel_values, image_mask, cached)
+        if FORWARD_TAKES_ENCODED_IMAGES or pixel_values is None:
+            model_kwargs.pop("pixel_values")
+        if pixel_values is None:
+            return
+        outputs = self.model.encode_images_of_prompt(
+            pixel_values,
+            image_mask[:, cached:],
+            inputs_embeds[:, cached:],
+            model_kwargs.get("attention_mask"),
+            question_mask,
+            **options,
         )
-        outputs = self.model.encode_images(pixel_values, **options, **question)
         model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=outputs.pooler_output)}
 
-    def _expand_encoded_images(self, outputs, image_mask: Tensor, times: int) -> dict:
+    def _images_not_in_cache(self, pixel_values: Tensor, image_mask: Tensor, cached: int) -> Tensor | None:
+        """The images whose placeholders stand behind the `cached` tokens, where those of the whole chat are given."""
+        behind = image_mask[:, cached:]
+        if not behind.any():
+            return None
+        tokens_per_image = image_mask.sum() // len(pixel_values)
+        if tokens_per_image != self.model.num_image_tokens:
+            return pixel_values  # only the new images are given
+        counts, all_counts = behind.sum(dim=1) // tokens_per_image, image_mask.sum(dim=1) // tokens_per_image
+        return pixel_values[last_images_of_rows(all_counts, counts).to(pixel_values.device)]
+
+    def _expand_encoded_images(self, outputs, input_ids: Tensor | None, model_kwargs: dict, times: int) -> dict:
         """The images of each row repeated together, as its text is repeated for beams and return sequences."""
+        if times == 1:
+            return {"image": outputs}
+        image_mask, _ = self._prompt(input_ids, model_kwargs.get("inputs_embeds"))
+        image_mask = image_mask[:, num_cached_inputs(image_mask.shape[1], model_kwargs) :]
         features = torch.stack(list(outputs.pooler_output))  # (I, M, hidden)
         image_counts = image_mask.sum(dim=1) // features.shape[1]
         order = repeat_rows_together(image_counts, times).to(features.device)
@@ -66,9 +91,16 @@ class EncodesImagesBeforeForward:
             return self.model.get_image_mask(None, inputs_embeds), inputs_embeds
         return self.model.get_image_mask(input_ids, None), self.get_input_embeddings()(input_ids)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        """Encoded images go into the prefill only; after that they are in the cache."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if not is_prefill(kwargs):
-            model_inputs.pop("mm_encoder_outputs", None)
-        return model_inputs
+
+def num_cached_inputs(num_inputs: int, model_kwargs: dict) -> int:
+    """How many of the `num_inputs` tokens given to `generate` are in the cache it is given already.
+
+    All that the cache holds where the whole conversation is given, none where only the new tokens are.
+    """
+    cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if not cached or cached >= num_inputs:
+        return 0
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    of_all_tokens = position_ids if mask is None else mask  # generate drops a mask of ones
+    return cached if of_all_tokens is None or of_all_tokens.shape[-1] == num_inputs else 0

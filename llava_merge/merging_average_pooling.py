@@ -2,7 +2,6 @@
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, as_source, register_merging_method, weighted_sum
-from .merging_grid import window_weights
 
 
 @register_merging_method("average_pooling")
@@ -15,6 +14,6 @@ class AveragePooling(MergingMethod):
     training_free = True
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
-        weights = window_weights(context.grid, context.num_tokens, features.device)  # (M, N)
+        weights = context.geometry.windows  # (M, N)
         source = as_source(weights, features.shape[0]) if context.return_source else None
         return MergeOutput(merged_features=weighted_sum(weights, features), source=source)  # (I, M, vision_dim)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration_llava_merge import MergerConfig
+from .merging_grid import SlotGeometry
 
 
 MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
@@ -24,6 +25,7 @@ class MergeContext:
         question_embeds: (I, T, text_dim), the language model's input embeddings of each image's row, or None.
         question_mask: (I, T) bool, True where that row is question; all False where an image has none.
         return_source: Whether `MergeOutput.source` is wanted.
+        geometry: Where the slots lie on the grid; made once per grid, M and device.
     """
 
     grid: tuple[int, int]
@@ -31,6 +33,7 @@ class MergeContext:
     question_embeds: Tensor | None = None
     question_mask: Tensor | None = None
     return_source: bool = False
+    geometry: SlotGeometry | None = None
 
 
 @dataclass

@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_llava_merge import MergerConfig
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
-from .merging_grid import sample_query_map, slots_per_row, squared_distances, window_weights
+from .merging_grid import sample_query_map, slots_per_row
 
 
 class ZeroLinear(OwnInitialization, nn.Linear):
@@ -128,9 +128,8 @@ class FixedPooling(MergingMethod):
             source = attention_weights(queries, keys, None) if context.return_source else None
             return MergeOutput(merged_features=self.output_proj(pooled), source=source)
 
-        windows = window_weights(context.grid, context.num_tokens, features.device).log()  # (M, N), -inf outside
-        distances = squared_distances(context.grid, context.num_tokens, features.device)  # (M, N)
-        locality = -self.locality.abs()[:, None, None] * distances  # (heads, M, N)
+        windows = context.geometry.log_windows  # (M, N)
+        locality = -self.locality.abs()[:, None, None] * context.geometry.squared_distances  # (heads, M, N)
         raw = split_heads(features, self.config.num_heads)
         local = scaled_dot_product_attention(queries, keys, raw, attn_mask=windows.to(queries.dtype))
         pooled = scaled_dot_product_attention(queries, keys, values, attn_mask=locality.to(queries.dtype))
@@ -140,7 +139,7 @@ class FixedPooling(MergingMethod):
 
     def make_queries(self, features: Tensor, context: MergeContext) -> Tensor:
         """Queries of each image: (I, M, internal_dim)."""
-        queries = sample_query_map(self.pool_queries, context.num_tokens)
+        queries = sample_query_map(self.pool_queries, context.geometry.centres)
         queries = queries.expand(features.shape[0], -1, -1)
         if self.query_modulator is None or context.question_embeds is None:
             return queries

@@ -1,10 +1,51 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Geometry: where the M slots of a merged image lie on the unit square, and which patches each of them covers."""
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SlotGeometry:
+    """Where the M slots of a merged image lie among the N patches of its grid. Tensors in float32.
+
+    Attributes:
+        windows: (M, N), share of each slot's area that lies on each patch; rows sum to 1.
+        log_windows: (M, N), their logarithms, -inf outside a window.
+        squared_distances: (M, N), of each slot's centre to each patch's, in units of the slot's sides.
+        centres: (M, 2), x and y of each slot's centre on the square from -1 to 1.
+    """
+
+    windows: Tensor
+    log_windows: Tensor
+    squared_distances: Tensor
+    centres: Tensor
+
+
+def slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    """The [`SlotGeometry`] of M = `num_slots` slots on `grid`; the same objects each time it is asked for.
+
+    Under torch.compile it is made in the graph: what a graph has made must not be kept for another.
+    """
+    if torch.compiler.is_compiling():
+        return make_slot_geometry(grid, num_slots, device)
+    return kept_slot_geometry(grid, num_slots, device)
+
+
+@functools.lru_cache(maxsize=64)
+def kept_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    with torch.inference_mode(False):  # a later call may train
+        return make_slot_geometry(grid, num_slots, device)
+
+
+def make_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    windows = window_weights(grid, num_slots, device)
+    distances = squared_distances(grid, num_slots, device)
+    return SlotGeometry(windows, windows.log(), distances, slot_centres(num_slots, device))
 
 
 def slots_per_row(num_slots: int) -> list[int]:
@@ -65,19 +106,23 @@ def squared_distances(grid: tuple[int, int], num_slots: int, device=None) -> Ten
     return (rows.square()[:, :, None] + columns.square()[:, None, :]).flatten(1)
 
 
-def sample_query_map(query_map: Tensor, num_slots: int) -> Tensor:
-    """A map of vectors (rows, columns, dim) over the unit square, at the centres of M slots: (M, dim).
+def slot_centres(num_slots: int, device=None) -> Tensor:
+    """x and y of each slot's centre on the square from -1 to 1: (M, 2)."""
+    (row, num_rows), (column, length) = slot_positions(num_slots, device)
+    return torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1
 
-    Bilinear, and exact where the slots are the map's own cells.
+
+def sample_query_map(query_map: Tensor, centres: Tensor) -> Tensor:
+    """A map of vectors (rows, columns, dim) over the square from -1 to 1, at the `centres` (M, 2): (M, dim).
+
+    Bilinear, and exact where the centres are those of the map's own cells.
     """
     rows, columns = query_map.shape[:2]
-    if slots_per_row(num_slots) == [columns] * rows:
+    if slots_per_row(len(centres)) == [columns] * rows:
         return query_map.flatten(0, 1)
-    (row, num_rows), (column, length) = slot_positions(num_slots, query_map.device)
-    points = torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1  # (M, 2), x before y
     sampled = torch.nn.functional.grid_sample(
         query_map.permute(2, 0, 1)[None].float(),
-        points[None, None],
+        centres[None, None],
         mode="bilinear",
         padding_mode="border",
         align_corners=False,

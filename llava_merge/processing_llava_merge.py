@@ -1,7 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 from transformers.processing_utils import MultiModalData
 
-from .compat import MergedPlaceholderProcessor
+from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
+from .compat_processing import MergedPlaceholderProcessor
 
 
 class LlavaMergeProcessor(MergedPlaceholderProcessor):

@@ -34,26 +34,8 @@ def question_mask_of_rows(image_mask: Tensor, attention_mask: Tensor | None, que
     return readable
 
 
-def scatter_image_features(inputs_embeds: Tensor, image_mask: Tensor, features_of_images: list[Tensor]) -> Tensor:
-    """Puts the (M, hidden) features of each image into the placeholders (B, L) of `inputs_embeds` (B, L, hidden).
-
-    Raises:
-        ValueError: The counts or the widths differ.
-    """
-    image_features = torch.cat(features_of_images)  # (I·M, hidden)
-    same_length = len({len(features) for features in features_of_images}) == 1  # not so in a chunk of a prompt
-    check_placeholders(image_mask, image_features.shape[0], len(features_of_images) if same_length else None)
-    if image_features.shape[-1] != inputs_embeds.shape[-1]:
-        raise ValueError(
-            f"The image features are {image_features.shape[-1]} wide, the language model's embeddings "
-            f"{inputs_embeds.shape[-1]}: they were encoded by another model. Encode the images with this one."
-        )
-    image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-    return inputs_embeds.masked_scatter(image_mask[:, :, None].to(inputs_embeds.device), image_features)
-
-
 def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | None = None):
-    """Compares the placeholders with the features that go there; per row too where `num_images` is given.
+    """Compares the placeholders (B, L) with the features that go there; row by row where `num_images` is given.
 
     Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
 
@@ -76,6 +58,16 @@ def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | 
             f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, "
             f"with M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
         )
+
+
+def last_images_of_rows(counts: Tensor, last: Tensor) -> Tensor:
+    """Indices of the last `last` (B,) images of each row, where the rows have `counts` (B,) images.
+
+    Of rows with 3 and 2 images, the last 1 and 2: 2, 3, 4.
+    """
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    rank = torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+    return (rank >= (counts - last)[rows]).nonzero()[:, 0]
 
 
 def repeat_rows_together(image_counts: Tensor, times: int) -> Tensor:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
+from llava_merge.compat import TRANSFORMERS_VERSION
 
 
 WORDS = (
@@ -113,6 +115,13 @@ def prompts(image_counts: list[int], tokens_per_image: int, pad: str = "left", s
 
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_images, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
+
+
+def image_features(output) -> torch.Tensor:
+    """Projected features (I·M, hidden) that a forward put into the prompt, as its output names them."""
+    if TRANSFORMERS_VERSION >= Version("5.24"):
+        return torch.cat(output.image_outputs.pooler_output)
+    return output.image_hidden_states
 
 
 def make_processor(**kwargs) -> LlavaProcessor:

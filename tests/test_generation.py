@@ -3,12 +3,14 @@ import copy
 
 import pytest
 import torch
-from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
+from conftest import IMAGE_ID, agnostic, aware, image_features, pixels, prompts, tiny_model
+from packaging.version import Version
 
-from llava_merge.compat import TRANSFORMERS_V5
-from llava_merge.question import repeat_rows_together
+from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.question import last_images_of_rows, repeat_rows_together
 
 
+PREFILLS_IMAGES_IN_CHUNKS = TRANSFORMERS_VERSION >= Version("5.23")
 CONFIGS = pytest.mark.parametrize("config", [agnostic(), aware()], ids=["agnostic", "aware"])
 
 
@@ -89,7 +91,7 @@ def test_half_precision_with_a_static_cache(model, dtype):
     model = model.to(dtype)
     batch, images = prompts([1, 2], 9), pixels(3).to(dtype)
     output = model(**batch, pixel_values=images)
-    assert output.image_hidden_states.dtype == dtype and output.logits.isfinite().all()
+    assert image_features(output).dtype == dtype and output.logits.isfinite().all()
     assert torch.equal(generate(model, batch, images), generate(model, batch, images, cache_implementation="static"))
 
 
@@ -120,7 +122,6 @@ def continued(model, batch, images, next_text: list[int], next_images):
     return generate(model, batch, next_images, past_key_values=first.past_key_values)[:, second.shape[1] :], second
 
 
-@pytest.mark.skipif(not TRANSFORMERS_V5, reason="transformers 4.57 drops images where the cache is filled")
 def test_a_second_turn_with_a_new_image_on_a_filled_cache():
     model = tiny_model(agnostic(), train_merger=True)
     images = pixels(2)
@@ -129,7 +130,6 @@ def test_a_second_turn_with_a_new_image_on_a_filled_cache():
     assert torch.equal(ids, generate(model, whole, images)[:, second.shape[1] :])
 
 
-@pytest.mark.skipif(not TRANSFORMERS_V5, reason="transformers 4.57 drops images where the cache is filled")
 def test_the_question_of_a_later_turn_is_its_own_text(model):
     turns = []
     seen = merged_features_of(
@@ -143,16 +143,40 @@ def test_the_question_of_a_later_turn_is_its_own_text(model):
     torch.testing.assert_close(seen[1], alone[0])
 
 
-@pytest.mark.skipif(TRANSFORMERS_V5, reason="works there")
-def test_a_filled_cache_with_images_is_refused_on_4_57(model):
-    with pytest.raises(ValueError, match="cannot add an image to a filled cache"):
-        continued(model, prompts([1], 9), pixels(1), [IMAGE_ID] * 9 + [7, 8], pixels(1))
+@pytest.mark.parametrize("given", ["all images", "new images"])
+def test_a_chat_goes_on_with_the_images_of_all_turns_or_of_the_new_one(model, given):
+    """Also where a turn brings none: the pictures of the chat are passed again with every call."""
+    images = pixels(2)
+    seen = merged_features_of(
+        model,
+        lambda: continued(
+            model, prompts([1], 9), images[:1], [IMAGE_ID] * 9 + [7, 8], images if given == "all images" else images[1:]
+        ),
+    )
+    assert [len(features) for features in seen] == [1, 1]  # nothing is encoded twice
+    ids, second = continued(model, prompts([1], 9), images[:1], [7, 8, 9], images[:1])
+    mask = torch.zeros_like(second, dtype=torch.bool)
+    mask[:, : prompts([1], 9)["input_ids"].shape[1]] = True  # what the image was merged for
+    whole = {"input_ids": second, "attention_mask": torch.ones_like(second), "question_mask": mask}
+    assert torch.equal(ids, generate(model, whole, images[:1])[:, second.shape[1] :])
 
 
-@pytest.mark.skipif(not TRANSFORMERS_V5, reason="4.57 has no chunks for images")
+def test_images_beyond_the_cache_are_the_last_of_their_rows():
+    assert last_images_of_rows(torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0])).tolist() == [2, 3, 4]
+    assert last_images_of_rows(torch.tensor([2, 2]), torch.tensor([0, 1])).tolist() == [3]
+
+
+@pytest.mark.skipif(not PREFILLS_IMAGES_IN_CHUNKS, reason="stock answers such chunks wrong or refuses them")
 def test_chunked_prefill_gives_the_same_ids(model):
     batch, images = prompts([2], 9), pixels(2)
     assert torch.equal(generate(model, batch, images, prefill_chunk_size=7), generate(model, batch, images))
+
+
+@pytest.mark.skipif(not PREFILLS_IMAGES_IN_CHUNKS, reason="stock answers such chunks wrong or refuses them")
+@pytest.mark.parametrize("chunk", [5, 7, 16])
+def test_chunks_with_images_in_several_rows_give_the_same_ids(model, chunk):
+    batch, images = prompts([2, 1, 1], 9), pixels(4)
+    assert torch.equal(generate(model, batch, images, prefill_chunk_size=chunk), generate(model, batch, images))
 
 
 def test_left_and_right_padding_give_the_same_first_token(model):

@@ -15,7 +15,12 @@ from llava_merge import LlavaMergeProcessor
 
 
 PACKAGE = Path(llava_merge.__file__).parent
-ENTRY_FILES = ("configuration_llava_merge", "modeling_llava_merge", "processing_llava_merge")
+ENTRY_FILES = (
+    "configuration_llava_merge",
+    "modeling_llava_merge",
+    "modeling_token_merger",
+    "processing_llava_merge",
+)
 BATCH = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
 BLOCK_PACKAGE = """
 import sys
@@ -55,7 +60,19 @@ def test_every_sibling_that_travels_exists_and_is_named_by_the_entry_file(entry)
 @pytest.mark.parametrize("entry", ENTRY_FILES)
 def test_files_that_travel_import_only_the_core_dependencies(entry):
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
-    standard = {"contextlib", "copy", "dataclasses", "inspect", "json", "math", "os", "pathlib", "tempfile"}
+    standard = {
+        "contextlib",
+        "copy",
+        "collections",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "json",
+        "math",
+        "os",
+        "pathlib",
+        "tempfile",
+    }
     for name in {entry, *all_relative_imports(entry)}:
         source = (PACKAGE / f"{name}.py").read_text()
         packages = re.findall(
@@ -111,6 +128,7 @@ llava_merge.LlavaMergeProcessor.from_pretrained({str(directory)!r}).push_to_hub(
     run_python(push, server.environment(tmp_path / "pusher"))
     files = server.repos["org/llava-merge"]
     code = {f"{name}.py" for entry in ENTRY_FILES for name in {entry, *all_relative_imports(entry)}}
+    assert not {"cli.py", "visualization.py"} & files.keys()
     assert code | {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files.keys()
     card = files["README.md"].decode()
     assert "- token-merging" in card and "- merge\n" not in card
@@ -139,7 +157,10 @@ model.push_merger_to_hub("org/some-merger")
 """
     run_python(push, server.environment(tmp_path / "pusher"))
     files = server.repos["org/some-merger"]
-    assert {"config.json", "model.safetensors", "README.md"} <= files.keys()
+    code = {f"{name}.py" for name in {"modeling_token_merger", *all_relative_imports("modeling_token_merger")}}
+    assert files.keys() - {".gitattributes"} == code | {"config.json", "model.safetensors", "README.md"}
+    for part in ("modeling_llava_merge", "loading", "generation", "question", "processing"):
+        assert not any(part in name for name in code)
     merger = tiny_model(aware(), train_merger=True).model.merger.state_dict()
     pushed = load(files["model.safetensors"])
     assert pushed.keys() == merger.keys() and all(torch.equal(pushed[key], merger[key]) for key in merger)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, agnostic, aware, pixels, prompts, tiny_config, tiny_model, tiny_stock
+from conftest import NUM_PATCHES, agnostic, aware, image_features, pixels, prompts, tiny_config, tiny_model, tiny_stock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -102,7 +102,7 @@ class TestOwnCheckpoint:
     def test_merger_config_overrides_what_was_saved(self, model_dir):
         model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config={"num_merged_tokens": 4})
         assert model.config.merger_config.query_grid == [3, 3]
-        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+        assert image_features(model(**prompts([1], 4), pixel_values=pixels(1))).shape == (4, 64)
         model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, merger_config={"merge_ratio": 0.5})
         assert model.config.merger_config.num_merged_tokens == 18
         pooling = {"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}
@@ -112,7 +112,7 @@ class TestOwnCheckpoint:
     def test_auto_classes_take_a_budget_too(self, model_dir):
         model = AutoModelForImageTextToText.from_pretrained(model_dir, merger_config={"num_merged_tokens": 4})
         assert model.config.merger_config.num_merged_tokens == 4 == model.config.image_seq_length
-        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+        assert image_features(model(**prompts([1], 4), pixel_values=pixels(1))).shape == (4, 64)
 
     @pytest.mark.parametrize("fields", [{"init": "random"}, {"num_heads": 2}, {"question_aware": False}])
     def test_what_the_weights_were_trained_as_cannot_be_changed(self, model_dir, fields):
@@ -238,13 +238,13 @@ class TestMergerCheckpoint:
         TokenMerger(config).save_pretrained(tmp_path)
         model = tiny_model(aware(4))
         model.load_merger(tmp_path)
-        assert model(**prompts([1], 9), pixel_values=pixels(1)).image_hidden_states.shape == (9, 64)
+        assert image_features(model(**prompts([1], 9), pixel_values=pixels(1))).shape == (9, 64)
 
     def test_a_full_precision_merger_works_in_a_half_precision_model(self):
         model = tiny_model(aware(), train_merger=True).to(torch.bfloat16)
         model.model.merger.float()
         output = model(**{**BATCH, "pixel_values": pixels(3).to(torch.bfloat16)})
-        assert output.image_hidden_states.dtype == torch.bfloat16 and output.logits.isfinite().all()
+        assert image_features(output).dtype == torch.bfloat16 and output.logits.isfinite().all()
 
     def test_it_takes_the_dtype_of_the_model(self, merger_dir):
         model = tiny_model(agnostic()).to(torch.bfloat16)
@@ -323,7 +323,7 @@ class TestAdapter:
     def test_the_budget_can_be_changed_with_an_adapter(self, adapter):
         model = LlavaMergeForConditionalGeneration.from_pretrained(adapter[0])
         model.set_num_merged_tokens(4)
-        assert model(**prompts([1], 4), pixel_values=pixels(1)).image_hidden_states.shape == (4, 64)
+        assert image_features(model(**prompts([1], 4), pixel_values=pixels(1))).shape == (4, 64)
 
     def test_a_truncated_base_is_refused_with_its_path(self, adapter, model_dir, tmp_path):
         directory, _ = adapter

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from llava_merge import MERGING_METHODS, LearnableTokenMergerV3, MergerConfig, TokenMerger, list_mergers
-from llava_merge.merging_grid import sample_query_map, slots_per_row, squared_distances, window_weights
+from llava_merge.merging_grid import sample_query_map, slot_centres, slots_per_row, squared_distances, window_weights
 
 
 METHODS = {
@@ -249,8 +249,8 @@ class TestGeometry:
     def test_query_map_is_exact_on_its_own_cells_and_linear_between(self):
         y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8, (torch.arange(8) + 0.5) / 8, indexing="ij")
         plane = torch.stack((2 * x + 3 * y, y - x), dim=-1)
-        assert torch.equal(sample_query_map(plane, 64), plane.flatten(0, 1))
-        sampled = sample_query_map(plane, 16).reshape(4, 4, 2)
+        assert torch.equal(sample_query_map(plane, slot_centres(64)), plane.flatten(0, 1))
+        sampled = sample_query_map(plane, slot_centres(16)).reshape(4, 4, 2)
         centre = (torch.arange(4) + 0.5) / 4
         torch.testing.assert_close(sampled[..., 0], 3 * centre[:, None] + 2 * centre)
 

@@ -1,7 +1,18 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from conftest import IMAGE_ID, NUM_PATCHES, agnostic, aware, pixels, prompts, tiny_config, tiny_model, tiny_stock
+from conftest import (
+    IMAGE_ID,
+    NUM_PATCHES,
+    agnostic,
+    aware,
+    image_features,
+    pixels,
+    prompts,
+    tiny_config,
+    tiny_model,
+    tiny_stock,
+)
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig
 from llava_merge.compat import TRANSFORMERS_V5
@@ -17,7 +28,7 @@ def test_stock_logits_are_equal_bit_for_bit_when_merger_is_identity(dtype, pad):
     inputs = {**prompts([1, 2, 0], NUM_PATCHES, pad), "pixel_values": pixels(3).to(dtype)}
     expected, actual = stock(**inputs), model(**inputs)
     assert torch.equal(actual.logits, expected.logits)
-    assert torch.equal(actual.image_hidden_states, expected.image_hidden_states)
+    assert torch.equal(image_features(actual), image_features(expected))
 
 
 def test_generated_ids_are_equal_to_stock_when_merger_is_identity():
@@ -55,7 +66,7 @@ def test_image_hidden_states_and_get_image_features_agree():
     result = model.get_image_features(images)
     features = result.pooler_output if TRANSFORMERS_V5 else result
     assert len(features) == 3 and features[0].shape == (9, 64)
-    assert torch.equal(torch.cat(list(features)), output.image_hidden_states)
+    assert torch.equal(torch.cat(list(features)), image_features(output))
     if TRANSFORMERS_V5:
         assert isinstance(model.get_image_features(images, return_dict=False), tuple)
         assert len(model.get_image_features(images, output_hidden_states=True).hidden_states) == 4
@@ -67,7 +78,7 @@ def test_a_row_alone_and_in_a_batch_give_the_same_merged_features(config, pad):
     model = tiny_model(config, train_merger=True)
     counts, images = [1, 2, 0, 1], pixels(4)
     batch = prompts(counts, 9, pad)
-    together = model(**batch, pixel_values=images).image_hidden_states.reshape(4, 9, 64)
+    together = image_features(model(**batch, pixel_values=images)).reshape(4, 9, 64)
     first = 0
     for row, count in enumerate(counts):
         if count:
@@ -78,7 +89,7 @@ def test_a_row_alone_and_in_a_batch_give_the_same_merged_features(config, pad):
                 pixel_values=images[first : first + count],
             )
             torch.testing.assert_close(
-                alone.image_hidden_states.reshape(count, 9, 64), together[first : first + count], atol=1e-5, rtol=1e-5
+                image_features(alone).reshape(count, 9, 64), together[first : first + count], atol=1e-5, rtol=1e-5
             )
         first += count
 
@@ -86,16 +97,16 @@ def test_a_row_alone_and_in_a_batch_give_the_same_merged_features(config, pad):
 def test_a_question_token_changes_merged_features_only_of_its_row():
     model = tiny_model(aware(), train_merger=True)
     batch = prompts([1, 2], 9)
-    before = model(**batch, pixel_values=pixels(3)).image_hidden_states.reshape(3, 9, 64)
+    before = image_features(model(**batch, pixel_values=pixels(3))).reshape(3, 9, 64)
     batch["input_ids"][1, -1] = 5 if batch["input_ids"][1, -1] != 5 else 6
-    after = model(**batch, pixel_values=pixels(3)).image_hidden_states.reshape(3, 9, 64)
+    after = image_features(model(**batch, pixel_values=pixels(3))).reshape(3, 9, 64)
     assert torch.equal(before[0], after[0])
     assert (before[1:] - after[1:]).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_an_agnostic_merger_gives_the_same_features_for_every_question():
     model = tiny_model(agnostic(), train_merger=True)
-    features = [model(**prompts([1], 9, seed=seed), pixel_values=pixels(1)).image_hidden_states for seed in (1, 2)]
+    features = [image_features(model(**prompts([1], 9, seed=seed), pixel_values=pixels(1))) for seed in (1, 2)]
     assert torch.equal(*features)
 
 
@@ -109,21 +120,21 @@ def test_answer_tokens_never_reach_the_merger():
     poisoned = {**batch, "input_ids": batch["input_ids"].clone()}
     poisoned["input_ids"][:, -3:] = torch.tensor([7, 9, 11])
     dirty = model(**poisoned, pixel_values=pixels(3), labels=labels)
-    assert torch.equal(clean.image_hidden_states, dirty.image_hidden_states)
+    assert torch.equal(image_features(clean), image_features(dirty))
     prompt_only = {name: tensor[:, :-3] for name, tensor in batch.items()}
     inference = model(**prompt_only, pixel_values=pixels(3))
-    torch.testing.assert_close(clean.image_hidden_states, inference.image_hidden_states, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(image_features(clean), image_features(inference), atol=1e-5, rtol=1e-5)
 
 
 def test_question_mask_narrows_the_question():
     model = tiny_model(aware(), train_merger=True)
     batch = prompts([1], 9)
     mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    absent = model(**batch, pixel_values=pixels(1), question_mask=mask).image_hidden_states
+    absent = image_features(model(**batch, pixel_values=pixels(1), question_mask=mask))
     agnostic_path = model.model.merger(model.get_vision_features(pixels(1))).merged_features
     torch.testing.assert_close(absent, model.model.multi_modal_projector(agnostic_path)[0])
     mask[:, -2:] = True
-    narrowed = model(**batch, pixel_values=pixels(1), question_mask=mask).image_hidden_states
+    narrowed = image_features(model(**batch, pixel_values=pixels(1), question_mask=mask))
     generated = []
     model.model.multi_modal_projector.register_forward_hook(lambda *args: generated.append(args[-1]))
     model.generate(**batch, pixel_values=pixels(1), question_mask=mask, max_new_tokens=2)
@@ -178,7 +189,7 @@ def test_merger_bypassed_is_the_stock_model():
         with pytest.raises(ValueError, match="placeholders"):
             model(**prompts([1, 2], 9), pixel_values=pixels(3))
     assert torch.equal(bypassed, stock(**inputs).logits)
-    assert model(**prompts([1, 2], 9), pixel_values=pixels(3)).image_hidden_states.shape == (27, 64)
+    assert image_features(model(**prompts([1, 2], 9), pixel_values=pixels(3))).shape == (27, 64)
 
 
 @pytest.mark.parametrize("num_tokens", [36, 12, 7, 4, 1])
@@ -187,7 +198,7 @@ def test_set_num_merged_tokens_serves_every_budget_with_one_checkpoint(num_token
     model.set_num_merged_tokens(num_tokens)
     batch = {**prompts([1, 2], num_tokens), "pixel_values": pixels(3)}
     output = model(**batch)
-    assert output.image_hidden_states.shape == (3 * num_tokens, 64)
+    assert image_features(output).shape == (3 * num_tokens, 64)
     assert model.config.image_seq_length == model.model.merger.config.num_merged_tokens == num_tokens
     model.save_pretrained(tmp_path)
     again = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path)
@@ -227,7 +238,7 @@ def test_siglip_towers_merge_all_their_tokens():
     model = tiny_model(aware(), tower="siglip", train_merger=True)
     assert model.get_vision_features(pixels(2)).shape == (2, NUM_PATCHES, 32)
     output = model(**prompts([1, 1], 9), pixel_values=pixels(2))
-    assert output.image_hidden_states.shape == (18, 64)
+    assert image_features(output).shape == (18, 64)
     stock, identity = tiny_stock("siglip"), tiny_model(NONE, tower="siglip")
     inputs = {**prompts([1, 1], NUM_PATCHES), "pixel_values": pixels(2)}
     assert torch.equal(stock(**inputs).logits, identity(**inputs).logits)
@@ -237,7 +248,7 @@ def test_several_vision_feature_layers_are_merged_as_one_wider_feature():
     model = tiny_model(aware(), vision_feature_layer=[-2, -3], train_merger=True)
     assert model.config.merger_config.vision_dim == 64
     assert model.get_vision_features(pixels(1)).shape == (1, NUM_PATCHES, 64)
-    assert model(**prompts([1], 9), pixel_values=pixels(1)).image_hidden_states.shape == (9, 64)
+    assert image_features(model(**prompts([1], 9), pixel_values=pixels(1))).shape == (9, 64)
     stock, identity = (
         tiny_stock(vision_feature_layer=[-2, -3]),
         tiny_model(NONE, vision_feature_layer=[-2, -3]),

@@ -3,7 +3,17 @@
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, agnostic, aware, make_processor, pixels, prompts, tiny_model, tiny_stock
+from conftest import (
+    NUM_PATCHES,
+    agnostic,
+    aware,
+    image_features,
+    make_processor,
+    pixels,
+    prompts,
+    tiny_model,
+    tiny_stock,
+)
 from transformers import AutoProcessor, LlavaProcessor, Trainer, TrainingArguments, pipeline
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
@@ -24,7 +34,7 @@ class TestProcessor:
         inputs = processor(images=[picture] * 3, text=texts, padding=True, return_tensors="pt")
         counts = (inputs["input_ids"] == processor.image_token_id).sum(dim=1)
         assert counts.tolist() == [9, 18, 0] and inputs["pixel_values"].shape == (3, 3, 84, 84)
-        assert tiny_model(aware())(**inputs).image_hidden_states.shape == (27, 64)
+        assert image_features(tiny_model(aware())(**inputs)).shape == (27, 64)
 
     def test_none_is_the_stock_processor(self, processor, picture):
         processor.num_merged_tokens = None
@@ -66,7 +76,7 @@ class TestProcessor:
         model = tiny_model(aware())
         model.set_num_merged_tokens(4, processor)
         inputs = processor(images=picture, text=TEXT, return_tensors="pt")
-        assert model(**inputs).image_hidden_states.shape == (4, 64)
+        assert image_features(model(**inputs)).shape == (4, 64)
 
     def test_no_placeholder_is_refused(self, processor, picture):
         processor.num_merged_tokens = 0
@@ -203,4 +213,4 @@ def test_the_forward_compiles_as_one_graph(config):
 def test_stock_processor_and_stock_model_are_untouched(picture):
     """Importing llava_merge changes nothing about transformers' own classes."""
     inputs = make_processor(processor_class=LlavaProcessor)(images=picture, text=TEXT, return_tensors="pt")
-    assert tiny_stock()(**inputs).image_hidden_states.shape == (NUM_PATCHES, 64)
+    assert image_features(tiny_stock()(**inputs)).shape == (NUM_PATCHES, 64)

@@ -1,0 +1,161 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+# Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
+# file when it loads a folder with trust_remote_code.
+from .checkpoint_files import HUB_KWARGS, naming_broken_files, refuse_missing_weights
+from .compat import TRANSFORMERS_VERSION  # noqa: F401
+from .configuration_llava_merge import MergerConfig
+from .hub import MERGER_USAGE, push_card_if_missing
+from .merging_average_pooling import AveragePooling  # noqa: F401
+from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, check_grid, find_merging_method
+from .merging_fixed_pooling import FixedPooling  # noqa: F401
+from .merging_grid import slot_geometry
+from .merging_none import Identity  # noqa: F401
+
+
+class TokenMerger(PreTrainedModel):
+    """Merges the N visual tokens of each image into M: a merging method as a model that saves and loads by itself.
+
+    Args:
+        config: Which method, how many tokens, which widths. See [`MergerConfig`].
+
+    Example:
+        >>> merger = TokenMerger(MergerConfig(merger_type="fixed_pooling", num_merged_tokens=64))
+        >>> merger(torch.randn(2, 576, 1024)).merged_features.shape
+        torch.Size([2, 64, 1024])
+    """
+
+    config_class = MergerConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenMerger"]
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
+    _supports_attention_backend = True
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: MergerConfig):
+        super().__init__(config)
+        self.method = find_merging_method(config)(config)
+        config.auto_map = {
+            "AutoConfig": "configuration_llava_merge.MergerConfig",
+            "AutoModel": "modeling_token_merger.TokenMerger",
+        }
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (MergingMethod, OwnInitialization)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        features: Tensor,
+        question_embeds: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        num_tokens: int | None = None,
+        grid: tuple[int, int] | None = None,
+        return_source: bool = False,
+    ) -> MergeOutput:
+        """
+        Args:
+            features: (I, N, vision_dim), the tower's features without CLS.
+            question_embeds: (I, T, text_dim), the language model's input embeddings of each image's question. Read by
+                question-aware mergers only; without it they merge as if there were no question.
+            question_mask: (I, T) bool, True where `question_embeds` is question; default everywhere.
+            num_tokens: M, default the config's.
+            grid: Rows and columns of the patches, default a square.
+            return_source: Also return which patches made each token, (I, M, N).
+
+        Raises:
+            ValueError: Shapes that do not fit the config, or M out of range.
+        """
+        if features.ndim != 3 or features.shape[-1] != self.config.vision_dim:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; this merger takes (images, patches, vision_dim="
+                f"{self.config.vision_dim}), the output of the vision tower before the projector."
+            )
+        if question_embeds is not None and not self.config.question_aware:
+            question_embeds = question_mask = None
+        if question_embeds is not None:
+            question_embeds, question_mask = self._check_question(features, question_embeds, question_mask)
+        num_patches = features.shape[1]
+        num_tokens = self._num_tokens(num_patches, num_tokens)
+        geometry = None
+        if self.method.needs_grid:
+            grid = check_grid(grid, num_patches)
+            geometry = slot_geometry(grid, num_tokens, features.device)
+        context = MergeContext(grid, num_tokens, question_embeds, question_mask, return_source, geometry)
+        return self.method(features, context)
+
+    def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:
+        if num_tokens is None or self.config.merger_type == "none":
+            return self.config.num_tokens(num_patches)
+        if not 1 <= num_tokens <= num_patches:
+            raise ValueError(f"num_tokens={num_tokens}: has to be from 1 to the {num_patches} visual tokens.")
+        return num_tokens
+
+    def _check_question(self, features: Tensor, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        expected = f"(images={features.shape[0]}, tokens, text_dim={self.config.text_dim})"
+        if embeds.ndim != 3 or embeds.shape[0] != features.shape[0] or embeds.shape[-1] != self.config.text_dim:
+            raise ValueError(f"question_embeds have shape {tuple(embeds.shape)}, this merger takes {expected}.")
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return embeds.to(features.device, features.dtype), mask.to(features.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "TokenMerger":
+        """Loads a merger checkpoint, a directory or Hub repo, from safetensors only.
+
+        Raises:
+            ValueError: A weight is missing, or a file is truncated or corrupted.
+        """
+        path = pretrained_model_name_or_path
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = MergerConfig.from_pretrained(path, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+        wants_info = kwargs.pop("output_loading_info", False)
+        if find_merging_method(config).training_free:  # transformers cannot load a model without weights
+            return (cls(config), {}) if wants_info else cls(config)
+        kwargs = {**kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
+        with naming_broken_files(path, kwargs.get("subfolder")):
+            merger, info = super().from_pretrained(path, *args, **kwargs)
+        refuse_missing_weights(path, info["missing_keys"])
+        return (merger, info) if wants_info else merger
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; a training-free merger is its code and config.json alone."""
+        if not self.method.training_free:
+            return super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        custom_object_save(self, save_directory, config=self.config)
+        self.config.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """As in transformers; a repo without a model card gets one."""
+        push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
+
+
+class LearnableTokenMergerV3(TokenMerger):
+    """V3 under the name it was first described by: `LearnableTokenMergerV3(d_vision=1024)(vision_features)`.
+
+    Args:
+        config: A [`MergerConfig`]; the other arguments are for doing without.
+        d_vision: Width of the visual features.
+        d_text: Width of the question's embeddings.
+        kwargs: Further fields of [`MergerConfig`], such as `num_merged_tokens` or `merge_ratio`.
+    """
+
+    def __init__(self, config: MergerConfig | None = None, *, d_vision: int = 1024, d_text: int = 4096, **kwargs):
+        if config is None:
+            config = MergerConfig(merger_type="fixed_pooling", vision_dim=d_vision, text_dim=d_text, **kwargs)
+        super().__init__(config)

@@ -1,0 +1,145 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+from contextlib import contextmanager
+
+from transformers import PretrainedConfig
+from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
+
+from .checkpoint_files import HUB_KWARGS, for_other_repo, naming_broken_files
+from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .hub import save_at_once
+from .loading import (
+    as_merge_config,
+    check_adapter_is_safetensors,
+    check_loaded_keys,
+    check_merger_request,
+    is_merger_key,
+    log_fresh_merger,
+    read_checkpoint,
+)
+from .modeling_token_merger import TokenMerger
+
+
+class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
+    """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
+
+    config_class = LlavaMergeConfig
+
+    @property
+    def headless_model(self):
+        """The model that holds tower, merger, projector and language model."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config: PretrainedConfig | str | None = None,
+        merger: str | None = None,
+        merger_config: MergerConfig | dict | None = None,
+        allow_missing_weights: bool = False,
+        **kwargs,
+    ):
+        """Loads a llava_merge checkpoint, a stock LLaVA checkpoint, or a PEFT adapter of one of them.
+
+        Args:
+            pretrained_model_name_or_path: Directory or Hub repo. A stock LLaVA (`llava-hf/llava-1.5-7b-hf`) gives its
+                weights and gets a merger that is fresh unless `merger` is given.
+            merger: Directory or Hub repo of a merger checkpoint to lay over it.
+            merger_config: Configuration of the merger instead of the checkpoint's, an object or a dict of its fields.
+            allow_missing_weights: Load even where the checkpoint lacks weights; they stay random.
+
+        The other arguments are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: Weights are missing (those of a fresh merger may), a file is truncated or corrupted, or the
+                merger does not fit the model.
+        """
+        if pretrained_model_name_or_path is None:  # a config and a state_dict
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        path = str(pretrained_model_name_or_path)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        checkpoint = read_checkpoint(path, hub_kwargs)
+        check_merger_request(checkpoint, merger, merger_config)
+        if merger is not None and checkpoint.saved_merger is None:
+            merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced
+        if isinstance(config, PretrainedConfig):
+            config = as_merge_config(config, checkpoint, merger_config)
+            merger_config = config.merger_config
+        elif merger_config is not None:
+            kwargs["merger_config"] = merger_config  # for LlavaMergeConfig.from_pretrained
+        fresh_merger = not checkpoint.has_weights_of(merger_config)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "fresh_merger": fresh_merger}
+        with naming_broken_files(path, kwargs.get("subfolder")):
+            model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
+        if fresh_merger and merger is None:
+            log_fresh_merger(path, model.config.merger_config)
+            info["missing_keys"] = [*info["missing_keys"], *filter(is_merger_key, model.state_dict())]
+        if not allow_missing_weights:
+            check_loaded_keys(checkpoint, model.config, info)
+        if merger is not None:
+            model.load_merger(merger, **for_other_repo(hub_kwargs))
+        return (model, info) if wants_info else model
+
+    @contextmanager
+    def merger_bypassed(self):
+        """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
+
+        The prompts need all placeholders then: a processor with `num_merged_tokens=None`.
+        """
+        was_enabled = self.headless_model.merger_enabled
+        self.headless_model.merger_enabled = False
+        try:
+            yield self
+        finally:
+            self.headless_model.merger_enabled = was_enabled
+
+    def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
+        """Changes M of the model, and of `processor` if given; the weights stay.
+
+        Raises:
+            ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
+        """
+        merger_config = self.config.merger_config
+        if merger_config.merger_type == "none":
+            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
+        changed = MergerConfig(
+            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
+        )
+        changed.num_tokens(self.config.num_patches)
+        for config in (merger_config, self.headless_model.merger.config):  # one and the same, but for PEFT's copy
+            config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
+        self.config.image_seq_length = num_merged_tokens
+        if processor is not None:
+            processor.num_merged_tokens = num_merged_tokens
+
+    def save_merger(self, save_directory: str):
+        """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all."""
+        save_at_once(self.headless_model.merger.save_pretrained, save_directory)
+
+    def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
+        """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.
+
+        Raises:
+            ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
+        """
+        merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": self.dtype, **kwargs})
+        self.config.set_merger_config(merger.config)
+        merger.config = merger.method.config = self.config.merger_config
+        device = self.headless_model.multi_modal_projector.linear_1.weight.device
+        self.headless_model.merger = merger.to("cpu" if device.type == "meta" else device)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """As in transformers, from safetensors only.
+
+        Raises:
+            ValueError: The adapter is a pickle.
+        """
+        if peft_model_id is not None:
+            check_adapter_is_safetensors(peft_model_id)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
+    def push_merger_to_hub(self, repo_id: str, **kwargs):
+        """Pushes the merger alone; `model.load_merger(repo_id)` gets it back. Arguments of `push_to_hub`."""
+        return self.headless_model.merger.push_to_hub(repo_id, **kwargs)
