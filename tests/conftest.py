@@ -40,11 +40,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(tower: str = "clip", **kwargs) -> LlavaConfig:
+def tiny_config(tower: str = "clip", text_hidden_size: int = 64, **kwargs) -> LlavaConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 84, "patch_size": 14}
     vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**sizes, num_hidden_layers=3)
     text = LlamaConfig(
-        hidden_size=64,
+        hidden_size=text_hidden_size,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
