@@ -10,6 +10,8 @@ from llava_merge.compat import TRANSFORMERS_VERSION
 from llava_merge.question import last_images_of_rows, repeat_rows_together
 
 
+pytestmark = pytest.mark.core
+
 PREFILLS_IMAGES_IN_CHUNKS = TRANSFORMERS_VERSION >= Version("5.23")
 CONFIGS = pytest.mark.parametrize("config", [agnostic(), aware()], ids=["agnostic", "aware"])
 

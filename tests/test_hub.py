@@ -14,6 +14,8 @@ import llava_merge
 from llava_merge import LlavaMergeProcessor
 
 
+pytestmark = pytest.mark.core
+
 PACKAGE = Path(llava_merge.__file__).parent
 ENTRY_FILES = (
     "configuration_llava_merge",

@@ -19,6 +19,8 @@ from llava_merge import (
 )
 
 
+pytestmark = pytest.mark.core
+
 SAVED_ON_4_57 = Path(__file__).parent / "data" / "saved_on_4.57"
 BATCH = {**prompts([1, 2, 0], 9), "pixel_values": pixels(3)}
 

@@ -18,6 +18,8 @@ from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, Me
 from llava_merge.compat import TRANSFORMERS_V5
 
 
+pytestmark = pytest.mark.core
+
 NONE = {"merger_type": "none", "num_heads": 4}
 
 
