@@ -1,5 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from conftest import NUM_PATCHES, agnostic, aware, image_features, pixels, prompts, tiny_config, tiny_model, tiny_stock
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+)
 
 import llava_merge
 from llava_merge import (
@@ -211,6 +219,91 @@ class TestStockCheckpoint:
             model = LlavaMergeForConditionalGeneration(tiny_model(aware()).config)
         assert all(parameter.is_meta for parameter in model.parameters())
         assert not list(model.model.merger.buffers())
+
+    @pytest.mark.parametrize(
+        "given, value_of",
+        [
+            ({"output_hidden_states": True}, lambda config: config.output_hidden_states),
+            ({"text_config": {"rms_norm_eps": 0.5}}, lambda config: config.text_config.rms_norm_eps == 0.5),
+            ({"image_token_id": 3}, lambda config: config.image_token_id == 3),
+            ({"attn_implementation": "eager"}, lambda config: config._attn_implementation == "eager"),
+            ({"vision_feature_select_strategy": "full"}, lambda c: c.vision_feature_select_strategy == "full"),
+        ],
+        ids=str,
+    )
+    def test_it_takes_what_stock_takes(self, stock_dir, given, value_of):
+        stock = LlavaForConditionalGeneration.from_pretrained(stock_dir, **given)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=agnostic(), **given)
+        assert value_of(stock.config) and value_of(model.config)
+
+    def test_a_config_may_be_a_folder_or_a_stock_config(self, stock_dir):
+        fields = {"merger_config": agnostic(4)}
+        for config in (str(stock_dir), LlavaConfig.from_pretrained(stock_dir), None):
+            model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, config=config, **fields)
+            assert type(model.config) is LlavaMergeConfig and model.config.image_seq_length == 4
+            assert_stock_weights(model)
+
+    def test_attention_implementation_reaches_the_merger(self, stock_dir):
+        for asked, merger in (("eager", "eager"), ({"text_config": "eager"}, "sdpa")):
+            model = LlavaMergeForConditionalGeneration.from_pretrained(
+                stock_dir, merger_config=agnostic(), attn_implementation=asked
+            )
+            assert model.model.merger.config._attn_implementation == merger
+            assert model.config.text_config._attn_implementation == "eager"
+
+    def test_a_fresh_merger_is_one_line_of_information_and_no_warning(self, stock_dir, caplog):
+        transformers_logger = logging.getLogger("transformers")
+        transformers_logger.addHandler(caplog.handler)
+        with caplog.at_level(logging.INFO, "llava_merge"):
+            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=agnostic())
+        transformers_logger.removeHandler(caplog.handler)
+        said = {record.getMessage() for record in caplog.records if record.name.startswith("llava_merge")}
+        assert said == {f"{stock_dir} has no fixed_pooling merger: this one is fresh. It starts as average pooling."}
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_another_architecture_is_refused(self, tmp_path):
+        LlavaNextConfig().save_pretrained(tmp_path)
+        for loader in (LlavaMergeForConditionalGeneration, LlavaMergeModel, LlavaMergeConfig):
+            with pytest.raises(ValueError, match="model_type='llava_next'; only LLaVA"):
+                loader.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_merge_tokens": 4}, "no field num_merge_tokens"),
+        ({"num_heads": 2}, "trained with num_heads=4, which cannot be changed to 2"),
+        ({"query_grid": [2, 2]}, r"trained with query_grid=\[3, 3\]"),
+        ({"num_merged_tokens": 37}, "37 is more than the 36"),
+        ({"merger_type": "nonsense"}, "'nonsense' does not exist"),
+        ({"merger_type": "average_pooling", "question_aware": True}, "does not read the question"),
+    ],
+    ids=str,
+)
+def test_auto_classes_refuse_what_the_class_refuses(model_dir, fields, message):
+    for loader in (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText, LlavaMergeModel, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            loader.from_pretrained(model_dir, merger_config=fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"merge_ratio": 0.5}, {"merger_type": "average_pooling", "num_merged_tokens": 4}, {"query_grid": (3, 3)}]
+)
+def test_auto_classes_lay_a_merger_config_over_as_the_class_does(model_dir, fields):
+    loaders = (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText)
+    models = [loader.from_pretrained(model_dir, merger_config=fields) for loader in loaders]
+    assert models[0].config.to_dict() == models[1].config.to_dict()
+    num_tokens = models[0].config.image_seq_length
+    batch = {**prompts([1], num_tokens), "pixel_values": pixels(1)}
+    assert torch.equal(models[0](**batch).logits, models[1](**batch).logits)
+
+
+def test_the_feature_layer_may_be_changed_in_the_config():
+    config = tiny_model(agnostic()).config
+    config.vision_feature_layer = [-2, -3]
+    assert (config.merger_config.vision_dim, config.merger_config.internal_dim) == (64, 32)
+    model = LlavaMergeForConditionalGeneration(config)
+    assert image_features(model(**prompts([1], 9), pixel_values=pixels(1))).shape == (9, 64)
 
 
 class TestMergerCheckpoint:

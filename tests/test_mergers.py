@@ -8,7 +8,15 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from llava_merge import MERGING_METHODS, LearnableTokenMergerV3, MergerConfig, TokenMerger, list_mergers
-from llava_merge.merging_grid import sample_query_map, slot_centres, slots_per_row, squared_distances, window_weights
+from llava_merge.merging_grid import (
+    kept_slot_geometry,
+    sample_query_map,
+    slot_centres,
+    slot_geometry,
+    slots_per_row,
+    squared_distances,
+    window_weights,
+)
 
 
 METHODS = {
@@ -263,3 +271,25 @@ class TestDocumentName:
         assert merger.config.merger_type == "fixed_pooling"
         names = {name.removeprefix("method.").split(".")[0] for name, _ in merger.named_parameters()}
         assert {"pool_queries", "query_modulator", "pool_attention", "output_proj"} <= names
+
+
+class TestKeptGeometry:
+    def test_it_is_made_once_for_a_grid_a_budget_and_a_device(self):
+        first = slot_geometry((6, 6), 9, torch.device("cpu"))
+        assert slot_geometry((6, 6), 9, torch.device("cpu")) is first
+        assert slot_geometry((6, 6), 4, torch.device("cpu")).windows.shape == (4, 36)
+
+    def test_a_merger_that_answered_in_inference_mode_trains_afterwards(self):
+        kept_slot_geometry.cache_clear()
+        merger = make("fixed_pooling")
+        with torch.inference_mode():
+            merger(**inputs())
+        merger(**inputs()).merged_features.sum().backward()
+        assert merger.method.locality.grad.abs().sum() > 0
+
+    def test_a_forward_does_not_make_it_anew(self):
+        merger = make("fixed_pooling")
+        merger(**inputs())
+        with torch.profiler.profile() as profile:
+            merger(**inputs())
+        assert not {"aten::arange", "aten::log", "aten::floor_divide"} & {event.key for event in profile.key_averages()}

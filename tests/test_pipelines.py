@@ -51,6 +51,14 @@ class TestProcessor:
         without = [ids[ids != processor.image_token_id].tolist() for ids in (ours["input_ids"], stock["input_ids"])]
         assert without[0] == without[1]
 
+    def test_token_types_tell_the_placeholders(self, processor, picture):
+        inputs = processor(images=picture, text=TEXT, return_tensors="pt", return_mm_token_type_ids=True)
+        assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
+
+    def test_arguments_are_typed_as_those_of_the_stock_processor(self):
+        ours, stock = (each.__call__.__annotations__["kwargs"] for each in (LlavaMergeProcessor, LlavaProcessor))
+        assert ours == stock
+
     def test_text_alone(self, processor):
         assert processor(text="USER: red ?")["input_ids"] == make_processor()(text="USER: red ?")["input_ids"]
 
