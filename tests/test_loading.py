@@ -251,6 +251,13 @@ class TestStockCheckpoint:
             assert model.model.merger.config._attn_implementation == merger
             assert model.config.text_config._attn_implementation == "eager"
 
+    def test_a_merger_loaded_later_gets_it_too(self, merger_dir):
+        model = tiny_model(agnostic())
+        model.set_attn_implementation("eager")
+        model.load_merger(merger_dir)
+        assert model.config.merger_config._attn_implementation == model.model.merger.config._attn_implementation
+        assert model.model.merger.config._attn_implementation == "eager"
+
     def test_a_fresh_merger_is_one_line_of_information_and_no_warning(self, stock_dir, caplog):
         transformers_logger = logging.getLogger("transformers")
         transformers_logger.addHandler(caplog.handler)
