@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The interface of a merging method. To add one: a file with a [`MergingMethod`], imported by the modeling file."""
+"""The interface of a merging method. To add one: a file with a [`MergingMethod`], imported by both modeling files."""
 
 import math
 from dataclasses import dataclass

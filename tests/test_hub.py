@@ -2,13 +2,14 @@
 """Pushing and loading through the real huggingface_hub client, against a server on this machine."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import aware, make_processor, pixels, prompts, tiny_model
 from hub_server import HubServer, run_python
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
 import llava_merge
 from llava_merge import LlavaMergeProcessor
@@ -17,6 +18,7 @@ from llava_merge import LlavaMergeProcessor
 pytestmark = pytest.mark.core
 
 PACKAGE = Path(llava_merge.__file__).parent
+SAVED_BY_0_1_0 = Path(__file__).parent / "data" / "saved_on_4.57"
 ENTRY_FILES = (
     "configuration_llava_merge",
     "modeling_llava_merge",
@@ -199,6 +201,23 @@ merger = AutoModel.from_pretrained({str(merger)!r}, trust_remote_code=True)
 assert merger(torch.randn(1, 36, 32)).merged_features.shape == (1, 9, 32)
 """
     run_python(BLOCK_PACKAGE + code, server.environment(tmp_path / "home"))
+
+
+def test_a_checkpoint_of_0_1_0_loads_with_the_code_of_today(saved, server, tmp_path, monkeypatch):
+    directory, _ = saved
+    old = Path(shutil.copytree(SAVED_BY_0_1_0, tmp_path / "old"))
+    logits = load_file(old / "expected.safetensors")["logits"]
+    (old / "expected.safetensors").unlink()
+    for code in directory.glob("*.py"):
+        shutil.copy(code, old)
+    save_file({**prompts([1, 2, 0], 9), "pixel_values": pixels(3), "logits": logits}, tmp_path / "expected.safetensors")
+    monkeypatch.chdir(tmp_path)
+    code = f"""
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(old)!r}, trust_remote_code=True)
+"""
+    compare = COMPARE.format(file=str(tmp_path / "expected.safetensors")).replace("1e-5", "1e-4")
+    run_python(BLOCK_PACKAGE + code + compare, server.environment(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("method", ["push_to_hub", "push_merger_to_hub"])
