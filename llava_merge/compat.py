@@ -19,6 +19,10 @@ TRANSFORMERS_V5 = TRANSFORMERS_VERSION.major >= 5
 # Remove when 5.18 is the oldest supported release.
 FORWARD_TAKES_ENCODED_IMAGES = TRANSFORMERS_VERSION >= Version("5.18")
 
+# 5.x before 5.18 leaves out what an adapter holds besides its layers (`modules_to_save`), with no more than a warning.
+# Remove when 5.18 is the oldest 5.x.
+LOADS_SAVED_MODULES_OF_ADAPTERS = not TRANSFORMERS_V5 or TRANSFORMERS_VERSION >= Version("5.18")
+
 # 5.22 replaced the class attribute sub_configs by sub_configs_defaults. Remove when 5.22 is the oldest 5.x.
 HAS_SUB_CONFIG_SPECS = TRANSFORMERS_VERSION >= Version("5.22")
 

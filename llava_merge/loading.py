@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file, logging
 
 from .checkpoint_files import check_safetensors_files, for_other_repo, refuse_missing_weights
+from .compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_VERSION
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig, check_trained_with, lay_over, stock_or_own_fields
 
 
@@ -48,15 +49,32 @@ def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
     Raises:
         ValueError: It holds a pickled adapter, or the base model of an adapter is broken.
     """
-    check_adapter_is_safetensors(path)
-    adapter = find_adapter_config_file(path, **hub_kwargs)
-    base = None
-    if adapter is not None:
+    base = check_adapter(path, hub_kwargs)
+    if base is not None:
         hub_kwargs = for_other_repo(hub_kwargs)
-        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         check_safetensors_files(base)
     fields, _ = PretrainedConfig.get_config_dict(base or path, **hub_kwargs)
     return Checkpoint(path, fields, base)
+
+
+def check_adapter(path: str, hub_kwargs: dict) -> str | None:
+    """Path of the base model of the PEFT adapter at `path`, None where there is no adapter.
+
+    Raises:
+        ValueError: The adapter is a pickle, or has parts that the installed transformers would not load.
+    """
+    check_adapter_is_safetensors(path)
+    file = find_adapter_config_file(path, **hub_kwargs)
+    if file is None:
+        return None
+    adapter = json.loads(Path(file).read_text())
+    if adapter.get("modules_to_save") and not LOADS_SAVED_MODULES_OF_ADAPTERS:
+        raise ValueError(
+            f"The adapter {path} holds {', '.join(adapter['modules_to_save'])} (modules_to_save), which transformers "
+            f"{TRANSFORMERS_VERSION} would leave out. Load the base model and then peft.PeftModel.from_pretrained("
+            f"model, {str(path)!r}), or use transformers 5.18 or newer."
+        )
+    return adapter["base_model_name_or_path"]
 
 
 def check_adapter_is_safetensors(directory: str):

@@ -9,7 +9,7 @@ from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .hub import save_at_once
 from .loading import (
     as_merge_config,
-    check_adapter_is_safetensors,
+    check_adapter,
     check_loaded_keys,
     check_merger_request,
     is_merger_key,
@@ -134,10 +134,10 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         """As in transformers, from safetensors only.
 
         Raises:
-            ValueError: The adapter is a pickle.
+            ValueError: The adapter is a pickle, or has parts that the installed transformers would not load.
         """
         if peft_model_id is not None:
-            check_adapter_is_safetensors(peft_model_id)
+            check_adapter(peft_model_id, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
         return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def push_merger_to_hub(self, repo_id: str, **kwargs):

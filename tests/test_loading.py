@@ -25,11 +25,13 @@ from llava_merge import (
     MergerConfig,
     TokenMerger,
 )
+from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS
 
 
 pytestmark = pytest.mark.core
 
 SAVED_ON_4_57 = Path(__file__).parent / "data" / "saved_on_4.57"
+needs_saved_modules = pytest.mark.skipif(not LOADS_SAVED_MODULES_OF_ADAPTERS, reason="refused, for it loses the merger")
 BATCH = {**prompts([1, 2, 0], 9), "pixel_values": pixels(3)}
 
 
@@ -402,11 +404,24 @@ class TestAdapter:
         model.save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter", model(**BATCH).logits
 
+    @needs_saved_modules
     @pytest.mark.parametrize("loader", [LlavaMergeForConditionalGeneration, AutoModelForImageTextToText])
     def test_adapter_directory_loads(self, adapter, loader):
         directory, expected = adapter
         torch.testing.assert_close(loader.from_pretrained(directory)(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.skipif(LOADS_SAVED_MODULES_OF_ADAPTERS, reason="works there")
+    def test_an_adapter_whose_merger_would_be_left_out_is_refused(self, adapter, model_dir):
+        directory, expected = adapter
+        for load in (LlavaMergeForConditionalGeneration.from_pretrained, tiny_model(aware()).load_adapter):
+            with pytest.raises(ValueError, match="holds merger .*PeftModel.from_pretrained"):
+                load(str(directory))
+        peft = pytest.importorskip("peft")
+        base = LlavaMergeForConditionalGeneration.from_pretrained(model_dir)
+        model = peft.PeftModel.from_pretrained(base, directory).eval()
+        torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
+
+    @needs_saved_modules
     def test_adapter_of_a_stock_base_needs_the_merger_it_was_trained_with(self, adapter, stock_dir):
         directory, expected = adapter
         config = json.loads((directory / "adapter_config.json").read_text())
@@ -418,15 +433,18 @@ class TestAdapter:
         model = LlavaMergeForConditionalGeneration.from_pretrained(directory, merger_config=aware())
         torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
 
+    @needs_saved_modules
     def test_a_merger_over_an_adapter_is_refused(self, adapter, merger_dir):
         with pytest.raises(ValueError, match="would replace the merger .* model.load_adapter"):
             LlavaMergeForConditionalGeneration.from_pretrained(adapter[0], merger=str(merger_dir))
 
+    @needs_saved_modules
     def test_the_budget_can_be_changed_with_an_adapter(self, adapter):
         model = LlavaMergeForConditionalGeneration.from_pretrained(adapter[0])
         model.set_num_merged_tokens(4)
         assert image_features(model(**prompts([1], 4), pixel_values=pixels(1))).shape == (4, 64)
 
+    @needs_saved_modules
     def test_a_truncated_base_is_refused_with_its_path(self, adapter, model_dir, tmp_path):
         directory, _ = adapter
         base = Path(shutil.copytree(model_dir, tmp_path / "base"))
