@@ -45,7 +45,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         question_mask = model_kwargs.pop("question_mask", None)
         options = {name: model_kwargs.pop(name, None) for name in TOWER_OPTIONS}
         pixel_values = model_kwargs["pixel_values"]
-        image_mask, inputs_embeds = self._placeholders_and_embeds(input_ids, model_kwargs.get("inputs_embeds"))
+        image_mask, inputs_embeds = self.model.embed_prompt(input_ids, model_kwargs.get("inputs_embeds"))
         cached = num_cached_inputs(image_mask.shape[1], model_kwargs)  # turns before this one
         if cached:
             pixel_values = self._images_not_in_cache(pixel_values, image_mask, cached)
@@ -78,18 +78,12 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         """The images of each row repeated together, as its text is repeated for beams and return sequences."""
         if times == 1:
             return {"image": outputs}
-        image_mask, _ = self._placeholders_and_embeds(input_ids, model_kwargs.get("inputs_embeds"))
+        image_mask = self.model.get_image_mask(input_ids, model_kwargs.get("inputs_embeds"))
         image_mask = image_mask[:, num_cached_inputs(image_mask.shape[1], model_kwargs) :]
         features = torch.stack(list(outputs.pooler_output))  # (I, M, hidden)
         image_counts = image_mask.sum(dim=1) // features.shape[1]
         order = repeat_rows_together(image_counts, times).to(features.device)
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features[order]))}
-
-    def _placeholders_and_embeds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Placeholder mask (B, L) and embeddings (B, L, hidden) of a prompt given as ids or as embeddings."""
-        if inputs_embeds is not None:
-            return self.model.get_image_mask(None, inputs_embeds), inputs_embeds
-        return self.model.get_image_mask(input_ids, None), self.get_input_embeddings()(input_ids)
 
 
 def num_cached_inputs(num_inputs: int, model_kwargs: dict) -> int:

@@ -200,11 +200,16 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
 
     def get_image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Where the prompt has image placeholders: (B, L) bool."""
-        if input_ids is not None:
+        """Where the prompt has image placeholders: (B, L) bool. Of both, `inputs_embeds` count, as in `generate`."""
+        if inputs_embeds is None:
             return input_ids == self.config.image_token_id
         placeholder = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
+
+    def embed_prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Placeholder mask (B, L) and embeddings (B, L, hidden) of a prompt given as ids or as embeddings."""
+        image_mask = self.get_image_mask(input_ids, inputs_embeds)
+        return image_mask, self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -214,7 +219,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         Raises:
             ValueError: There are more or fewer features than placeholders, or they are of another width.
         """
-        image_mask = self.get_image_mask(input_ids, inputs_embeds)
+        image_mask = self.get_image_mask(input_ids, inputs_embeds if input_ids is None else None)
         check_placeholders(image_mask, image_features.shape[0])
         if image_features.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
@@ -297,9 +302,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_mask = self.get_image_mask(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_mask, inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
         options = {name: arguments[name] for name in TOWER_ARGUMENTS if name in arguments}
         mask = arguments.get("attention_mask")
         return self.encode_images_of_prompt(pixel_values, image_mask, inputs_embeds, mask, question_mask, **options)

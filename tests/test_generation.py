@@ -194,7 +194,7 @@ def test_compiled_image_features_have_no_graph_break(model):
     batch = prompts([1, 1], 9)
 
     def features(input_ids, attention_mask, pixel_values):
-        embeds, image_mask = model._placeholders_and_embeds(input_ids, None)[::-1]
+        embeds, image_mask = model.model.embed_prompt(input_ids, None)[::-1]
         question = model.model.get_question(embeds, image_mask, len(pixel_values), attention_mask)
         return torch.stack(list(model.model.encode_images(pixel_values, **question).pooler_output))
 
