@@ -16,6 +16,7 @@ from .merging_base import (
 from .modeling_llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
 from .modeling_token_merger import LearnableTokenMergerV3, TokenMerger
 from .processing_llava_merge import LlavaMergeProcessor
+from .question_turns import Question
 from .version import __version__
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "MergeOutput",
     "MergerConfig",
     "MergingMethod",
+    "Question",
     "TokenMerger",
     "__version__",
     "list_mergers",

@@ -17,6 +17,7 @@ WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", 
 BUDGET = ("num_merged_tokens", "merge_ratio")
 # Fields that a merger's weights were trained with, though their shapes may fit other values too.
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
+QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
@@ -36,6 +37,10 @@ class MergerConfig(PretrainedConfig):
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
+        question_start_token_ids: Id sequences that end an answer and open the next question, such as those of "USER:"
+            behind a space and behind a line break. None until known; loading finds them in the chat template.
+        question_end_token_ids: Id sequences that open an answer, such as those of "ASSISTANT:". A question-aware merger
+            reads the text of the turn that holds the image, up to there.
 
     Raises:
         ValueError: A value out of range, or two that disagree.
@@ -55,6 +60,8 @@ class MergerConfig(PretrainedConfig):
         question_aware: bool = False,
         init: str = "average_pooling",
         query_grid: tuple[int, int] | None = None,
+        question_start_token_ids: list[list[int]] | None = None,
+        question_end_token_ids: list[list[int]] | None = None,
         **kwargs,
     ):
         self.merger_type = merger_type
@@ -67,6 +74,8 @@ class MergerConfig(PretrainedConfig):
         self.question_aware = question_aware
         self.init = init
         self.query_grid = None if query_grid is None else list(query_grid)
+        self.question_start_token_ids = question_start_token_ids
+        self.question_end_token_ids = question_end_token_ids
         self._check_values()
         super().__init__(**kwargs)
 
@@ -83,6 +92,10 @@ class MergerConfig(PretrainedConfig):
             )
         if self.merge_ratio is not None and not 0 < self.merge_ratio <= 1:
             raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
+        for name in QUESTION_MARKS:
+            for ids in getattr(self, name) or ():
+                if not isinstance(ids, list) or not ids or not all(isinstance(id, int) and id >= 0 for id in ids):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: has to be a list of lists of token ids.")
         if self.init not in ("average_pooling", "random"):
             raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
 
@@ -209,6 +222,9 @@ class LlavaMergeConfig(LlavaConfig):
                     f"merger made for this model, or MergerConfig(..., {name}={width}) for a new one."
                 )
         num_tokens = merger_config.num_tokens(self.num_patches)
+        if merger_config.question_end_token_ids is None and self.merger_config is not None:
+            for name in QUESTION_MARKS:  # of the tokenizer, which stays the same
+                setattr(merger_config, name, getattr(self.merger_config, name))
         merger_config._attn_implementation = self._attn_implementation
         self.merger_config = merger_config
         if merger_config.merger_type != "none":

@@ -7,6 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .compat import FORWARD_TAKES_ENCODED_IMAGES
 from .compat_generation import KeepsEncodedImagesToThePrefill
 from .question import last_images_of_rows, repeat_rows_together
+from .question_turns import Prompt
 
 
 TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
@@ -44,28 +45,28 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         """Puts `mm_encoder_outputs` into `model_kwargs`, in the place of `pixel_values` and what goes with them."""
         question_mask = model_kwargs.pop("question_mask", None)
         options = {name: model_kwargs.pop(name, None) for name in TOWER_OPTIONS}
-        pixel_values = model_kwargs["pixel_values"]
-        image_mask, inputs_embeds = self.model.embed_prompt(input_ids, model_kwargs.get("inputs_embeds"))
-        cached = num_cached_inputs(image_mask.shape[1], model_kwargs)  # turns before this one
-        if cached:
-            pixel_values = self._images_not_in_cache(pixel_values, image_mask, cached)
+        pixel_values, inputs_embeds = model_kwargs["pixel_values"], model_kwargs.get("inputs_embeds")
+        num_inputs = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        prompt = self.model.read_prompt(
+            input_ids,
+            inputs_embeds,
+            new_from=num_cached_inputs(num_inputs, model_kwargs),  # turns before are in the cache
+            question_mask=question_mask,
+            may_hold_answers=False,
+            **{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")},
+        )
+        if prompt.new_from:
+            pixel_values = self._images_not_in_cache(pixel_values, prompt)
         if FORWARD_TAKES_ENCODED_IMAGES or pixel_values is None:
             model_kwargs.pop("pixel_values")
         if pixel_values is None:
             return
-        outputs = self.model.encode_images_of_prompt(
-            pixel_values,
-            image_mask[:, cached:],
-            inputs_embeds[:, cached:],
-            model_kwargs.get("attention_mask"),
-            question_mask,
-            **options,
-        )
+        outputs = self.model.encode_images_of_prompt(pixel_values, prompt, **options)
         model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=outputs.pooler_output)}
 
-    def _images_not_in_cache(self, pixel_values: Tensor, image_mask: Tensor, cached: int) -> Tensor | None:
-        """The images whose placeholders stand behind the `cached` tokens, where those of the whole chat are given."""
-        behind = image_mask[:, cached:]
+    def _images_not_in_cache(self, pixel_values: Tensor, prompt: Prompt) -> Tensor | None:
+        """The images whose placeholders stand behind the cached tokens, where those of the whole chat are given."""
+        image_mask, behind = prompt.image_mask, prompt.new_image_mask
         if not behind.any():
             return None
         tokens_per_image = image_mask.sum() // len(pixel_values)

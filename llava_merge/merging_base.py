@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_llava_merge import MergerConfig
 from .merging_grid import SlotGeometry
+from .question_turns import Question
 
 
 MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
@@ -22,16 +23,14 @@ class MergeContext:
     Attributes:
         grid: Rows and columns of the patch grid; rows × columns = N.
         num_tokens: Merged tokens M of this call.
-        question_embeds: (I, T, text_dim), the language model's input embeddings of each image's row, or None.
-        question_mask: (I, T) bool, True where that row is question; all False where an image has none.
+        question: What each image is merged for, or None.
         return_source: Whether `MergeOutput.source` is wanted.
         geometry: Where the slots lie on the grid; made once per grid, M and device.
     """
 
     grid: tuple[int, int]
     num_tokens: int
-    question_embeds: Tensor | None = None
-    question_mask: Tensor | None = None
+    question: Question | None = None
     return_source: bool = False
     geometry: SlotGeometry | None = None
 

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .configuration_llava_merge import MergerConfig
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
 from .merging_grid import sample_query_map, slots_per_row
+from .question_turns import Question
 
 
 class ZeroLinear(OwnInitialization, nn.Linear):
@@ -31,13 +32,24 @@ class QuestionModulator(nn.Module):
         self.token_proj = nn.Linear(text_dim, dim)
         self.output_proj = ZeroLinear(dim, dim)
 
-    def forward(self, question_embeds: Tensor, question_mask: Tensor) -> Tensor:
-        tokens = self.token_proj(self.norm(question_embeds))  # (I, T, dim)
-        is_question = question_mask[:, :, None]
-        scores = (self.sharpness * tokens).float().masked_fill(~is_question, torch.finfo(torch.float32).min)
-        pooled = (scores.softmax(dim=1).to(tokens.dtype) * tokens).sum(dim=1)  # (I, dim)
-        shift = self.output_proj(nn.functional.gelu(pooled))
-        return shift * is_question.any(dim=1)  # no question: the queries as they are
+    def forward(self, question: Question) -> Tensor:
+        tokens = self.token_proj(self.norm(question.embeds)).flatten(0, 1)  # (B·T, dim)
+        shift = self.output_proj(nn.functional.gelu(soft_maximum_of_turns(tokens, question, self.sharpness)))
+        return shift * question.has_text[:, None]  # no question: the queries as they are
+
+
+def soft_maximum_of_turns(tokens: Tensor, question: Question, sharpness: float) -> Tensor:
+    """Soft maximum (I, dim) per channel of the question's `tokens` (B·T, dim); once per turn, its images share it."""
+    num_images = len(question.image_turns)
+    turns = question.token_turns.flatten()
+    scores = (sharpness * tokens).float()
+    peaks = scores.new_full((num_images + 1, tokens.shape[1]), torch.finfo(torch.float32).min)
+    peaks = peaks.scatter_reduce(0, turns[:, None].expand_as(scores), scores.detach(), "amax")
+    weights = (scores - peaks[turns]).exp()
+    in_turn = (turns == torch.arange(num_images, device=turns.device)[:, None]).float()  # (I, B·T)
+    # not a scatter: that adds in another order each time
+    pooled = in_turn @ (weights * tokens.float()) / (in_turn @ weights).clamp(min=torch.finfo(torch.float32).tiny)
+    return pooled.to(tokens.dtype)[question.image_turns]
 
 
 class PoolAttention(nn.Module):
@@ -141,6 +153,6 @@ class FixedPooling(MergingMethod):
         """Queries of each image: (I, M, internal_dim)."""
         queries = sample_query_map(self.pool_queries, context.geometry.centres)
         queries = queries.expand(features.shape[0], -1, -1)
-        if self.query_modulator is None or context.question_embeds is None:
+        if self.query_modulator is None or context.question is None:
             return queries
-        return queries + self.query_modulator(context.question_embeds, context.question_mask)[:, None]
+        return queries + self.query_modulator(context.question)[:, None]

@@ -28,7 +28,15 @@ from .merging_grid import slot_geometry  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .modeling_token_merger import TokenMerger
 from .pretrained_llava_merge import LlavaMergePreTrainedModel
-from .question import check_placeholders, image_rows, question_mask_of_rows
+from .question import as_row_mask, check_each_image, check_placeholders
+from .question_marks import find_question_marks  # noqa: F401
+from .question_turns import (
+    Prompt,
+    Question,
+    TurnMarks,
+    question_of_images,
+    split_turns,
+)
 from .stock_signature import takes_arguments_of
 
 
@@ -42,6 +50,16 @@ TOWER_ARGUMENTS = (
     "output_hidden_states",
     "output_attentions",
     "interpolate_pos_encoding",
+)
+UNMARKED_ANSWER = (
+    "A question-aware merger cannot tell the question of the images in rows {rows} from its answer, and would read "
+    "both: there are neither labels nor a mark of question_end_token_ids in their turns. Pass labels, or question_mask "
+    "(batch, tokens); or make the prompts with the chat template, after `model.set_question_marks(processor)`."
+)
+EMPTY_QUESTION = (
+    "The images in rows {rows} have no question: in their turns every token is answer (label other than -100), "
+    "padding or a mark, so that a question-aware merger would train without one. Set the labels of the prompt to -100, "
+    "or use question_aware=False; a question_mask of False leaves it out on purpose."
 )
 FRESH_MERGER_KEYS = [r"(^|\.)merger\."]
 
@@ -129,8 +147,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
     def merge_features(
         self,
         features: Tensor,
-        question_embeds: Tensor | None = None,
-        question_mask: Tensor | None = None,
+        question: Question | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`."""
@@ -140,7 +157,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         device = features.device if weight.is_meta else weight.device  # an offloaded merger comes to the features
         # the budget of this config: PEFT copies the merger with a config of its own
         num_tokens = self.config.merger_config.num_merged_tokens
-        output = self.merger(features.to(device, weight.dtype), question_embeds, question_mask, num_tokens, grid)
+        output = self.merger(features.to(device, weight.dtype), question, num_tokens, grid)
         return output.merged_features.to(features.dtype)
 
     def encode_images(
@@ -148,8 +165,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        question_embeds: Tensor | None = None,
-        question_mask: Tensor | None = None,
+        question: Question | Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """[`get_image_features`], with the same result on every transformers release: the tower's output.
@@ -162,7 +178,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         )
         patch_size = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
-        merged = self.merge_features(features, question_embeds, question_mask, grid)  # (I, M, vision_dim)
+        merged = self.merge_features(features, question, grid)  # (I, M, vision_dim)
         outputs.pooler_output = list(self.multi_modal_projector(merged))  # I × (M, hidden)
         return outputs
 
@@ -172,8 +188,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
-        question_embeds: Tensor | None = None,
-        question_mask: Tensor | None = None,
+        question: Question | Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ):
@@ -181,8 +196,8 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
 
         Args:
             pixel_values: (I, 3, H, W).
-            question_embeds: (I, T, text_dim), for question-aware mergers; `forward` and `generate` fill it in.
-            question_mask: (I, T) bool, True where `question_embeds` is question.
+            question: For question-aware mergers, the language model's input embeddings (I, T, text_dim) of each image's
+                question, or a [`Question`]; `forward` and `generate` fill it in.
 
         Returns:
             A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
@@ -192,8 +207,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
             pixel_values,
             vision_feature_layer,
             vision_feature_select_strategy,
-            question_embeds,
-            question_mask,
+            question,
             image_sizes=image_sizes,
             **kwargs,
         )
@@ -201,15 +215,40 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
 
     def get_image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the prompt has image placeholders: (B, L) bool. Of both, `inputs_embeds` count, as in `generate`."""
-        if inputs_embeds is None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
+        return self._find_ids(input_ids, inputs_embeds, [self.config.image_token_id]) == self.config.image_token_id
 
-    def embed_prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Placeholder mask (B, L) and embeddings (B, L, hidden) of a prompt given as ids or as embeddings."""
-        image_mask = self.get_image_mask(input_ids, inputs_embeds)
-        return image_mask, self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    def _find_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wanted: list[int]) -> Tensor:
+        """(B, L) int64: ids of a prompt, of which only the `wanted` need be right where embeddings are given."""
+        if inputs_embeds is None:
+            return input_ids
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for embed, id in zip(self.get_input_embeddings()(ids.new_tensor(wanted)), wanted, strict=True):
+            ids = ids.masked_fill((inputs_embeds == embed).all(dim=-1), id)
+        return ids
+
+    @property
+    def turn_marks(self) -> TurnMarks:
+        """Ids that tell the turns of a prompt apart."""
+        merger_config, text_config = self.config.merger_config, self.config.text_config
+        eos, bos = (
+            [id] if isinstance(id, int) else list(id or ())
+            for id in (text_config.eos_token_id, text_config.bos_token_id)
+        )
+        starts, ends = merger_config.question_start_token_ids, merger_config.question_end_token_ids
+        return TurnMarks(starts or [], ends or [], eos, bos)
+
+    @property
+    def reads_question(self) -> bool:
+        return self.merger_enabled and self.config.merger_config.question_aware
+
+    def read_prompt(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, new_from: int = 0, **masks: Tensor | None
+    ) -> Prompt:
+        """A prompt given as ids or as embeddings, with the `masks` of a [`Prompt`]."""
+        wanted = [self.config.image_token_id, *(self.turn_marks.ids if self.reads_question else ())]
+        ids = self._find_ids(input_ids, inputs_embeds, wanted)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return Prompt(ids, embeds, ids == self.config.image_token_id, new_from, **masks)
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -228,48 +267,41 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
             )
         return image_mask[:, :, None].to(inputs_embeds.device)
 
-    def get_question(
-        self,
-        inputs_embeds: Tensor,
-        image_mask: Tensor,
-        num_images: int,
-        attention_mask: Tensor | None = None,
-        question_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Each image's question, as arguments of `get_image_features`; empty where the merger does not read it.
-
-        The question of an image is the text of its row: attended, no placeholder, inside `question_mask` if given.
-        """
-        if not (self.merger_enabled and self.config.merger_config.question_aware):
-            return {}
-        readable = question_mask_of_rows(image_mask, attention_mask, question_mask)
-        rows = image_rows(image_mask, num_images, self.num_image_tokens)
-        question_embeds = inputs_embeds[rows.to(inputs_embeds.device)]
-        return {"question_embeds": question_embeds, "question_mask": readable[rows]}
-
-    def encode_images_of_prompt(
-        self,
-        pixel_values: Tensor,
-        image_mask: Tensor,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        question_mask: Tensor | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        """[`encode_images`] with the question of each, for the placeholders `image_mask` (B, L) of a prompt.
-
-        Args:
-            inputs_embeds: (B, L, hidden), embeddings of the prompt.
-            attention_mask: (B, L or more), 0 where a token is padding; its last L columns count.
-            question_mask: (B, L) bool, text that a question-aware merger may read.
+    def get_question(self, prompt: Prompt, num_images: int) -> Question | None:
+        """What each of the `num_images` images is merged for, None where the merger does not read it.
 
         Raises:
-            ValueError: The placeholders are not those of the images.
+            ValueError: A mask is not (batch, tokens), or the question cannot be told from the answer, or is empty.
         """
-        question = self.get_question(inputs_embeds, image_mask, len(pixel_values), attention_mask, question_mask)
-        outputs = self.encode_images(pixel_values, **question, **kwargs)
+        if not self.reads_question or not num_images:
+            return None
+        shape = prompt.ids.shape
+        attention_mask, answer_mask, question_mask = (
+            as_row_mask(name, getattr(prompt, name), shape)
+            for name in ("attention_mask", "answer_mask", "question_mask")
+        )
+        positions = None if prompt.position_ids is None else prompt.position_ids[:, -shape[1] :]
+        turns = split_turns(prompt.ids, prompt.image_mask, self.turn_marks, attention_mask, answer_mask, positions)
+        images = prompt.first_placeholders(num_images)
+        question = question_of_images(prompt.embeds, turns, images)
+        if question_mask is not None:
+            return question.narrowed(question_mask)
+        rows = images // shape[1]
+        if prompt.may_hold_answers and answer_mask is None:
+            check_each_image(turns.has_marked_answer(images), rows, UNMARKED_ANSWER)
+        if prompt.may_hold_answers and (self.training or answer_mask is not None):
+            check_each_image(question.has_text, rows, EMPTY_QUESTION)
+        return question
+
+    def encode_images_of_prompt(self, pixel_values: Tensor, prompt: Prompt, **kwargs) -> BaseModelOutputWithPooling:
+        """[`encode_images`] with the question of each image that is new in the `prompt`.
+
+        Raises:
+            ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
+        """
+        outputs = self.encode_images(pixel_values, question=self.get_question(prompt, len(pixel_values)), **kwargs)
         features = outputs.pooler_output
-        check_placeholders(image_mask, sum(map(len, features)), len(features))
+        check_placeholders(prompt.new_image_mask, sum(map(len, features)), len(features))
         return outputs
 
     @takes_arguments_of(LlavaModel.forward)
@@ -280,32 +312,52 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         pixel_values: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         question_mask: Tensor | None = None,
+        answer_mask: Tensor | None = None,
         **kwargs,
     ):
         """
         Args:
             mm_encoder_outputs: `{"image": outputs}` with the images encoded before, instead of `pixel_values`.
-            question_mask: (B, L) bool, text that a question-aware merger may read; default all attended text.
+            question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
+            answer_mask: (B, L) bool, tokens that are answer and which it never reads.
 
         The other arguments, and the result, are those of [`~transformers.LlavaModel`].
         """
         if pixel_values is not None:
             if mm_encoder_outputs:
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
-            mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, question_mask, kwargs)}
+            masks = {"question_mask": question_mask, "answer_mask": answer_mask}
+            mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, kwargs)}
+        elif self.training and not mm_encoder_outputs:
+            self._join_merger(kwargs)
         if FORWARD_TAKES_ENCODED_IMAGES:
             return super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
         return self._forward_encoded_images((mm_encoder_outputs or {}).get("image"), **kwargs)
 
-    def _encode_images_of_call(self, pixel_values: Tensor, question_mask: Tensor | None, arguments: dict):
+    def _encode_images_of_call(self, pixel_values: Tensor, masks: dict, arguments: dict):
         """The images of a forward whose other `arguments` these are."""
         input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_mask, inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
+        masks |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
         options = {name: arguments[name] for name in TOWER_ARGUMENTS if name in arguments}
-        mask = arguments.get("attention_mask")
-        return self.encode_images_of_prompt(pixel_values, image_mask, inputs_embeds, mask, question_mask, **options)
+        return self.encode_images_of_prompt(
+            pixel_values, self.read_prompt(input_ids, inputs_embeds, **masks), **options
+        )
+
+    def _join_merger(self, arguments: dict):
+        """Puts a trained merger into the graph of a batch without images, with weight 0.
+
+        A backward pass needs something to train in it, and DistributedDataParallel every parameter on every rank.
+        """
+        trained = [parameter for parameter in self.merger.parameters() if parameter.requires_grad]
+        if not trained or arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
+            return
+        if arguments.get("inputs_embeds") is None:
+            arguments["inputs_embeds"] = self.get_input_embeddings()(arguments.pop("input_ids"))
+        embeds = arguments["inputs_embeds"]
+        nothing = sum(0 * parameter.sum() for parameter in trained)
+        arguments["inputs_embeds"] = embeds + nothing.to(embeds.device, embeds.dtype)
 
     def _forward_encoded_images(self, image_outputs, input_ids=None, inputs_embeds=None, **kwargs):
         """Stock's forward where it takes no encoded images. Remove with FORWARD_TAKES_ENCODED_IMAGES."""
@@ -362,27 +414,14 @@ class LlavaMergeForConditionalGeneration(
     def forward(self, *, labels: Tensor | None = None, question_mask: Tensor | None = None, **kwargs):
         """
         Args:
-            labels: (B, L), -100 where no loss is taken. A question-aware merger reads only text whose label is -100: an
-                answer never reaches it.
-            question_mask: (B, L) bool, text that a question-aware merger may read; default all attended text.
+            labels: (B, L), -100 where no loss is taken. Tokens with another label are answer, which a question-aware
+                merger never reads.
+            question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
 
         The other arguments, and the result, are those of [`~transformers.LlavaForConditionalGeneration`].
         """
-        if kwargs.get("pixel_values") is not None:
-            if self.training and labels is None and question_mask is None:
-                self._refuse_unmarked_answers()
-            if labels is not None:
-                prompt = labels == -100
-                question_mask = prompt if question_mask is None else prompt & question_mask.bool()
-        return super().forward(labels=labels, question_mask=question_mask, **kwargs)
-
-    def _refuse_unmarked_answers(self):
-        if self.model.merger_enabled and self.config.merger_config.question_aware:
-            raise ValueError(
-                "A question-aware merger in training mode got neither labels nor question_mask, so that it cannot tell "
-                "the question from the answer and would read both. Pass labels, or question_mask (batch, tokens) where "
-                "the Trainer takes the labels away (label_smoothing_factor, compute_loss_func)."
-            )
+        answer_mask = None if labels is None else labels != -100
+        return super().forward(labels=labels, question_mask=question_mask, answer_mask=answer_mask, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers, with the code; a repo without a model card gets one."""

@@ -1,7 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -17,6 +16,7 @@ from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitializ
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
 from .merging_none import Identity  # noqa: F401
+from .question_turns import Question
 
 
 class TokenMerger(PreTrainedModel):
@@ -58,8 +58,7 @@ class TokenMerger(PreTrainedModel):
     def forward(
         self,
         features: Tensor,
-        question_embeds: Tensor | None = None,
-        question_mask: Tensor | None = None,
+        question: Question | Tensor | None = None,
         num_tokens: int | None = None,
         grid: tuple[int, int] | None = None,
         return_source: bool = False,
@@ -67,9 +66,9 @@ class TokenMerger(PreTrainedModel):
         """
         Args:
             features: (I, N, vision_dim), the tower's features without CLS.
-            question_embeds: (I, T, text_dim), the language model's input embeddings of each image's question. Read by
+            question: What each image is merged for: the language model's input embeddings of each image's question,
+                (I, T, text_dim), or a [`Question`], which can mask some of them and be shared by images. Read by
                 question-aware mergers only; without it they merge as if there were no question.
-            question_mask: (I, T) bool, True where `question_embeds` is question; default everywhere.
             num_tokens: M, default the config's.
             grid: Rows and columns of the patches, default a square.
             return_source: Also return which patches made each token, (I, M, N).
@@ -82,17 +81,15 @@ class TokenMerger(PreTrainedModel):
                 f"features have shape {tuple(features.shape)}; this merger takes (images, patches, vision_dim="
                 f"{self.config.vision_dim}), the output of the vision tower before the projector."
             )
-        if question_embeds is not None and not self.config.question_aware:
-            question_embeds = question_mask = None
-        if question_embeds is not None:
-            question_embeds, question_mask = self._check_question(features, question_embeds, question_mask)
+        if question is not None:
+            question = self._check_question(features, question) if self.config.question_aware else None
         num_patches = features.shape[1]
         num_tokens = self._num_tokens(num_patches, num_tokens)
         geometry = None
         if self.method.needs_grid:
             grid = check_grid(grid, num_patches)
             geometry = slot_geometry(grid, num_tokens, features.device)
-        context = MergeContext(grid, num_tokens, question_embeds, question_mask, return_source, geometry)
+        context = MergeContext(grid, num_tokens, question, return_source, geometry)
         return self.method(features, context)
 
     def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:
@@ -102,13 +99,16 @@ class TokenMerger(PreTrainedModel):
             raise ValueError(f"num_tokens={num_tokens}: has to be from 1 to the {num_patches} visual tokens.")
         return num_tokens
 
-    def _check_question(self, features: Tensor, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        expected = f"(images={features.shape[0]}, tokens, text_dim={self.config.text_dim})"
-        if embeds.ndim != 3 or embeds.shape[0] != features.shape[0] or embeds.shape[-1] != self.config.text_dim:
-            raise ValueError(f"question_embeds have shape {tuple(embeds.shape)}, this merger takes {expected}.")
-        if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return embeds.to(features.device, features.dtype), mask.to(features.device)
+    def _check_question(self, features: Tensor, question: Question | Tensor) -> Question:
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
+        embeds, num_images = question.embeds, len(question.image_turns)
+        if embeds.ndim != 3 or embeds.shape[-1] != self.config.text_dim or num_images != len(features):
+            raise ValueError(
+                f"The question has embeds of shape {tuple(embeds.shape)} for {num_images} images; this merger takes "
+                f"(rows, tokens, text_dim={self.config.text_dim}) for the {len(features)} images of the features."
+            )
+        return question.to(features.device, features.dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "TokenMerger":

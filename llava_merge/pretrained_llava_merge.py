@@ -17,6 +17,7 @@ from .loading import (
     read_checkpoint,
 )
 from .modeling_token_merger import TokenMerger
+from .question_marks import find_question_marks, set_marks_of_folder
 
 
 class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
@@ -80,6 +81,8 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             check_loaded_keys(checkpoint, model.config, info)
         if merger is not None:
             model.load_merger(merger, **for_other_repo(hub_kwargs))
+        if model.config.merger_config.question_aware and model.config.merger_config.question_end_token_ids is None:
+            set_marks_of_folder(model.config.merger_config, checkpoint.adapter_base or path, hub_kwargs)
         return (model, info) if wants_info else model
 
     @contextmanager
@@ -113,6 +116,16 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         self.config.image_seq_length = num_merged_tokens
         if processor is not None:
             processor.num_merged_tokens = num_merged_tokens
+
+    def set_question_marks(self, processor):
+        """Learns from the processor's chat template which ids stand between question and answer.
+
+        Loading does the same where the checkpoint has a chat template.
+
+        Raises:
+            ValueError: There is no chat template, or it writes nothing between the two.
+        """
+        self.config.merger_config.update(find_question_marks(processor))
 
     def save_merger(self, save_directory: str):
         """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all."""

@@ -1,37 +1,41 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Which image belongs to which row, which text is its question, and where its tokens go. Pure functions on tensors."""
+"""Checks of a prompt with images, and the order of images when rows are repeated. Pure functions on tensors."""
 
 import torch
 from torch import Tensor
 
 
-def image_rows(image_mask: Tensor, num_images: int, tokens_per_image: int) -> Tensor:
-    """Row of the batch (I,) that each image belongs to, from the placeholders (B, L): images are in reading order."""
-    images_up_to_row = (image_mask.sum(dim=1) // tokens_per_image).cumsum(dim=0)
-    images = torch.arange(num_images, device=image_mask.device)
-    return torch.searchsorted(images_up_to_row, images, right=True).clamp(max=image_mask.shape[0] - 1)
-
-
-def question_mask_of_rows(image_mask: Tensor, attention_mask: Tensor | None, question_mask: Tensor | None) -> Tensor:
-    """Text that a merger may read, (B, L) bool: attended, no placeholder, and in `question_mask` where that is given.
+def as_row_mask(name: str, mask, shape: torch.Size) -> Tensor | None:
+    """A mask (B, L or more) of a prompt of `shape` (B, L), if any; with a filled cache it also covers what is in there.
 
     Raises:
-        ValueError: A mask is not (batch, tokens), so that padding or answers cannot be told from the question.
+        ValueError: It is not (batch, tokens), so that padding or answers cannot be told from the question.
     """
-    readable = ~image_mask
-    for name, mask in (("attention_mask", attention_mask), ("question_mask", question_mask)):
-        if mask is None:
-            continue
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            mask = mask[:, -readable.shape[1] :]  # with a filled cache it also covers what is in there
-        if not isinstance(mask, Tensor) or mask.shape != readable.shape:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"{name} is {found}, but a question-aware merger reads the text where it is true and needs it as "
-                f"(batch, tokens)={tuple(readable.shape)}. Pass the 2-D mask that the processor returns."
-            )
-        readable = readable & mask.to(readable.device).bool()
-    return readable
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = mask[:, -shape[1] :]
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{name} is {found}, but a question-aware merger reads the text where it is true and needs it as "
+            f"(batch, tokens)={tuple(shape)}. Pass the 2-D mask that the processor returns."
+        )
+    return mask.bool()
+
+
+def check_each_image(is_right: Tensor, rows: Tensor, message: str):
+    """Raises `message` with the {rows} of the images that are not right; both (I,).
+
+    Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_right.all(), message)
+    elif not is_right.all():
+        raise ValueError(message.format(rows=", ".join(map(str, rows[~is_right].unique().tolist()))))
 
 
 def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | None = None):

@@ -30,7 +30,9 @@ from llava_merge.compat import TRANSFORMERS_VERSION
 WORDS = (
     "<pad> <s> </s> <unk> <image> USER: ASSISTANT: what color is the star ? red blue how many circles are there".split()
 )
-IMAGE_ID, PAD_ID = WORDS.index("<image>"), 0
+IMAGE_ID, PAD_ID, EOS_ID = WORDS.index("<image>"), 0, 2
+USER_ID, ANSWER_ID = WORDS.index("USER:"), WORDS.index("ASSISTANT:")
+FIRST_WORD_ID = WORDS.index("what")
 NUM_PATCHES = 36  # 6 × 6
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -90,7 +92,8 @@ def tiny_model(merger_config: dict, tower: str = "clip", train_merger: bool = Fa
 
 def aware(num_merged_tokens: int = 9, **fields) -> dict:
     """Merger config of a question-aware V3."""
-    return {"num_merged_tokens": num_merged_tokens, "num_heads": 4, "question_aware": True, **fields}
+    marks = {"question_start_token_ids": [[USER_ID]], "question_end_token_ids": [[ANSWER_ID]]}
+    return {"num_merged_tokens": num_merged_tokens, "num_heads": 4, "question_aware": True, **marks, **fields}
 
 
 def agnostic(num_merged_tokens: int = 9, **fields) -> dict:
@@ -99,18 +102,34 @@ def agnostic(num_merged_tokens: int = 9, **fields) -> dict:
 
 
 def prompts(image_counts: list[int], tokens_per_image: int, pad: str = "left", seed: int = 0, text: int = 6):
-    """input_ids and attention_mask (B, L) of rows with the given number of images and random words, padded."""
+    """input_ids and attention_mask (B, L) of rows with the given number of images and random words, padded.
+
+    Each ends where its answer begins.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index, count in enumerate(image_counts):
-        words = torch.randint(5, len(WORDS), (text + index,), generator=generator).tolist()
-        rows.append([1, *[IMAGE_ID] * (tokens_per_image * count), *words])
+        words = torch.randint(FIRST_WORD_ID, len(WORDS), (text + index,), generator=generator).tolist()
+        rows.append([1, *[IMAGE_ID] * (tokens_per_image * count), *words, ANSWER_ID])
     length = max(map(len, rows))
     padded = [
         [PAD_ID] * (length - len(row)) + row if pad == "left" else row + [PAD_ID] * (length - len(row)) for row in rows
     ]
     input_ids = torch.tensor(padded)
     return {"input_ids": input_ids, "attention_mask": (input_ids != PAD_ID).long()}
+
+
+def answered(batch: dict, num_words: int = 2, seed: int = 0) -> dict:
+    """The left-padded `prompts` with an answer of random words and </s> behind each, and labels on the answers."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(batch["input_ids"]), num_words)
+    words = torch.randint(FIRST_WORD_ID, len(WORDS), size, generator=generator)
+    answers = torch.nn.functional.pad(words, (0, 1), value=EOS_ID)
+    return {
+        "input_ids": torch.cat((batch["input_ids"], answers), dim=1),
+        "attention_mask": torch.cat((batch["attention_mask"], torch.ones_like(answers)), dim=1),
+        "labels": torch.cat((torch.full_like(batch["input_ids"], -100), answers), dim=1),
+    }
 
 
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:

@@ -48,12 +48,13 @@ def test_generate_gives_the_merger_the_same_question_as_forward(config):
 def test_generate_equals_the_argmax_of_forward_step_by_step(config):
     model = tiny_model(config, train_merger=True)
     batch, images = prompts([2], 9), pixels(2)
-    generated = generate(model, batch, images)
+    generated = generate(model, batch, images, suppress_tokens=[IMAGE_ID])
     length = batch["input_ids"].shape[1]
     mask = torch.ones_like(generated)
     prompt_only = torch.zeros_like(generated, dtype=torch.bool)
     prompt_only[:, :length] = True
     logits = model(generated, images, attention_mask=mask, question_mask=prompt_only).logits
+    logits[..., IMAGE_ID] = -torch.inf
     assert torch.equal(logits[:, length - 1 : -1].argmax(-1), generated[:, length:])
 
 
@@ -132,19 +133,6 @@ def test_a_second_turn_with_a_new_image_on_a_filled_cache():
     assert torch.equal(ids, generate(model, whole, images)[:, second.shape[1] :])
 
 
-def test_the_question_of_a_later_turn_is_its_own_text(model):
-    turns = []
-    seen = merged_features_of(
-        model,
-        lambda: turns.append(
-            continued(model, prompts([1], 9), pixels(1), [IMAGE_ID] * 9 + [7, 8], pixels(1, seed=5))[1]
-        ),
-    )
-    uncached = turns[0][:, -12:]  # the turn, and before it the answer's last token, which no forward has seen yet
-    alone = merged_features_of(model, lambda: model(uncached, pixels(1, seed=5)))
-    torch.testing.assert_close(seen[1], alone[0])
-
-
 @pytest.mark.parametrize("given", ["all images", "new images"])
 def test_a_chat_goes_on_with_the_images_of_all_turns_or_of_the_new_one(model, given):
     """Also where a turn brings none: the pictures of the chat are passed again with every call."""
@@ -194,9 +182,8 @@ def test_compiled_image_features_have_no_graph_break(model):
     batch = prompts([1, 1], 9)
 
     def features(input_ids, attention_mask, pixel_values):
-        embeds, image_mask = model.model.embed_prompt(input_ids, None)[::-1]
-        question = model.model.get_question(embeds, image_mask, len(pixel_values), attention_mask)
-        return torch.stack(list(model.model.encode_images(pixel_values, **question).pooler_output))
+        prompt = model.model.read_prompt(input_ids, None, attention_mask=attention_mask)
+        return torch.stack(list(model.model.encode_images_of_prompt(pixel_values, prompt).pooler_output))
 
     with torch.no_grad():
         expected = features(

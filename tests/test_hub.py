@@ -163,7 +163,7 @@ model.push_merger_to_hub("org/some-merger")
     files = server.repos["org/some-merger"]
     code = {f"{name}.py" for name in {"modeling_token_merger", *all_relative_imports("modeling_token_merger")}}
     assert files.keys() - {".gitattributes"} == code | {"config.json", "model.safetensors", "README.md"}
-    for part in ("modeling_llava_merge", "loading", "generation", "question", "processing"):
+    for part in ("modeling_llava_merge", "loading", "generation", "question_marks", "processing"):
         assert not any(part in name for name in code)
     merger = tiny_model(aware(), train_merger=True).model.merger.state_dict()
     pushed = load(files["model.safetensors"])
@@ -210,7 +210,9 @@ def test_a_checkpoint_of_0_1_0_loads_with_the_code_of_today(saved, server, tmp_p
     (old / "expected.safetensors").unlink()
     for code in directory.glob("*.py"):
         shutil.copy(code, old)
-    save_file({**prompts([1, 2, 0], 9), "pixel_values": pixels(3), "logits": logits}, tmp_path / "expected.safetensors")
+    batch = prompts([1, 2, 0], 9)
+    batch["question_mask"] = batch["attention_mask"].bool()  # 0.1.0 knew no marks of the chat template
+    save_file({**batch, "pixel_values": pixels(3), "logits": logits}, tmp_path / "expected.safetensors")
     monkeypatch.chdir(tmp_path)
     code = f"""
 from transformers import AutoModelForImageTextToText

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from llava_merge import MERGING_METHODS, LearnableTokenMergerV3, MergerConfig, TokenMerger, list_mergers
+from llava_merge import MERGING_METHODS, LearnableTokenMergerV3, MergerConfig, Question, TokenMerger, list_mergers
+from llava_merge.merging_fixed_pooling import soft_maximum_of_turns
 from llava_merge.merging_grid import (
     kept_slot_geometry,
     sample_query_map,
@@ -49,8 +50,17 @@ def inputs(num_images: int = 3, num_patches: int = 36, dtype=torch.float32) -> d
     mask[0, 3:] = False
     return {
         "features": torch.randn(num_images, num_patches, 32, generator=generator).to(dtype),
-        "question_embeds": torch.randn(num_images, 5, 24, generator=generator).to(dtype),
-        "question_mask": mask,
+        "question": Question.of_each_image(torch.randn(num_images, 5, 24, generator=generator).to(dtype), mask),
+    }
+
+
+def images_of(batch: dict, order) -> dict:
+    """The batch with these images of it."""
+    question = batch["question"]
+    mask = question.mask.reshape(3, 3, 5)[range(3), range(3)]
+    return {
+        "features": batch["features"][order],
+        "question": Question.of_each_image(question.embeds[order], mask[order]),
     }
 
 
@@ -94,14 +104,14 @@ def test_a_batch_equals_its_images_alone(name):
     merger, batch = make(name), inputs()
     together = merger(**batch).merged_features
     for index in range(3):
-        alone = merger(**{key: value[index : index + 1] for key, value in batch.items()}).merged_features
+        alone = merger(**images_of(batch, [index])).merged_features
         torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=1e-5)
 
 
 @ALL
 def test_permuting_the_batch_permutes_the_result(name):
     merger, batch, order = make(name), inputs(), torch.tensor([2, 0, 1])
-    permuted = merger(**{key: value[order] for key, value in batch.items()}).merged_features
+    permuted = merger(**images_of(batch, order)).merged_features
     torch.testing.assert_close(permuted, merger(**batch).merged_features[order], atol=1e-5, rtol=1e-5)
 
 
@@ -159,14 +169,45 @@ def test_gradients_reach_every_parameter(name):
 def test_the_question_changes_the_result_and_its_absence_is_the_agnostic_path(name):
     merger, batch = make(name), inputs()
     result = merger(**batch).merged_features
-    other = {**batch, "question_embeds": batch["question_embeds"].flip(0)}
-    assert (merger(**other).merged_features - result).abs().amax(dim=(1, 2))[[0, 2]].min() > 1e-4
-    padding = {**batch, "question_embeds": batch["question_embeds"].clone()}
-    padding["question_embeds"][0, 3:] = 100.0
-    assert torch.equal(merger(**padding).merged_features, result)
+    embeds = batch["question"].embeds
+    mask = batch["question"].mask.reshape(3, 3, 5)[range(3), range(3)]
+    other = Question.of_each_image(embeds.flip(0), mask)
+    assert (merger(batch["features"], other).merged_features - result).abs().amax(dim=(1, 2))[[0, 2]].min() > 1e-4
+    padded = embeds.clone()
+    padded[0, 3:] = 100.0
+    assert torch.equal(merger(batch["features"], Question.of_each_image(padded, mask)).merged_features, result)
     absent = merger(batch["features"]).merged_features
-    masked = merger(**{**batch, "question_mask": torch.zeros(3, 5, dtype=torch.bool)}).merged_features
+    masked = merger(batch["features"], Question.of_each_image(embeds, torch.zeros_like(mask))).merged_features
     assert torch.equal(masked, absent)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "question" in name])
+def test_images_of_a_turn_share_its_question(name):
+    merger, features = make(name), inputs()["features"]
+    embeds = inputs()["question"].embeds[:2]
+    token_turns = torch.tensor([[0, 0, 3, 3, 3], [3, 2, 2, 3, 3]])  # of rows with images 0 and 1, and 2
+    shared = merger(features, Question(embeds, token_turns, torch.tensor([0, 0, 2]))).merged_features
+    for image, words in enumerate((embeds[0, :2], embeds[0, :2], embeds[1, 1:3])):
+        alone = merger(features[image : image + 1], words[None]).merged_features[0]
+        torch.testing.assert_close(shared[image], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "question" in name])
+def test_a_question_is_embedded_once_for_all_images_of_its_turn(name):
+    merger, rows = make(name), []
+    merger.method.query_modulator.token_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
+    embeds = inputs()["question"].embeds[:1]
+    merger(
+        inputs()["features"], Question(embeds, torch.zeros(1, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    )
+    assert rows == [(1, 5, 24)]
+
+
+def test_scores_of_one_turn_do_not_drown_those_of_another():
+    tokens = torch.tensor([[100.0], [101.0], [-100.0], [-101.0]])
+    question = Question(tokens[None], torch.tensor([[0, 0, 1, 1]]), torch.tensor([0, 1]))
+    pooled = soft_maximum_of_turns(tokens, question, sharpness=4.0)
+    torch.testing.assert_close(pooled, torch.tensor([[100.982], [-100.018]]), atol=1e-3, rtol=0)
 
 
 class TestAveragePoolingInit:
@@ -178,7 +219,7 @@ class TestAveragePoolingInit:
         pooled = TokenMerger(MergerConfig(merger_type="average_pooling", **fields))(features).merged_features
         fixed = TokenMerger(MergerConfig(question_aware=question_aware, **fields))
         for question in (None, torch.randn(2, 7, 32)):
-            merged = fixed(features, question_embeds=question).merged_features
+            merged = fixed(features, question).merged_features
             torch.testing.assert_close(merged, pooled, atol=1e-5, rtol=0)
 
     def test_one_set_of_weights_is_average_pooling_at_every_budget(self):
@@ -266,7 +307,7 @@ class TestGeometry:
 class TestDocumentName:
     def test_it_is_v3(self):
         merger = LearnableTokenMergerV3(d_vision=32, d_text=24, num_merged_tokens=9, num_heads=4, question_aware=True)
-        result = merger(inputs()["features"], inputs()["question_embeds"])
+        result = merger(inputs()["features"], inputs()["question"].embeds)
         assert result["merged_features"].shape == (3, 9, 32)
         assert merger.config.merger_type == "fixed_pooling"
         names = {name.removeprefix("method.").split(".")[0] for name, _ in merger.named_parameters()}
@@ -288,8 +329,8 @@ class TestKeptGeometry:
         assert merger.method.locality.grad.abs().sum() > 0
 
     def test_a_forward_does_not_make_it_anew(self):
-        merger = make("fixed_pooling")
-        merger(**inputs())
+        merger, batch = make("fixed_pooling"), inputs()
+        merger(**batch)
         with torch.profiler.profile() as profile:
-            merger(**inputs())
+            merger(**batch)
         assert not {"aten::arange", "aten::log", "aten::floor_divide"} & {event.key for event in profile.key_averages()}

@@ -6,6 +6,7 @@ import torch
 from conftest import (
     NUM_PATCHES,
     agnostic,
+    answered,
     aware,
     image_features,
     make_processor,
@@ -115,15 +116,13 @@ def test_image_text_to_text_pipeline(messages, processor, tmp_path, picture, by)
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows with one image and the last two tokens as the answer."""
+    """Rows with one image, a question and an answer."""
 
     def __init__(self):
         self.rows = []
         for index, image in enumerate(pixels(4)):
-            row = {name: tensor[0] for name, tensor in prompts([1], 9, seed=index).items()}
-            labels = row["input_ids"].clone()
-            labels[:-2] = -100
-            self.rows.append({**row, "labels": labels, "pixel_values": image})
+            row = {name: tensor[0] for name, tensor in answered(prompts([1], 9, seed=index), seed=index).items()}
+            self.rows.append({**row, "pixel_values": image})
 
     def __len__(self):
         return len(self.rows)
@@ -170,10 +169,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             lambda *args, calls=calls: calls.append(1)
         )
         layer_calls.append(calls)
-        batch = prompts([1, 2], 9)
-        model(
-            **batch, pixel_values=pixels(3), labels=batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100)
-        ).loss.backward()
+        model(**answered(prompts([1, 2], 9)), pixel_values=pixels(3)).loss.backward()
         gradients.append(
             {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         )
@@ -193,9 +189,7 @@ def test_lora_with_the_merger_saved_along(tmp_path):
     batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
     optimizer = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
-        labels = batch["input_ids"].clone()
-        labels[:, :-2] = -100
-        wrapped(**batch, labels=labels).loss.backward()
+        wrapped(**answered(prompts([1, 2], 9)), pixel_values=pixels(3)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     wrapped.eval()

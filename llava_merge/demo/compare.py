@@ -78,7 +78,7 @@ class Comparison:
         inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)  # (1, 3, H, W)
         words = self.processor.tokenizer(question, return_tensors="pt")["input_ids"].to(self.device)
-        question_embeds = self.model.get_input_embeddings()(words)
+        question_embeds = self.model.get_input_embeddings()(words)  # (1, T, text_dim)
         features = self.model.get_vision_features(pixel_values)
         source = self.model.model.merger(features, question_embeds, return_source=True).source[0]  # (M, N)
         patch_size = self.model.config.vision_config.patch_size

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 
 directory = Path(__file__).parent / "saved_on_4.57"
-model = tiny_model(aware(), train_merger=True)
+model = tiny_model(aware(question_start_token_ids=None, question_end_token_ids=None), train_merger=True)
 model.save_pretrained(directory)
 for code in directory.glob("*.py"):
     code.unlink()
-logits = model(**prompts([1, 2, 0], 9), pixel_values=pixels(3)).logits
+batch = prompts([1, 2, 0], 9)
+logits = model(**batch, pixel_values=pixels(3), question_mask=batch["attention_mask"].bool()).logits
 save_file({"logits": logits.detach()}, directory / "expected.safetensors")

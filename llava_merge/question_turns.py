@@ -1,0 +1,229 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Which text an image is merged for: that of the turn which holds it. Pure functions on ids, labels and positions.
+
+A turn reaches from the end of an answer, or the start of the row or packed sample, to the start of the next answer. It
+is the one rule that training rows, single turns, later turns of a chat and a KV cache, which keeps an image as its own
+turn saw it, can all keep. Placeholders, padding, answers and the marks between turns are no question.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TurnMarks:
+    """Ids that tell turns apart.
+
+    Attributes:
+        question_start: Id sequences that end an answer and open the next question, such as those of "USER:".
+        question_end: Id sequences that open an answer, such as those of "ASSISTANT:".
+        eos: Ids that end an answer; where they are no part of a sequence above, also the sample.
+        bos: Ids that begin a sample.
+    """
+
+    question_start: list[list[int]]
+    question_end: list[list[int]]
+    eos: list[int]
+    bos: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """Every id that means something here."""
+        return sorted({*self.eos, *self.bos, *(id for marks in self.sequences for id in marks)})
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return self.question_start + self.question_end
+
+    @property
+    def eos_between_samples(self) -> list[int]:
+        in_sequences = {id for marks in self.sequences for id in marks}
+        return [id for id in self.eos if id not in in_sequences]
+
+
+@dataclass
+class Prompt:
+    """A batch of prompts, and what is known about their tokens.
+
+    Attributes:
+        ids: (B, L) int64; of prompts given as embeddings only those that mean something to us are right.
+        embeds: (B, L, text_dim), the language model's input embeddings.
+        image_mask: (B, L) bool, the image placeholders.
+        new_from: Tokens before this one are in the cache already, with their images.
+        attention_mask: (B, L or more), 0 where a token is padding; the last L columns count.
+        position_ids: (B or 1, L or more); where they start again, a packed sample starts.
+        answer_mask: (B, L or more) bool, what is known to be answer: in training, tokens whose label is not -100.
+        question_mask: (B, L or more) bool, what the caller wants to be read.
+        may_hold_answers: Whether there may be answers that nothing marks. Not in the prompt of `generate`.
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    image_mask: Tensor
+    new_from: int = 0
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    answer_mask: Tensor | None = None
+    question_mask: Tensor | None = None
+    may_hold_answers: bool = True
+
+    @property
+    def new_image_mask(self) -> Tensor:
+        """(B, L - new_from) bool: placeholders of images that are not in the cache."""
+        return self.image_mask[:, self.new_from :]
+
+    def first_placeholders(self, num_images: int) -> Tensor:
+        """Where each new image begins, all rows on end: (num_images,)."""
+        is_new = torch.nn.functional.pad(self.new_image_mask, (self.new_from, 0))
+        count = is_new.flatten().cumsum(0)
+        number = torch.arange(num_images, device=count.device) * (count[-1] // num_images) + 1
+        return torch.searchsorted(count, number).clamp(max=len(count) - 1)
+
+
+@dataclass
+class Turns:
+    """The turns of a batch.
+
+    Attributes:
+        number: (B, L) int64, the turn that each token belongs to; an answer's tokens to the question before it. Never
+            falls from token to token and from row to row.
+        is_text: (B, L) bool, whether a token is readable text of its turn's question.
+        opens_answer: (B, L) bool, where a mark that opens an answer begins.
+    """
+
+    number: Tensor
+    is_text: Tensor
+    opens_answer: Tensor
+
+    def has_marked_answer(self, tokens: Tensor) -> Tensor:
+        """Whether a mark opens an answer in the turns of `tokens` (n,), counted over all rows on end: (n,) bool."""
+        numbers = self.number.flatten()
+        num_answers = numbers.new_zeros(len(numbers) + 1).index_add(0, numbers, self.opens_answer.flatten().long())
+        return num_answers[numbers[tokens]] > 0
+
+
+@dataclass
+class Question:
+    """What each image is merged for: text shared by the images of a turn.
+
+    Attributes:
+        embeds: (B, T, text_dim), the language model's input embeddings.
+        token_turns: (B, T) int64, whose question a token is: the index of the first image of its turn, or I where it is
+            no image's.
+        image_turns: (I,) int64, the index of the first image of the turn that each image is in.
+    """
+
+    embeds: Tensor
+    token_turns: Tensor
+    image_turns: Tensor
+
+    @classmethod
+    def of_each_image(cls, embeds: Tensor, mask: Tensor | None = None) -> "Question":
+        """Of embeddings (I, T, text_dim) and a mask (I, T) that is True where they are question, one row an image."""
+        num_images, num_tokens = embeds.shape[:2]
+        images = torch.arange(num_images, device=embeds.device)
+        turns = images[:, None].expand(num_images, num_tokens)
+        if mask is not None:
+            turns = turns.masked_fill(~mask.to(embeds.device).bool(), num_images)
+        return cls(embeds, turns, images)
+
+    def to(self, device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Question":
+        embeds = self.embeds.to(device, dtype or self.embeds.dtype, non_blocking=non_blocking)
+        return Question(embeds, self.token_turns.to(device), self.image_turns.to(device))
+
+    def narrowed(self, mask: Tensor) -> "Question":
+        """Only the tokens in `mask` (B, T) of it."""
+        outside = ~mask.to(self.token_turns.device)
+        return Question(self.embeds, self.token_turns.masked_fill(outside, len(self.image_turns)), self.image_turns)
+
+    @property
+    def mask(self) -> Tensor:
+        """(I, B·T) bool: which tokens, all rows on end, are the question of each image."""
+        return self.token_turns.flatten() == self.image_turns[:, None]
+
+    @property
+    def has_text(self) -> Tensor:
+        """(I,) bool: whether an image has a question at all."""
+        return self.mask.any(dim=1)
+
+
+def split_turns(
+    ids: Tensor,
+    image_mask: Tensor,
+    marks: TurnMarks,
+    attention_mask: Tensor | None = None,
+    answer_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Turns:
+    """The turns of rows of `ids` (B, L), of which only those in `marks` need be right.
+
+    Args:
+        image_mask: (B, L) bool, the image placeholders.
+        attention_mask: (B, L), 0 where a token is padding.
+        answer_mask: (B, L) bool, what is known to be answer: in training, tokens whose label is not -100.
+        position_ids: (B, L) or (1, L); where they start again, a packed sample starts.
+    """
+    starts, in_start = find_sequences(ids, marks.question_start)
+    ends, in_end = find_sequences(ids, marks.question_end)
+    is_eos, is_bos = is_one_of(ids, marks.eos), is_one_of(ids, marks.bos)
+    new_sample = is_bos | shift_right(is_one_of(ids, marks.eos_between_samples))
+    if position_ids is not None:
+        new_sample = new_sample | restarts(position_ids).expand_as(ids)
+    new_sample[:, 0] = True
+    opens = starts | shift_right(is_eos & ~in_end) | new_sample
+    is_answer = last_index(ends) > last_index(opens)
+    if answer_mask is not None:
+        is_answer = is_answer | answer_mask.to(ids.device)
+    new_turn = new_sample | (shift_right(is_answer) & ~is_answer)
+    is_text = ~(is_answer | image_mask | in_start | in_end | is_eos | is_bos)
+    if attention_mask is not None:
+        is_text = is_text & attention_mask.to(ids.device).bool()
+    return Turns(new_turn.flatten().cumsum(0).view_as(ids), is_text, ends)
+
+
+def question_of_images(embeds: Tensor, turns: Turns, images: Tensor) -> Question:
+    """The question of each image, from `embeds` (B, L, text_dim) and where the `images` (I,) begin, rows on end."""
+    tokens = turns.number.flatten()
+    turn_of_image, num_images = tokens[images], len(images)
+    image = torch.searchsorted(turn_of_image, tokens)  # the first of the turn, if the turn has any
+    is_question = (turn_of_image[image.clamp(max=num_images - 1)] == tokens) & turns.is_text.flatten()
+    token_turns = image.where(is_question, num_images).view_as(turns.number)
+    device = embeds.device
+    return Question(embeds, token_turns.to(device), torch.searchsorted(turn_of_image, turn_of_image).to(device))
+
+
+def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Where one of `sequences` begins in `ids` (B, L), and which tokens are part of one: two (B, L) bool."""
+    if not sequences:
+        nowhere = torch.zeros_like(ids, dtype=torch.bool)
+        return nowhere, nowhere
+    longest = max(map(len, sequences))
+    wanted = ids.new_tensor([[*sequence, *[-1] * (longest - len(sequence))] for sequence in sequences])
+    lengths = ids.new_tensor([len(sequence) for sequence in sequences])
+    windows = torch.nn.functional.pad(ids, (0, longest - 1), value=-2).unfold(1, longest, 1)  # (B, L, longest)
+    found = ((windows[:, :, None] == wanted) | (wanted == -1)).all(dim=-1)  # (B, L, sequences)
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    ends = (found * (positions[:, None] + lengths)).amax(dim=-1)
+    return found.any(dim=-1), ends.cummax(dim=1).values > positions
+
+
+def is_one_of(ids: Tensor, wanted: list[int]) -> Tensor:
+    return (ids[:, :, None] == ids.new_tensor(wanted)).any(dim=-1)
+
+
+def shift_right(mask: Tensor) -> Tensor:
+    """Each row of a mask (B, L) one token later."""
+    return torch.nn.functional.pad(mask[:, :-1], (1, 0))
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index of the latest True up to each token of a mask (B, L), -1 where there is none."""
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return positions.where(mask, -1).cummax(dim=1).values
+
+
+def restarts(position_ids: Tensor) -> Tensor:
+    """Where positions (B, L) start again: at 0, or below the one before."""
+    return (position_ids == 0) | torch.nn.functional.pad(position_ids.diff(dim=1) < 0, (1, 0))
