@@ -23,6 +23,10 @@ FORWARD_TAKES_ENCODED_IMAGES = TRANSFORMERS_VERSION >= Version("5.18")
 # Remove when 5.18 is the oldest 5.x.
 LOADS_SAVED_MODULES_OF_ADAPTERS = not TRANSFORMERS_V5 or TRANSFORMERS_VERSION >= Version("5.18")
 
+# 5.x matches the modules that quantisation leaves alone from the start of their path; 4.57 wants the name of one part.
+# Remove when 4.57 is no longer supported.
+MERGER_IN_MODULE_LISTS = r"(.*\.)?merger" if TRANSFORMERS_V5 else "merger"
+
 # 5.22 replaced the class attribute sub_configs by sub_configs_defaults. Remove when 5.22 is the oldest 5.x.
 HAS_SUB_CONFIG_SPECS = TRANSFORMERS_VERSION >= Version("5.22")
 
@@ -80,7 +84,7 @@ def register_llava_key_mapping(model_type: str, for_generation: str, headless: s
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
-def hidden_states_to_keep(layers: int | list[int], requested: bool | None) -> bool | int | list[int]:
+def hidden_states_to_keep(layers: list[int], requested: bool | None) -> bool | list[int]:
     """Value of `output_hidden_states` for the tower: only `layers` where that can be asked for."""
     return layers if KEEPS_NAMED_HIDDEN_STATES and not requested else True
 

@@ -114,6 +114,11 @@ class MergerConfig(PretrainedConfig):
             )
         return cls.from_dict(fields, **kwargs)
 
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        fields.pop("_pre_quantization_dtype", None)  # transformers 4.57 leaves it here, a torch.dtype that is no JSON
+        return fields
+
     def set_vision_dim(self, vision_dim: int):
         """Changes the width of the features, and `internal_dim` where that was half of it."""
         if self.internal_dim == self.vision_dim // 2:
@@ -198,6 +203,20 @@ class LlavaMergeConfig(LlavaConfig):
     def num_patches(self) -> int:
         """Visual tokens N of one image before merging, without CLS: 576 in LLaVA-1.5."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def used_vision_config(self) -> PretrainedConfig:
+        """The tower's configuration without the layers behind `vision_feature_layer`; LLaVA-1.5's last is never used.
+
+        Other towers than CLIP and SigLIP keep all: some end with a norm that is no part of the layer before.
+        """
+        if self.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            return self.vision_config
+        num_layers, layers = self.vision_config.num_hidden_layers, self.vision_feature_layer
+        used = [index % (num_layers + 1) for index in ([layers] if isinstance(layers, int) else layers)]
+        vision_config = copy.deepcopy(self.vision_config)
+        vision_config.num_hidden_layers = max(1, *used)
+        return vision_config
 
     @property
     def merged_vision_dim(self) -> int:

@@ -61,7 +61,6 @@ EMPTY_QUESTION = (
     "padding or a mark, so that a question-aware merger would train without one. Set the labels of the prompt to -100, "
     "or use question_aware=False; a question_mask of False leaves it out on purpose."
 )
-FRESH_MERGER_KEYS = [r"(^|\.)merger\."]
 
 
 class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
@@ -75,17 +74,17 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
     """
 
     _checkpoint_conversion_mapping = {"language_model.model": "language_model", "^model.merger": "merger"}
+    _saved_prefixes = {"language_model.model.": "language_model.", "model.merger.": "merger."}
     _auto_class = "AutoModel"
 
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self._prepare_loading(fresh_merger)
+        self.vision_tower = AutoModel.from_config(config.used_vision_config)
         self.merger = TokenMerger(config.merger_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.merger_enabled = True
-        if fresh_merger:
-            self._keys_to_ignore_on_load_missing = FRESH_MERGER_KEYS
         self.post_init()
 
     @property
@@ -115,16 +114,32 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
         self._check_image_size(pixel_values, kwargs)
+        layers = self._tower_layers(layer)
         outputs = self.vision_tower(
             pixel_values,
-            output_hidden_states=hidden_states_to_keep(layer, output_hidden_states),
+            output_hidden_states=hidden_states_to_keep(layers, output_hidden_states),
             return_dict=True,
             **{name: value for name, value in kwargs.items() if value is not None},
         )
-        states = [outputs.hidden_states[index] for index in ([layer] if isinstance(layer, int) else layer)]
+        states = [outputs.hidden_states[index] for index in layers]
         if strategy == "default":
             states = [state[:, 1:] for state in states]
         return states[0] if len(states) == 1 else torch.cat(states, dim=-1), outputs
+
+    def _tower_layers(self, layer: int | list[int]) -> list[int]:
+        """Indices of hidden states, counted from the front."""
+        num_states = self.config.vision_config.num_hidden_layers + 1
+        layers = [
+            index + num_states if index < 0 else index for index in ([layer] if isinstance(layer, int) else layer)
+        ]
+        built = self.vision_tower.config.num_hidden_layers
+        if not all(0 <= index <= built for index in layers):
+            raise ValueError(
+                f"vision_feature_layer={layer}: of the tower's {num_states} hidden states this model has only the "
+                f"first {built + 1}, since it was built without the layers that it did not need. Load the model with "
+                f"from_pretrained(..., vision_feature_layer={layer})."
+            )
+        return layers
 
     def _check_image_size(self, pixel_values: Tensor, kwargs: dict):
         size = self.config.vision_config.image_size
@@ -388,14 +403,19 @@ class LlavaMergeForConditionalGeneration(
         >>> processor = LlavaMergeProcessor.from_pretrained(base, num_merged_tokens=64)
     """
 
+    _saved_prefixes = {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
+        self._prepare_loading(fresh_merger)
         self.model = LlavaMergeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        if fresh_merger:
-            self._keys_to_ignore_on_load_missing = FRESH_MERGER_KEYS
         self.post_init()
 
     @property

@@ -1,10 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import copy
+import re
 from contextlib import contextmanager
 
 from transformers import PretrainedConfig
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from .checkpoint_files import HUB_KWARGS, for_other_repo, naming_broken_files
+from .compat import MERGER_IN_MODULE_LISTS
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .hub import save_at_once
 from .loading import (
@@ -16,14 +19,41 @@ from .loading import (
     log_fresh_merger,
     read_checkpoint,
 )
+from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .question_marks import find_question_marks, set_marks_of_folder
+
+
+def unused_layers_pattern(config: LlavaMergeConfig) -> str:
+    """Pattern of the keys of tower layers that no feature is taken from, so that they are not built."""
+    layers = range(config.used_vision_config.num_hidden_layers, config.vision_config.num_hidden_layers)
+    return rf"vision_tower\..*layers\.({'|'.join(map(str, layers)) or 'none'})\."
+
+
+def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:
+    """A copy of `merger` that is trained where `old` was, in its dtype and mode."""
+    merger = copy.deepcopy(merger).train(old.training)
+    for parameter in old.parameters():
+        return merger.to(parameter.dtype).requires_grad_(parameter.requires_grad)
+    return merger
 
 
 class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
     """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
 
     config_class = LlavaMergeConfig
+    _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
+
+    def _prepare_loading(self, fresh_merger: bool):
+        """What loading shall leave alone: called between the initialisation of transformers' class and the parts'."""
+        if fresh_merger:
+            self._keys_to_ignore_on_load_missing = [r"(^|\.)merger\."]
+        if (
+            "quantization_config" in vars(self.config)
+            and not find_merging_method(self.config.merger_config).training_free
+        ):
+            self._keep_in_fp32_modules = [MERGER_IN_MODULE_LISTS]  # its branches that start at zero would become noise
+        self._keys_to_ignore_on_load_unexpected = [unused_layers_pattern(self.config)]
 
     @property
     def headless_model(self):
@@ -85,6 +115,16 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             set_marks_of_folder(model.config.merger_config, checkpoint.adapter_base or path, hub_kwargs)
         return (model, info) if wants_info else model
 
+    def load_state_dict(self, state_dict: dict, *args, **kwargs):
+        """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""
+        unused = re.compile(unused_layers_pattern(self.config))
+        renamed = {self._name_in_model(key): tensor for key, tensor in state_dict.items() if not unused.search(key)}
+        return super().load_state_dict(renamed, *args, **kwargs)
+
+    def _name_in_model(self, key: str) -> str:
+        saved = next((prefix for prefix in self._saved_prefixes if key.startswith(prefix)), "")
+        return self._saved_prefixes.get(saved, "") + key.removeprefix(saved)
+
     @contextmanager
     def merger_bypassed(self):
         """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
@@ -139,9 +179,14 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         """
         merger = TokenMerger.from_pretrained(pretrained_model_name_or_path, **{"dtype": self.dtype, **kwargs})
         self.config.set_merger_config(merger.config)
-        merger.config = merger.method.config = self.config.merger_config
         device = self.headless_model.multi_modal_projector.linear_1.weight.device
-        self.headless_model.merger = merger.to("cpu" if device.type == "meta" else device)
+        merger = merger.to("cpu" if device.type == "meta" else device)
+        for name, old in list(self.headless_model.named_modules()):
+            if isinstance(old, TokenMerger):  # PEFT has two, one of them trained
+                parent, _, child = name.rpartition(".")
+                new = in_the_place_of(old, merger)
+                new.config = new.method.config = self.config.merger_config
+                setattr(self.headless_model.get_submodule(parent), child, new)
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """As in transformers, from safetensors only.

@@ -78,6 +78,11 @@ def tiny_stock(tower: str = "clip", **kwargs) -> LlavaForConditionalGeneration:
     return scale_up(LlavaForConditionalGeneration(tiny_config(tower, **kwargs)))
 
 
+def used_weights(stock: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of a stock LLaVA that its features depend on: not those of the tower's last layer."""
+    return {key: tensor for key, tensor in stock.state_dict().items() if "encoder.layers.2." not in key}
+
+
 def tiny_model(merger_config: dict, tower: str = "clip", train_merger: bool = False, **kwargs):
     """A llava_merge model with the weights of `tiny_stock`; `train_merger` gives the merger random weights."""
     stock_config = tiny_config(tower, **kwargs).to_dict()

@@ -58,7 +58,7 @@ def test_projector_runs_once_on_m_tokens(config):
 def test_get_vision_features_are_the_unprojected_hidden_states():
     model = tiny_model(agnostic())
     features = model.get_vision_features(pixels(2))
-    hidden = model.model.vision_tower(pixels(2), output_hidden_states=True).hidden_states[-2][:, 1:]
+    hidden = tiny_stock().model.vision_tower(pixels(2), output_hidden_states=True).hidden_states[-2][:, 1:]
     assert features.shape == (2, NUM_PATCHES, 32) and torch.equal(features, hidden)
 
 
@@ -72,7 +72,7 @@ def test_image_hidden_states_and_get_image_features_agree():
     assert torch.equal(torch.cat(list(features)), image_features(output))
     if TRANSFORMERS_V5:
         assert isinstance(model.get_image_features(images, return_dict=False), tuple)
-        assert len(model.get_image_features(images, output_hidden_states=True).hidden_states) == 4
+        assert len(model.get_image_features(images, output_hidden_states=True).hidden_states) == 3
 
 
 @pytest.mark.parametrize("config", [agnostic(), aware()])
@@ -219,6 +219,24 @@ def test_text_only_prompts_work():
     assert torch.equal(*(m.generate(**batch, max_new_tokens=4, do_sample=False) for m in (stock, model)))
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("layer, built", [(-1, 3), (-2, 2), (1, 1), ([-2, -3], 2)], ids=str)
+def test_tower_layers_that_no_feature_comes_from_are_not_built(tower, layer, built):
+    """They would cost time, and adapters on them would get no gradient."""
+    model = tiny_model(NONE, tower, vision_feature_layer=layer)
+    assert model.model.vision_tower.config.num_hidden_layers == built
+    assert model.config.vision_config.num_hidden_layers == 3
+    inputs = {**prompts([1], NUM_PATCHES), "pixel_values": pixels(1)}
+    assert torch.equal(model(**inputs).logits, tiny_stock(tower, vision_feature_layer=layer)(**inputs).logits)
+
+
+def test_every_tower_parameter_that_can_gets_a_gradient():
+    model = tiny_model(aware()).train()
+    model(**answered(prompts([1, 2], 9)), pixel_values=pixels(3)).loss.backward()
+    without = {name for name, p in model.model.vision_tower.named_parameters() if p.grad is None}
+    assert all("post_layernorm" in name for name in without)  # of the pooled output, which LLaVA never reads
+
+
 def test_siglip_towers_merge_all_their_tokens():
     model = tiny_model(aware(), tower="siglip", train_merger=True)
     assert model.get_vision_features(pixels(2)).shape == (2, NUM_PATCHES, 32)
@@ -333,6 +351,16 @@ class TestBadInput:
     def test_wrong_image_size(self):
         with pytest.raises(ValueError, match=r"\(1, 3, 70, 70\).*\(images, channels, 84, 84\)"):
             tiny_model(agnostic())(**prompts([1], 9), pixel_values=torch.zeros(1, 3, 70, 70))
+
+    def test_a_layer_that_was_not_built(self):
+        model = tiny_model(agnostic())
+        with pytest.raises(ValueError, match=r"vision_feature_layer=-1: of the tower's 4 hidden .* only the first 3"):
+            model(**prompts([1], 9), pixel_values=pixels(1), vision_feature_layer=-1)
+        shallower = model(**prompts([1], 9), pixel_values=pixels(1), vision_feature_layer=-3)
+        assert torch.equal(
+            image_features(shallower),
+            image_features(tiny_model(agnostic(), vision_feature_layer=-3)(**prompts([1], 9), pixel_values=pixels(1))),
+        )
 
     def test_clip_tower_with_its_cls_token_cannot_be_merged_on_a_grid(self):
         model = tiny_model(agnostic(), vision_feature_select_strategy="full")

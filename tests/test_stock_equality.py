@@ -25,7 +25,21 @@ STOCK_KEEPS_IMAGES_OF_A_ROW_TOGETHER = TRANSFORMERS_VERSION >= Version("5.18")
 
 @pytest.fixture
 def pair():
-    return tiny_stock(), tiny_model(NONE)
+    return stock_without_the_last_tower_layer(), tiny_model(NONE)
+
+
+def stock_without_the_last_tower_layer() -> LlavaForConditionalGeneration:
+    """Its features are those of the layer before, so that it is not built here; stock runs it and shows its output."""
+    stock = tiny_stock()
+    encoder = next(
+        module
+        for name, module in stock.named_modules()
+        if name.endswith("vision_tower.encoder") or name.endswith("vision_model.encoder")
+    )
+    encoder.layers = encoder.layers[:-1]
+    stock.model.vision_tower.config.num_hidden_layers = 2
+    stock.config.vision_feature_layer = -1
+    return stock
 
 
 def same(stock, ours):
@@ -62,7 +76,7 @@ def test_outputs_of_forward(pair, dtype, pad, headless, asked):
 
 
 def test_output_attentions():
-    stock, ours = tiny_stock(), tiny_model(NONE)
+    stock, ours = stock_without_the_last_tower_layer(), tiny_model(NONE)
     for model in (stock, ours):
         model.set_attn_implementation("eager")
     inputs = {**prompts([1], NUM_PATCHES), "pixel_values": pixels(1), "output_attentions": True}

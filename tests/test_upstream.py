@@ -78,6 +78,13 @@ RELIED_ON = [
         parameters=("labels", "kwargs"),
         mentions=("self.model(", "**kwargs"),
     ),
+    Reliance(
+        HEAD,
+        "load_state_dict",
+        "Trainer resumes with it, and gives it the keys of a checkpoint",
+        parameters=("state_dict",),
+    ),
+    Reliance(MergerConfig, "to_dict", "what is saved comes from it", mentions=("self.to_dict(",), where="to_diff_dict"),
     Reliance(HEADLESS, "__init__", "the parts it builds, in this order", mentions=("vision_tower", "post_init")),
     Reliance(HEAD, "__init__", "the parts it builds, in this order", mentions=("self.model", "self.lm_head")),
     Reliance(
