@@ -49,6 +49,8 @@ def refusing_broken_file(path: str | os.PathLike):
     try:
         yield
     except SafetensorError as error:
+        if str(error).startswith("device"):  # one that the caller asked for
+            raise
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the checkpoint again."
         ) from error

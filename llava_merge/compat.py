@@ -84,6 +84,16 @@ def register_llava_key_mapping(model_type: str, for_generation: str, headless: s
         register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
+def usable_device_map(device_map, parts: tuple[str, ...]):
+    """`device_map`, with the parts by name where 4.57 would take "disk" for a device that tensors can be on.
+
+    Remove when 4.57 is no longer supported.
+    """
+    if not TRANSFORMERS_V5 and device_map == {"": "disk"}:
+        return dict.fromkeys(parts, "disk")
+    return device_map
+
+
 def hidden_states_to_keep(layers: list[int], requested: bool | None) -> bool | list[int]:
     """Value of `output_hidden_states` for the tower: only `layers` where that can be asked for."""
     return layers if KEEPS_NAMED_HIDDEN_STATES and not requested else True

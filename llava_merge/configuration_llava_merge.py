@@ -18,6 +18,7 @@ BUDGET = ("num_merged_tokens", "merge_ratio")
 # Fields that a merger's weights were trained with, though their shapes may fit other values too.
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
+DEFAULT_MERGER_TYPE = "fixed_pooling"
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
@@ -50,7 +51,7 @@ class MergerConfig(PretrainedConfig):
 
     def __init__(
         self,
-        merger_type: str = "fixed_pooling",
+        merger_type: str = DEFAULT_MERGER_TYPE,
         num_merged_tokens: int | None = None,
         merge_ratio: float | None = None,
         vision_dim: int = 1024,
@@ -281,10 +282,10 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
     else:
         given = copy.deepcopy(given)
         merger_type = given.merger_type
-    if saved is None or merger_type not in (None, saved["merger_type"]):
+    if saved is None or merger_type not in (None, saved.get("merger_type", DEFAULT_MERGER_TYPE)):
         return given
     if not isinstance(given, dict):
-        given.query_grid = given.query_grid or saved["query_grid"]
+        given.query_grid = given.query_grid or saved.get("query_grid")
         check_trained_with(saved, given.to_dict())
         return given
     check_trained_with(saved, given)
@@ -298,7 +299,7 @@ def check_trained_with(saved: dict, given: dict):
     Raises:
         ValueError: There is one; it is named.
     """
-    for name in TRAINED_WITH:
+    for name in filter(saved.__contains__, TRAINED_WITH):
         asked = list(given[name]) if isinstance(given.get(name), tuple) else given.get(name, saved[name])
         if asked != saved[name]:
             raise ValueError(

@@ -1,9 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Saving and pushing: all at once or not at all, and with a model card."""
-
-import os
-import tempfile
-from pathlib import Path
+"""Pushing with a model card."""
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
@@ -44,20 +40,6 @@ MERGER_USAGE = """from llava_merge import LlavaMergeForConditionalGeneration, Ll
 base = "llava-hf/llava-1.5-7b-hf"  # or the LLaVA that the merger was made for
 model = LlavaMergeForConditionalGeneration.from_pretrained(base, merger="{repo_id}")
 processor = LlavaMergeProcessor.from_pretrained(base, num_merged_tokens=model.config.merger_config.num_merged_tokens)"""
-
-
-def save_at_once(save, directory: str | os.PathLike):
-    """Calls `save(path)` with a temporary directory beside `directory`, then moves the files there.
-
-    A save that fails leaves `directory` as it was; config.json is moved last.
-    """
-    directory = Path(directory).absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-        save(temporary)
-        directory.mkdir(exist_ok=True)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, directory / file.name)
 
 
 def push_card_if_missing(model, repo_id: str, usage: str, push_kwargs: dict):

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .checkpoint_files import check_safetensors_files, for_other_repo, refuse_missing_weights
 from .compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_VERSION
-from .configuration_llava_merge import LlavaMergeConfig, MergerConfig, check_trained_with, lay_over, stock_or_own_fields
+from .configuration_llava_merge import (
+    DEFAULT_MERGER_TYPE,
+    LlavaMergeConfig,
+    MergerConfig,
+    check_trained_with,
+    lay_over,
+    stock_or_own_fields,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +47,8 @@ class Checkpoint:
         if self.saved_merger is None or merger_config is None:
             return self.saved_merger is not None
         given = merger_config if isinstance(merger_config, dict) else merger_config.to_dict()
-        return given.get("merger_type", self.saved_merger["merger_type"]) == self.saved_merger["merger_type"]
+        saved_type = self.saved_merger.get("merger_type", DEFAULT_MERGER_TYPE)
+        return given.get("merger_type", saved_type) == saved_type
 
 
 def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
@@ -63,10 +71,10 @@ def check_adapter(path: str, hub_kwargs: dict) -> str | None:
     Raises:
         ValueError: The adapter is a pickle, or has parts that the installed transformers would not load.
     """
-    check_adapter_is_safetensors(path)
     file = find_adapter_config_file(path, **hub_kwargs)
     if file is None:
         return None
+    check_adapter_is_safetensors(path, hub_kwargs)
     adapter = json.loads(Path(file).read_text())
     if adapter.get("modules_to_save") and not LOADS_SAVED_MODULES_OF_ADAPTERS:
         raise ValueError(
@@ -77,17 +85,18 @@ def check_adapter(path: str, hub_kwargs: dict) -> str | None:
     return adapter["base_model_name_or_path"]
 
 
-def check_adapter_is_safetensors(directory: str):
-    """Refuses a local PEFT adapter that only has pickled weights.
+def check_adapter_is_safetensors(path: str, hub_kwargs: dict):
+    """Refuses a PEFT adapter, a directory or Hub repo, that has no weights but pickled ones.
 
     Raises:
-        ValueError: There is an adapter_model.bin and no adapter_model.safetensors.
+        ValueError: There is no adapter_model.safetensors.
     """
-    directory = Path(directory)
-    if (directory / "adapter_model.bin").exists() and not (directory / "adapter_model.safetensors").exists():
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(path, "adapter_model.safetensors", **quietly, **hub_kwargs)
+    if found is None:
         raise ValueError(
-            f"{directory / 'adapter_model.bin'} is a pickle, which is never opened here. Save the adapter again with "
-            f"safe_serialization=True to get adapter_model.safetensors."
+            f"The adapter {path} has no adapter_model.safetensors that can be had. An adapter_model.bin is a pickle, "
+            f"which is never opened here: save the adapter again with safe_serialization=True."
         )
 
 

@@ -1,8 +1,10 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The interface of a merging method. To add one: a file with a [`MergingMethod`], imported by both modeling files."""
 
+import inspect
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +110,8 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
     """
     if config.merger_type not in MERGING_METHODS:
         raise ValueError(
-            f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}."
+            f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}. A method "
+            f"of your own has to be imported before; its file is saved with its checkpoints."
         )
     method = MERGING_METHODS[config.merger_type]
     if config.question_aware and not method.uses_question:
@@ -118,6 +121,23 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
             f"choose one of {aware}."
         )
     return method
+
+
+def method_file(config: MergerConfig) -> Path | None:
+    """The file of the method that `config` names where that is no part of this package, so that it has to be saved too.
+
+    Raises:
+        ValueError: It is defined in a script or notebook, which no other process can import.
+    """
+    module = inspect.getmodule(find_merging_method(config))
+    if module.__name__.rpartition(".")[0] == __name__.rpartition(".")[0]:
+        return None
+    if module.__name__ == "__main__":
+        raise ValueError(
+            f"merger_type={config.merger_type!r} is defined in the script or notebook that runs, so that a checkpoint "
+            f"with it could not be loaded elsewhere. Put the method into a file of its own and import it."
+        )
+    return Path(module.__file__)
 
 
 def check_grid(grid: tuple[int, int] | None, num_patches: int) -> tuple[int, int]:

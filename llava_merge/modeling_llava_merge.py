@@ -37,6 +37,7 @@ from .question_turns import (
     question_of_images,
     split_turns,
 )
+from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
 
 
@@ -75,6 +76,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
 
     _checkpoint_conversion_mapping = {"language_model.model": "language_model", "^model.merger": "merger"}
     _saved_prefixes = {"language_model.model.": "language_model.", "model.merger.": "merger."}
+    _parts = ("vision_tower", "merger", "multi_modal_projector", "language_model")
     _auto_class = "AutoModel"
 
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
@@ -409,6 +411,7 @@ class LlavaMergeForConditionalGeneration(
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     }
+    _parts = ("model", "lm_head")
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):

@@ -17,9 +17,10 @@ from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
 from .merging_none import Identity  # noqa: F401
 from .question_turns import Question
+from .saving import SavesAtOnce, finish_interrupted_save, offloaded_weights
 
 
-class TokenMerger(PreTrainedModel):
+class TokenMerger(SavesAtOnce, PreTrainedModel):
     """Merges the N visual tokens of each image into M: a merging method as a model that saves and loads by itself.
 
     Args:
@@ -118,6 +119,7 @@ class TokenMerger(PreTrainedModel):
             ValueError: A weight is missing, or a file is truncated or corrupted.
         """
         path = pretrained_model_name_or_path
+        finish_interrupted_save(path)
         config = kwargs.pop("config", None)
         if config is None:
             config = MergerConfig.from_pretrained(path, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
@@ -130,14 +132,17 @@ class TokenMerger(PreTrainedModel):
         refuse_missing_weights(path, info["missing_keys"])
         return (merger, info) if wants_info else merger
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; a training-free merger is its code and config.json alone."""
+    @property
+    def merging_config(self) -> MergerConfig:
+        return self.config
+
+    def _write_files(self, save_directory: Path, *args, **kwargs):
+        """A training-free merger is its code and config.json alone."""
         if not self.method.training_free:
-            return super().save_pretrained(save_directory, **kwargs)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
+            return super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
         self.config.architectures = [type(self).__name__]
         custom_object_save(self, save_directory, config=self.config)
-        self.config.save_pretrained(save_directory, **kwargs)
+        self.config.save_pretrained(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers; a repo without a model card gets one."""

@@ -7,9 +7,8 @@ from transformers import PretrainedConfig
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from .checkpoint_files import HUB_KWARGS, for_other_repo, naming_broken_files
-from .compat import MERGER_IN_MODULE_LISTS
+from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .hub import save_at_once
 from .loading import (
     as_merge_config,
     check_adapter,
@@ -22,6 +21,7 @@ from .loading import (
 from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .question_marks import find_question_marks, set_marks_of_folder
+from .saving import SavesAtOnce, finish_interrupted_save
 
 
 def unused_layers_pattern(config: LlavaMergeConfig) -> str:
@@ -38,11 +38,12 @@ def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:
     return merger
 
 
-class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
+class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
     """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
 
     config_class = LlavaMergeConfig
     _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
+    _parts: tuple[str, ...] = ()
 
     def _prepare_loading(self, fresh_merger: bool):
         """What loading shall leave alone: called between the initialisation of transformers' class and the parts'."""
@@ -54,6 +55,10 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
         ):
             self._keep_in_fp32_modules = [MERGER_IN_MODULE_LISTS]  # its branches that start at zero would become noise
         self._keys_to_ignore_on_load_unexpected = [unused_layers_pattern(self.config)]
+
+    @property
+    def merging_config(self) -> MergerConfig:
+        return self.config.merger_config
 
     @property
     def headless_model(self):
@@ -90,6 +95,8 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         path = str(pretrained_model_name_or_path)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if finish_interrupted_save(path) and isinstance(config, PretrainedConfig) and config.name_or_path == path:
+            config = None  # an Auto class read it before
         checkpoint = read_checkpoint(path, hub_kwargs)
         check_merger_request(checkpoint, merger, merger_config)
         if merger is not None and checkpoint.saved_merger is None:
@@ -99,6 +106,8 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
             merger_config = config.merger_config
         elif merger_config is not None:
             kwargs["merger_config"] = merger_config  # for LlavaMergeConfig.from_pretrained
+        if "device_map" in kwargs:
+            kwargs["device_map"] = usable_device_map(kwargs["device_map"], cls._parts)
         fresh_merger = not checkpoint.has_weights_of(merger_config)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "fresh_merger": fresh_merger}
@@ -169,7 +178,7 @@ class LlavaMergePreTrainedModel(LlavaPreTrainedModel):
 
     def save_merger(self, save_directory: str):
         """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all."""
-        save_at_once(self.headless_model.merger.save_pretrained, save_directory)
+        self.headless_model.merger.save_pretrained(save_directory)
 
     def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
         """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.

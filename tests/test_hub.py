@@ -1,6 +1,9 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Pushing and loading through the real huggingface_hub client, against a server on this machine."""
 
+import json
+import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -70,12 +73,15 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "collections",
         "dataclasses",
         "functools",
+        "importlib",
         "inspect",
         "json",
         "math",
         "os",
         "pathlib",
-        "tempfile",
+        "re",
+        "shutil",
+        "uuid",
     }
     for name in {entry, *all_relative_imports(entry)}:
         source = (PACKAGE / f"{name}.py").read_text()
@@ -233,3 +239,29 @@ llava_merge.LlavaMergeForConditionalGeneration.from_pretrained({str(directory)!r
     run_python(push, server.environment(tmp_path / "pusher"))
     assert "model.safetensors" in server.repos["org/mine"]
     assert server.repos["org/mine"]["README.md"].decode().endswith("# My own words\n")
+
+
+def test_a_pickled_adapter_on_the_hub_is_never_opened(server, tmp_path):
+    """Neither from the Hub nor, offline, from the cache."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "opened"),)
+
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 2, "target_modules": ["q_proj"]}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.bin": pickle.dumps(Evil())}
+    server.put("org/pickled", files)
+    code = """
+import huggingface_hub
+from llava_merge import LlavaMergeForConditionalGeneration
+huggingface_hub.snapshot_download("org/pickled")
+try:
+    LlavaMergeForConditionalGeneration.from_pretrained("org/pickled")
+except ValueError as error:
+    assert "An adapter_model.bin is a pickle" in str(error), error
+else:
+    raise SystemExit("it was loaded")
+"""
+    for offline in ("0", "1"):
+        run_python(code, {**server.environment(tmp_path / "home"), "HF_HUB_OFFLINE": offline})
+    assert not (tmp_path / "opened").exists()

@@ -387,11 +387,11 @@ class TestMergerCheckpoint:
         model.save_merger(tmp_path / "merger")
         before = {path.name: path.read_bytes() for path in (tmp_path / "merger").iterdir()}
 
-        def fail_half_way(directory):
+        def fail_half_way(directory, *args, **kwargs):
             (Path(directory) / "model.safetensors").write_bytes(b"half")
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(model.model.merger, "save_pretrained", fail_half_way)
+        monkeypatch.setattr(model.model.merger, "_write_files", fail_half_way)
         with pytest.raises(OSError, match="No space left"):
             model.save_merger(tmp_path / "merger")
         assert {path.name: path.read_bytes() for path in (tmp_path / "merger").iterdir()} == before
@@ -470,7 +470,7 @@ class TestAdapter:
         directory, _ = adapter
         (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
         for loader in (LlavaMergeForConditionalGeneration, AutoModelForImageTextToText):
-            with pytest.raises(ValueError, match="adapter_model.bin is a pickle"):
+            with pytest.raises(ValueError, match="An adapter_model.bin is a pickle"):
                 loader.from_pretrained(directory)
 
 

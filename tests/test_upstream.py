@@ -165,7 +165,10 @@ RELIED_ON = [
     Reliance(TokenMerger, "push_to_hub", "its first argument", parameters=("repo_id",)),
     Reliance(TokenMerger, "__init__", "its argument", parameters=("config",)),
     Reliance(TokenMerger, "from_pretrained", "as that of the whole model"),
-    Reliance(TokenMerger, "save_pretrained", "its first argument", parameters=("save_directory",)),
+    *(
+        Reliance(of, "save_pretrained", "its first arguments", parameters=("save_directory", "is_main_process"))
+        for of in (HEAD, TokenMerger)
+    ),
     Reliance(TokenMerger, "_init_weights", "it is asked of each module that owns parameters", parameters=("module",)),
     Reliance(TokenMerger, "forward", "nothing but its name"),
     Reliance(LlavaMergeConfig, "__init__", "keywords only"),
@@ -228,6 +231,7 @@ IMPORTED = {
     "transformers.processing_utils.MultiModalData": "result of _get_num_multimodal_tokens",
     "transformers.processing_utils.Unpack": "types of the processor's keywords on 4.57",
     "transformers.utils.ModelOutput": "base of MergeOutput",
+    "transformers.utils.cached_file": "the weights of an adapter",
     "transformers.utils.find_adapter_config_file": "the base model of an adapter",
     "transformers.utils.generic.can_return_tuple": "return_dict=False",
     "transformers.utils.logging": "logging",

@@ -1,0 +1,311 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""A save leaves the old checkpoint or the new one, whatever happens in the middle."""
+
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import agnostic, aware, pixels, prompts, tiny_model
+from hub_server import HubServer
+from safetensors.torch import load, load_file
+
+from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, TokenMerger
+from llava_merge.saving import COMPLETE, STAGED, finish_interrupted_save, save_at_once
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed")
+
+OLD, NEW = agnostic(9), agnostic(4)  # of another budget and other weights
+
+
+def save_merger(config: dict, directory: Path):
+    tiny_model(config, train_merger=True).save_merger(directory)
+
+
+def save_model(config: dict, directory: Path):
+    tiny_model(config, train_merger=True).save_pretrained(directory, max_shard_size="200KB")
+
+
+def content(directory: Path) -> tuple[int, dict]:
+    """Budget and weights of the merger in a checkpoint, as a user gets them; raises where it is half of each."""
+    if (directory / "config.json").read_text().count('"llava_merger"') and (
+        directory / "generation_config.json"
+    ).exists():
+        model = LlavaMergeForConditionalGeneration.from_pretrained(directory)
+        return model.config.merger_config.num_merged_tokens, model.state_dict()
+    merger = TokenMerger.from_pretrained(directory)
+    return merger.config.num_merged_tokens, merger.state_dict()
+
+
+def is_one_of(directory: Path, checkpoints: list[Path]) -> bool:
+    budget, weights = content(directory)
+    for checkpoint in checkpoints:
+        expected_budget, expected = content(checkpoint)
+        if budget == expected_budget and all(torch.equal(weights[key], tensor) for key, tensor in expected.items()):
+            return True
+    return False
+
+
+def in_a_process(call) -> int:
+    """Process id of a child that runs `call` and ends without any cleaning up."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            call()
+        finally:
+            os._exit(0)
+    return pid
+
+
+@pytest.fixture(params=[save_merger, save_model], ids=["merger", "model"])
+def save(request):
+    return request.param
+
+
+@pytest.fixture
+def checkpoints(save, tmp_path):
+    save(OLD, tmp_path / "old")
+    save(NEW, tmp_path / "new")
+    return [tmp_path / "old", tmp_path / "new"]
+
+
+def test_killed_at_every_move(save, checkpoints, tmp_path):
+    """The process dies at the n-th file operation of the save, for every n there is."""
+    for moves in range(40):
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+        shutil.copytree(tmp_path / "old", tmp_path / "target")
+
+        def die_at(name, real, left):
+            def operation(*args, **kwargs):
+                if not left:
+                    os._exit(9)
+                left.pop()
+                return real(*args, **kwargs)
+
+            return operation
+
+        def call(left):
+            for name in ("replace", "rename", "unlink", "rmdir"):
+                setattr(os, name, die_at(name, getattr(os, name), left))
+            save(NEW, tmp_path / "target")
+
+        _, status = os.waitpid(in_a_process(lambda left=[0] * moves: call(left)), 0)
+        assert is_one_of(tmp_path / "target", checkpoints), f"after {moves} operations"
+        save_at_once(lambda staged: (staged / "more").touch(), tmp_path / "target")  # leftovers are no obstacle
+        assert not [path for path in (tmp_path / "target").iterdir() if path.name.startswith((STAGED, COMPLETE))]
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert 3 < moves < 39
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_moment(save, checkpoints, tmp_path, seed):
+    save(OLD, tmp_path / "target")
+
+    def save_forever():
+        models = [tiny_model(config, train_merger=True) for config in (NEW, OLD)]
+        while True:
+            for model in models:
+                if save is save_merger:
+                    model.save_merger(tmp_path / "target")
+                else:
+                    model.save_pretrained(tmp_path / "target", max_shard_size="200KB")
+
+    child = in_a_process(save_forever)
+    time.sleep(0.3 + random.Random(seed).random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert is_one_of(tmp_path / "target", checkpoints)
+
+
+def test_killed_while_pushing(tmp_path):
+    """The repo on the Hub has the old files or the new ones: the client commits them together."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import agnostic, tiny_model
+model = tiny_model(agnostic(int(sys.argv[1])), train_merger=True)
+print("ready", flush=True)
+model.push_merger_to_hub("org/killed")
+"""
+    with HubServer() as server:
+        environment = {**server.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        subprocess.run([sys.executable, "-c", code, "9"], env=environment, check=True, capture_output=True)
+        process = subprocess.Popen([sys.executable, "-c", code, "4"], env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.1 * random.random())
+        process.kill()
+        process.wait()
+        files = server.repos["org/killed"]
+        budget = 9 if '"num_merged_tokens": 9' in files["config.json"].decode() else 4
+        expected = tiny_model(agnostic(budget), train_merger=True).model.merger.state_dict()
+        pushed = load(files["model.safetensors"])
+        assert all(torch.equal(pushed[key], tensor) for key, tensor in expected.items())
+
+
+def test_what_an_auto_class_read_before_the_save_was_finished(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    save_model(OLD, tmp_path / "target")
+    with monkeypatch.context() as context:
+        context.setattr("llava_merge.saving.finish_interrupted_save", lambda directory: False)
+        save_model(NEW, tmp_path / "target")
+    assert (tmp_path / "target" / COMPLETE).exists()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "target")
+    assert model.config.merger_config.num_merged_tokens == 4
+    assert not finish_interrupted_save(tmp_path / "target")
+
+
+def test_other_files_stay_and_old_shards_go(tmp_path):
+    save_model(OLD, tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1 and (tmp_path / "model.safetensors.index.json").exists()
+    tiny_model(NEW, train_merger=True).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_training_free_merger_leaves_the_weights_of_others(tmp_path):
+    save_merger(OLD, tmp_path)
+    tiny_model({"merger_type": "average_pooling", "num_merged_tokens": 9, "num_heads": 4}).save_merger(tmp_path)
+    assert TokenMerger.from_pretrained(tmp_path).config.merger_type == "average_pooling"
+
+
+def test_through_a_link_to_another_file_system(save, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    target = shared / f"llava_merge-{os.getpid()}"
+    try:
+        for existing in (False, True):
+            (tmp_path / "link").unlink(missing_ok=True)
+            (tmp_path / "link").symlink_to(target)
+            assert target.exists() == existing
+            save(NEW, tmp_path / "link")
+            assert (tmp_path / "link").is_symlink() and content(target)[0] == 4
+    finally:
+        subprocess.run(["rm", "-r", target], check=False)
+
+
+def test_permissions_are_those_of_any_folder(tmp_path):
+    save_merger(OLD, tmp_path / "merger")
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "merger").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; a checkpoint is saved as a folder"):
+        save_merger(OLD, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_other_processes_than_the_main_one_write_as_in_transformers(tmp_path):
+    tiny_model(OLD).save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_a_save_that_raises_leaves_nothing(tmp_path):
+    def fail(staged):
+        (staged / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    (tmp_path / "target").mkdir()
+    for target in ("target", "fresh"):
+        with pytest.raises(OSError, match="No space left"):
+            save_at_once(fail, tmp_path / target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["target"]
+
+
+METHOD = """
+from llava_merge import MergeOutput, MergingMethod, register_merging_method
+
+
+@register_merging_method("first_tokens")
+class FirstTokens(MergingMethod):
+    training_free = True
+
+    def forward(self, features, context):
+        return MergeOutput(merged_features=features[:, : context.num_tokens])
+"""
+
+
+class TestOwnMethod:
+    @pytest.fixture(autouse=True)
+    def forget(self):
+        yield
+        MERGING_METHODS.pop("first_tokens", None)
+
+    def test_its_file_is_saved(self, tmp_path, monkeypatch):
+        (tmp_path / "my_method.py").write_text(METHOD)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.import_module("my_method")
+        model = tiny_model({"merger_type": "first_tokens", "num_merged_tokens": 4, "num_heads": 4})
+        model.save_pretrained(tmp_path / "model")
+        model.save_merger(tmp_path / "merger")
+        batch = {**prompts([1], 4), "pixel_values": pixels(1)}
+        again = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model")
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+        for directory in (tmp_path / "model", tmp_path / "merger"):
+            assert (directory / "my_method.py").read_text() == METHOD
+        MERGING_METHODS.pop("first_tokens")
+        with pytest.raises(ValueError, match="'first_tokens' does not exist.*has to be imported before"):
+            TokenMerger.from_pretrained(tmp_path / "merger")
+        sys.modules.pop("my_method")
+
+    def test_of_a_script_it_is_refused(self, tmp_path):
+        script = (
+            METHOD
+            + f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import tiny_model
+model = tiny_model({{"merger_type": "first_tokens", "num_merged_tokens": 4, "num_heads": 4}})
+for save, directory in ((model.save_merger, "merger"), (model.save_pretrained, "model")):
+    try:
+        save({str(tmp_path)!r} + "/" + directory)
+    except ValueError as error:
+        assert "defined in the script or notebook that runs" in str(error), error
+    else:
+        raise SystemExit("it was saved")
+"""
+        )
+        (tmp_path / "script.py").write_text(script)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+class TestOffloaded:
+    @pytest.fixture
+    def expected(self):
+        return tiny_model(aware(), train_merger=True)
+
+    @pytest.fixture(params=["merger", "all"])
+    def offloaded(self, expected, tmp_path, request):
+        expected.save_pretrained(tmp_path / "saved")
+        device_map = {"": "disk"}
+        if request.param == "merger":
+            parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+            device_map = {part: "cpu" for part in parts} | {"model.merger": "disk"}
+        return LlavaMergeForConditionalGeneration.from_pretrained(
+            tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offloaded"
+        )
+
+    def test_a_merger_on_disk_is_saved(self, offloaded, expected, tmp_path):
+        offloaded.save_merger(tmp_path / "merger")
+        saved = load_file(tmp_path / "merger" / "model.safetensors")
+        state = expected.model.merger.state_dict()
+        assert saved.keys() == state.keys() and all(torch.equal(saved[key], state[key]) for key in state)
+
+    def test_a_model_on_disk_answers(self, offloaded, expected):
+        batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+        torch.testing.assert_close(offloaded(**batch).logits, expected(**batch).logits, atol=1e-5, rtol=1e-5)
