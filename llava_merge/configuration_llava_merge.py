@@ -14,12 +14,31 @@ AUTO_MAP = {
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
 WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", "num_heads")
+OPTIONAL = ("num_merged_tokens", "internal_dim")
 BUDGET = ("num_merged_tokens", "merge_ratio")
 # Fields that a merger's weights were trained with, though their shapes may fit other values too.
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
+
+
+def is_whole_number(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_marks(name: str, marks):
+    """Refuses what is no list of lists of ids.
+
+    Raises:
+        ValueError: It is none.
+    """
+    sequences = marks if isinstance(marks, list) else [marks]
+    is_right = all(
+        isinstance(ids, list) and ids and all(isinstance(id, int) and id >= 0 for id in ids) for ids in sequences
+    )
+    if marks is not None and not is_right:
+        raise ValueError(f"{name}={marks!r}: has to be a list of lists of token ids.")
 
 
 class MergerConfig(PretrainedConfig):
@@ -70,33 +89,40 @@ class MergerConfig(PretrainedConfig):
         self.merge_ratio = merge_ratio
         self.vision_dim = vision_dim
         self.text_dim = text_dim
-        self.internal_dim = vision_dim // 2 if internal_dim is None else internal_dim
+        self.internal_dim = internal_dim
         self.num_heads = num_heads
         self.question_aware = question_aware
         self.init = init
-        self.query_grid = None if query_grid is None else list(query_grid)
+        self.query_grid = list(query_grid) if isinstance(query_grid, tuple) else query_grid
         self.question_start_token_ids = question_start_token_ids
         self.question_end_token_ids = question_end_token_ids
         self._check_values()
+        if internal_dim is None:
+            self.internal_dim = max(1, vision_dim // 2)
         super().__init__(**kwargs)
 
     def _check_values(self):
-        sizes = {name: getattr(self, name) for name in WHOLE_NUMBERS if getattr(self, name) is not None}
-        sizes |= {f"query_grid[{index}]": size for index, size in enumerate(self.query_grid or ())}
+        sizes = {name: getattr(self, name) for name in WHOLE_NUMBERS}
+        if self.query_grid is not None:
+            if not isinstance(self.query_grid, list) or len(self.query_grid) != 2:
+                raise ValueError(f"query_grid={self.query_grid!r}: has to be two numbers, rows and columns.")
+            sizes |= {f"query_grid[{index}]": size for index, size in enumerate(self.query_grid)}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not is_whole_number(size) and not (size is None and name in OPTIONAL):
                 raise ValueError(f"{name}={size!r}: has to be a whole number of at least 1.")
+        for name, kind in (("merger_type", str), ("question_aware", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: has to be a {kind.__name__}.")
         if self.merger_type == "none" and (self.num_merged_tokens or self.merge_ratio):
             raise ValueError(
                 f"merger_type='none' keeps all tokens, but num_merged_tokens={self.num_merged_tokens} and "
                 f"merge_ratio={self.merge_ratio} ask for fewer: leave both out, or choose a merger."
             )
-        if self.merge_ratio is not None and not 0 < self.merge_ratio <= 1:
-            raise ValueError(f"merge_ratio={self.merge_ratio}: it is the share of tokens kept, above 0 and at most 1.")
+        ratio = self.merge_ratio
+        if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio <= 1):
+            raise ValueError(f"merge_ratio={ratio!r}: it is the share of tokens kept, above 0 and at most 1.")
         for name in QUESTION_MARKS:
-            for ids in getattr(self, name) or ():
-                if not isinstance(ids, list) or not ids or not all(isinstance(id, int) and id >= 0 for id in ids):
-                    raise ValueError(f"{name}={getattr(self, name)!r}: has to be a list of lists of token ids.")
+            check_marks(name, getattr(self, name))
         if self.init not in ("average_pooling", "random"):
             raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
 

@@ -42,6 +42,10 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption("--fuzz-cases", type=int, default=2000, help="random cases of tests/test_fuzz.py, default 2000")
+
+
 def tiny_config(tower: str = "clip", text_hidden_size: int = 64, **kwargs) -> LlavaConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 84, "patch_size": 14}
     vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**sizes, num_hidden_layers=3)

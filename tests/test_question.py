@@ -244,8 +244,8 @@ class TestRefusals:
             tiny_model(aware(question_end_token_ids=ids))
 
 
-def masks_token_by_token(ids, attended, answers, positions, image_rows, marks: TurnMarks):
-    """The rule, slowly: for every row a list with, for each of its images, the positions of its question."""
+def masks_token_by_token(ids, attended, answers, positions, marks: TurnMarks) -> list[list[int]]:
+    """The rule, slowly: for each image placeholder, in reading order, where in its row its question is."""
     found = []
     for row in range(len(ids)):
         turn, turns, marked, labelled_before, sample_start = -1, {}, False, False, True
@@ -294,7 +294,7 @@ def test_the_masks_are_those_of_the_rule_token_by_token(seed, sequences):
     images = Prompt(ids, ids, image_mask).first_placeholders(int(image_mask.sum()))
     question = question_of_images(torch.zeros(4, 40, 1), turns, images)
     rows = images // 40
-    expected = masks_token_by_token(ids, attended, answers, positions, rows, marks)
+    expected = masks_token_by_token(ids, attended, answers, positions, marks)
     for image, mask in enumerate(question.mask.reshape(-1, 4, 40)):
         assert not mask[[row for row in range(4) if row != rows[image]]].any()
         assert mask[rows[image]].nonzero()[:, 0].tolist() == expected[image]

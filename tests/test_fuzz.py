@@ -1,0 +1,229 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Seeded random configurations, prompts, masks and image counts: each a right answer or a ValueError.
+
+`pytest tests/test_fuzz.py --fuzz-cases 100000` runs more of them than CI does.
+"""
+
+import functools
+import random
+
+import pytest
+import torch
+from conftest import (
+    ANSWER_ID,
+    EOS_ID,
+    FIRST_WORD_ID,
+    IMAGE_ID,
+    NUM_PATCHES,
+    PAD_ID,
+    USER_ID,
+    WORDS,
+    image_features,
+    pixels,
+    tiny_config,
+    tiny_model,
+    tiny_stock,
+)
+from test_question import masks_token_by_token
+
+from llava_merge import LlavaMergeConfig, MergerConfig, TokenMerger
+from llava_merge.question_turns import TurnMarks
+
+
+CHUNKS = 20
+MARKED = {"question_start_token_ids": [[USER_ID]], "question_end_token_ids": [[ANSWER_ID]]}
+MODELS = [
+    {"merger_type": "none", "num_heads": 4},
+    {"merger_type": "average_pooling", "num_merged_tokens": 4, "num_heads": 4},
+    {"num_merged_tokens": 4, "num_heads": 4},
+    {"num_merged_tokens": 4, "num_heads": 4, "question_aware": True, **MARKED},
+    {"num_merged_tokens": 4, "num_heads": 4, "question_aware": True, "init": "random", **MARKED},
+    {"num_merged_tokens": 4, "num_heads": 4, "question_aware": True},
+]
+
+
+@functools.cache
+def model_of(index: int):
+    return tiny_model(MODELS[index], train_merger=True)
+
+
+@functools.cache
+def stock():
+    return tiny_stock()
+
+
+def random_row(rng: random.Random, tokens_per_image: int) -> tuple[list[int], list[int], int]:
+    """Ids, labels and number of images of a random chat; sometimes one that no chat template would write."""
+    ids, labels, num_images = [], [], 0
+    for turn in range(rng.randint(1, 3)):
+        question = [USER_ID] if rng.random() < 0.9 else []
+        for _ in range(rng.choice((0, 1, 1, 1, 2))):
+            count = tokens_per_image if rng.random() < 0.97 else rng.randint(0, tokens_per_image + 2)
+            question += [IMAGE_ID] * count
+            num_images += 1
+        question += [rng.randrange(FIRST_WORD_ID, len(WORDS)) for _ in range(rng.choice((0, 1, 3, 6)))]
+        question += [ANSWER_ID] if rng.random() < 0.95 else []
+        answer = [rng.randrange(FIRST_WORD_ID, len(WORDS)) for _ in range(rng.choice((0, 2, 4)))]
+        answer += [EOS_ID] if rng.random() < 0.7 else []
+        ids += ([1] if turn == 0 else []) + question + answer
+        labels += [-100] * (len(ids) - len(labels) - len(answer)) + answer
+    if rng.random() < 0.02:
+        labels = [id if id != IMAGE_ID else -100 for id in ids]
+    return ids, labels, num_images
+
+
+def random_call(rng: random.Random, tokens_per_image: int, question_aware: bool) -> dict:
+    """Arguments of a forward, right or wrong."""
+    rows = [random_row(rng, tokens_per_image) for _ in range(rng.randint(1, 3))]
+    length, left = max(len(ids) for ids, _, _ in rows), rng.random() < 0.5
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        padding = [fill] * (length - len(values))
+        return padding + values if left else values + padding
+
+    call = {"input_ids": torch.tensor([padded(ids, PAD_ID) for ids, _, _ in rows])}
+    if rng.random() < 0.9:
+        call["attention_mask"] = torch.tensor([padded([1] * len(ids), 0) for ids, _, _ in rows])
+    if rng.random() < 0.6:
+        call["labels"] = torch.tensor([padded(labels, -100) for _, labels, _ in rows])
+    if rng.random() < 0.2:
+        call["question_mask"] = torch.rand(call["input_ids"].shape, generator=generator_of(rng)) < 0.7
+    if rng.random() < 0.1:
+        call["position_ids"] = torch.arange(length).expand(len(rows), -1)
+    num_images = sum(count for *_, count in rows)
+    if rng.random() < 0.03:
+        num_images += rng.choice((-1, 1))
+    if num_images > 0:
+        call["pixel_values"] = pixels(num_images, seed=rng.randrange(100))
+    wrong = rng.random()
+    if wrong < 0.01 and "pixel_values" in call:
+        call["pixel_values"] = call["pixel_values"][..., :70]
+    elif wrong < 0.02 and "pixel_values" in call:
+        call["pixel_values"] = call["pixel_values"][0]
+    elif wrong < 0.03 and "attention_mask" in call and question_aware:
+        call["attention_mask"] = call["attention_mask"][:, None, None]
+    return call
+
+
+def generator_of(rng: random.Random) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.randrange(2**31))
+
+
+def expected_features(model, call: dict, num_tokens: int, answers: torch.Tensor | None) -> torch.Tensor:
+    """(I, M, hidden), each image merged by itself for the text that the rule gives it token by token."""
+    ids, merger_config = call["input_ids"], model.config.merger_config
+    tower = model.get_vision_features(call["pixel_values"])
+    questions = [None] * len(tower)
+    if merger_config.question_aware:
+        marks = TurnMarks(*(merger_config.to_dict()[name] or [] for name in MARKED), [EOS_ID], [1])
+        attended = call.get("attention_mask", torch.ones_like(ids)).bool()
+        wanted = call.get("question_mask", torch.ones_like(ids)).bool()
+        answers = torch.zeros_like(attended) if answers is None else answers
+        tokens = masks_token_by_token(ids, attended, answers, call.get("position_ids"), marks)
+        rows = (ids == IMAGE_ID).nonzero()[:, 0].tolist()
+        for image in range(len(tower)):
+            row, text = rows[image * num_tokens], tokens[image * num_tokens]  # of its first placeholder
+            text = [token for token in text if wanted[row, token]]
+            questions[image] = model.get_input_embeddings()(ids[row, text])[None] if text else None
+    merged = [
+        model.model.merger(features[None], question, num_tokens).merged_features
+        for features, question in zip(tower, questions, strict=True)
+    ]
+    return model.model.multi_modal_projector(torch.cat(merged))
+
+
+def check_forward(rng: random.Random):
+    model = model_of(rng.randrange(len(MODELS)))
+    num_tokens = NUM_PATCHES
+    if model.config.merger_config.merger_type != "none":
+        num_tokens = rng.choice((1, 2, 4, 7, 9))
+        model.set_num_merged_tokens(num_tokens)
+    call = random_call(rng, num_tokens, model.config.merger_config.question_aware)
+    try:
+        output = model(**call)
+    except ValueError:
+        return "refused"
+    assert output.logits.isfinite()[call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()].all()
+    embeds = model.get_input_embeddings()(call["input_ids"])
+    if "pixel_values" in call:
+        answers = call["labels"] != -100 if "labels" in call else None
+        features = expected_features(model, call, num_tokens, answers)
+        actual = image_features(output).reshape(features.shape)
+        torch.testing.assert_close(actual, features, atol=1e-4, rtol=1e-4)
+        embeds = embeds.masked_scatter((call["input_ids"] == IMAGE_ID)[:, :, None], actual)
+    kept = {name: call[name] for name in ("attention_mask", "position_ids") if name in call}
+    expected = stock()(inputs_embeds=embeds, **kept).logits
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    return "answered"
+
+
+def check_generate(rng: random.Random):
+    model = model_of(rng.randrange(len(MODELS)))
+    num_tokens = NUM_PATCHES
+    if model.config.merger_config.merger_type != "none":
+        num_tokens = rng.choice((1, 4, 9))
+        model.set_num_merged_tokens(num_tokens)
+    call = random_call(rng, num_tokens, model.config.merger_config.question_aware)
+    call = {name: value for name, value in call.items() if name in GENERATE}
+    seen = []
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda *args: seen.append(args[-1]))
+    try:
+        output = model.generate(**call, max_new_tokens=2, do_sample=False, num_beams=rng.choice((1, 1, 2)))
+    except ValueError:
+        return "refused"
+    finally:
+        hook.remove()
+    assert output.shape[1] > call["input_ids"].shape[1]
+    assert len(seen) == ("pixel_values" in call)
+    if seen:
+        call.setdefault("attention_mask", call["input_ids"] != PAD_ID)  # as generate does
+        torch.testing.assert_close(seen[0], expected_features(model, call, num_tokens, None), atol=1e-4, rtol=1e-4)
+    return "answered"
+
+
+GENERATE = ("input_ids", "attention_mask", "pixel_values", "question_mask")
+VALUES = {
+    "merger_type": ("none", "average_pooling", "fixed_pooling", "fixed_pooling", "nonsense", None, 3),
+    "num_merged_tokens": (None, 1, 4, 9, 36, 37, 0, -1, 2.5, "9", True, [4]),
+    "merge_ratio": (None, 0.25, 0.5, 1.0, 1, 0, 0.0, -0.5, 1.5, "0.5", float("nan"), [0.5]),
+    "num_heads": (1, 2, 4, 8, 5, 0, None, "4"),
+    "internal_dim": (None, 8, 16, 24, 7, 0, "16"),
+    "question_aware": (True, False, None, "yes"),
+    "init": ("average_pooling", "random", "zeros", None, 1),
+    "query_grid": (None, (2, 2), [3, 4], (1, 1), (0, 2), (2,), (2, 2, 2), "33", 4, (2.5, 2)),
+    "question_end_token_ids": (None, [], [[6]], [[6, 7]], [6], [[]], "6", [["a"]], [[-2]]),
+    "question_start_token_ids": (None, [], [[5]], [5], 5),
+    "vision_dim": (32, 64, 0, "32", None),
+    "num_merge_tokens": (4,),
+}
+
+
+def check_config(rng: random.Random):
+    fields = {name: rng.choice(VALUES[name]) for name in rng.sample(sorted(VALUES), rng.randint(0, 4))}
+    stock_fields = {**tiny_config().to_dict(), "model_type": "llava_merge"}
+    try:
+        config = LlavaMergeConfig.from_dict(stock_fields, merger_config=fields)
+        merger = TokenMerger(config.merger_config)
+        question = torch.randn(2, 3, config.text_config.hidden_size)
+        output = merger(torch.randn(2, NUM_PATCHES, config.merged_vision_dim), question)
+    except ValueError as error:
+        assert str(error), fields
+        return "refused"
+    num_tokens = config.merger_config.num_tokens(NUM_PATCHES)
+    assert output.merged_features.shape == (2, num_tokens, 32), fields
+    assert MergerConfig(**config.merger_config.to_dict()).to_dict() == config.merger_config.to_dict(), fields
+    return "answered"
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@torch.no_grad()
+def test_every_case_is_a_right_answer_or_a_value_error(chunk, pytestconfig):
+    outcomes = set()
+    for case in range(chunk, pytestconfig.getoption("fuzz_cases"), CHUNKS):
+        rng = random.Random(case)
+        check = rng.choices((check_forward, check_generate, check_config), (6, 1, 3))[0]
+        try:
+            outcomes.add((check.__name__, check(rng)))
+        except Exception as error:
+            raise AssertionError(f"case {case} of {check.__name__}: {type(error).__name__}: {error}") from error
+    assert len(outcomes) >= 5  # cases of each kind are answered and refused, but perhaps one
