@@ -2,13 +2,14 @@
 """The `llava-merge` command."""
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 
 try:
+    import PIL  # noqa: F401 - said here what is missing, not in the middle
     import typer
-    from PIL import Image
 except ModuleNotFoundError as error:
     sys.exit(f"The llava-merge command needs {error.name}: pip install 'llava-merge[demo]'")
 
@@ -22,9 +23,9 @@ def describe():
 
 @app.command()
 def demo(
-    image: Annotated[Path | None, typer.Option(help="Picture to ask about; default a bundled one.")] = None,
+    image: Annotated[str | None, typer.Option(help="Picture, a file or URL; default a bundled one.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
-    num_merged_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture after merging.")] = None,
+    num_merged_tokens: Annotated[int | None, typer.Option(help="Tokens per picture after merging.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")
     ] = None,
@@ -36,25 +37,31 @@ def demo(
 
     from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
+    from llava_merge.pictures import open_picture
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
-    picture = open_picture(image or PICTURE)
     questions = question or list(QUESTIONS)
-    try:
+    with one_line_errors():
+        picture = open_picture(image or PICTURE)
         comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, merger)
-    except (OSError, ValueError) as error:
-        fail(error)
-    answers = [
-        (text, comparison.with_all_tokens(picture, text), comparison.with_merged_tokens(picture, text))
-        for text in questions
-    ]
-    print_answers(answers)
-    try:
+        answers = [
+            (text, comparison.with_all_tokens(picture, text), comparison.with_merged_tokens(picture, text))
+            for text in questions
+        ]
+        print_answers(answers)
         comparison.picture(picture, questions[0]).save(output)
-    except (OSError, ValueError) as error:
-        fail(f"{output} cannot be written: {error}")
     typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
+
+
+@contextmanager
+def one_line_errors():
+    """Ends the command with one line and exit code 2 where something the user gave cannot be used."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(2) from error
 
 
 def print_answers(answers):
@@ -70,15 +77,3 @@ def print_answers(answers):
             f"{a.text:{column}} {a.milliseconds:6.0f} ms" for a, column in zip((full, merged), columns, strict=True)
         ]
         typer.echo(f"{question:{width}}  {cells[0]}  {cells[1]}")
-
-
-def open_picture(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        fail(f"{path} is not a picture that can be opened: {error}")
-
-
-def fail(message):
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)

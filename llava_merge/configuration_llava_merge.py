@@ -229,7 +229,18 @@ class LlavaMergeConfig(LlavaConfig):
     @property
     def num_patches(self) -> int:
         """Visual tokens N of one image before merging, without CLS: 576 in LLaVA-1.5."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        rows, columns = self.patch_grid(self.image_shape)
+        return rows * columns
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels of the tower's images."""
+        return height_and_width("image_size", self.vision_config.image_size)
+
+    def patch_grid(self, image_shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of images of `image_shape`, height and width in pixels."""
+        patch_shape = height_and_width("patch_size", self.vision_config.patch_size)
+        return image_shape[0] // patch_shape[0], image_shape[1] // patch_shape[1]
 
     @property
     def used_vision_config(self) -> PretrainedConfig:
@@ -275,6 +286,21 @@ class LlavaMergeConfig(LlavaConfig):
         self.merger_config = merger_config
         if merger_config.merger_type != "none":
             merger_config.num_merged_tokens = self.image_seq_length = num_tokens
+
+
+def height_and_width(name: str, size) -> tuple[int, int]:
+    """A size of a tower's configuration, one number or a pair, as a pair.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    pair = (size, size) if is_whole_number(size) else size
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(is_whole_number, pair)):
+        raise ValueError(
+            f"{name}={size!r} of the vision tower: rows and columns of its patches can only be told where it is a "
+            f"whole number or a pair of them. Set it in vision_config."
+        )
+    return tuple(pair)
 
 
 def stock_or_own_fields(fields: dict) -> dict:

@@ -147,13 +147,31 @@ def check_grid(grid: tuple[int, int] | None, num_patches: int) -> tuple[int, int
         ValueError: `num_patches` visual tokens do not fill it.
     """
     if grid is None:
-        grid = (math.isqrt(num_patches), math.isqrt(num_patches))
+        side = round(math.sqrt(num_patches))
+        grid = (side, side)
     if grid[0] * grid[1] != num_patches:
         raise ValueError(
-            f"{num_patches} visual tokens do not fill a grid of {grid[0]} × {grid[1]} patches. A tower with CLS"
-            f" needs vision_feature_select_strategy='default', which drops it; other shapes need grid=(rows, columns)."
+            f"{num_patches} visual tokens do not fill a grid of {grid[0]} × {grid[1]} patches. "
+            f"{explain_grid(num_patches - grid[0] * grid[1])}Patches in another shape need grid=(rows, columns)."
         )
     return grid
+
+
+def explain_grid(surplus: int) -> str:
+    """What may be the matter where there are `surplus` visual tokens more than patches."""
+    if surplus == -1:
+        return (
+            "One is missing: vision_feature_select_strategy='default' cuts the first token, which is a patch in a "
+            "tower without CLS such as SigLIP. Use vision_feature_select_strategy='full'. "
+        )
+    if surplus == 1:
+        return "One is no patch: if it is CLS, vision_feature_select_strategy='default' drops it. "
+    if 1 < surplus <= 16:
+        return (
+            f"{surplus} are no patches: towers with registers, such as DINOv2 with registers, are not supported, since "
+            f"registers have no place on the grid. "
+        )
+    return ""
 
 
 def as_source(weights: Tensor, num_images: int) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.utils.generic import can_return_tuple
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
+from .bypass import Bypassable
 from .checkpoint_files import naming_broken_files  # noqa: F401
 from .compat import (
     FORWARD_TAKES_ENCODED_IMAGES,
@@ -64,7 +65,7 @@ EMPTY_QUESTION = (
 )
 
 
-class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
+class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
     """LLaVA without a language-modelling head: tower → merger → projector → language model.
 
     Each image's N visual tokens become M *before* the projector, which runs once, on M.
@@ -86,7 +87,6 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         self.merger = TokenMerger(config.merger_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self.merger_enabled = True
         self.post_init()
 
     @property
@@ -144,15 +144,20 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         return layers
 
     def _check_image_size(self, pixel_values: Tensor, kwargs: dict):
-        size = self.config.vision_config.image_size
+        rows, columns = self.config.image_shape
         if kwargs.get("image_sizes") is not None:
             raise ValueError("image_sizes: towers with images of several sizes in a batch cannot be merged to one M.")
         resized = kwargs.get("interpolate_pos_encoding", False)
-        if pixel_values.ndim != 4 or not resized and tuple(pixel_values.shape[-2:]) != (size, size):
+        if pixel_values.ndim != 4 or not resized and tuple(pixel_values.shape[-2:]) != (rows, columns):
             raise ValueError(
                 f"pixel_values have shape {tuple(pixel_values.shape)}; the tower takes images as (images, channels, "
-                f"{size}, {size}). Use the model's own processor."
+                f"{rows}, {columns}). Use the model's own processor."
             )
+
+    @property
+    def merger_enabled(self) -> bool:
+        """Whether calls of this thread merge; False inside `merger_bypassed()`."""
+        return not self.is_bypassed
 
     @property
     def num_image_tokens(self) -> int:
@@ -193,8 +198,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         features, outputs = self._run_tower(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
-        patch_size = self.config.vision_config.patch_size
-        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        grid = self.config.patch_grid(pixel_values.shape[-2:])
         merged = self.merge_features(features, question, grid)  # (I, M, vision_dim)
         outputs.pooler_output = list(self.multi_modal_projector(merged))  # I × (M, hidden)
         return outputs
@@ -318,7 +322,7 @@ class LlavaMergeModel(LlavaMergePreTrainedModel, LlavaModel):
         """
         outputs = self.encode_images(pixel_values, question=self.get_question(prompt, len(pixel_values)), **kwargs)
         features = outputs.pooler_output
-        check_placeholders(prompt.new_image_mask, sum(map(len, features)), len(features))
+        check_placeholders(prompt.new_image_mask, sum(map(len, features)), len(features), self.config.num_patches)
         return outputs
 
     @takes_arguments_of(LlavaModel.forward)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from transformers import PretrainedConfig
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
+from .bypass import bypassing
 from .checkpoint_files import HUB_KWARGS, for_other_repo, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
@@ -138,14 +139,11 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
     def merger_bypassed(self):
         """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
 
-        The prompts need all placeholders then: a processor with `num_merged_tokens=None`.
+        That holds for the calls of this thread or asyncio task; others go on merging. The prompts need all placeholders
+        then: a processor with `num_merged_tokens=None`.
         """
-        was_enabled = self.headless_model.merger_enabled
-        self.headless_model.merger_enabled = False
-        try:
+        with bypassing(self.headless_model):
             yield self
-        finally:
-            self.headless_model.merger_enabled = was_enabled
 
     def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
         """Changes M of the model, and of `processor` if given; the weights stay.

@@ -38,13 +38,18 @@ def check_each_image(is_right: Tensor, rows: Tensor, message: str):
         raise ValueError(message.format(rows=", ".join(map(str, rows[~is_right].unique().tolist()))))
 
 
-def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | None = None):
+def check_placeholders(
+    image_mask: Tensor, num_features: int, num_images: int | None = None, num_patches: int | None = None
+):
     """Compares the placeholders (B, L) with the features that go there; row by row where `num_images` is given.
 
     Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
 
+    Args:
+        num_patches: Visual tokens N of an image before merging, which a stock processor writes placeholders for.
+
     Raises:
-        ValueError: The prompt was made for another number of tokens per image.
+        ValueError: There are images too many or too few, or the prompts were made for another number of tokens.
     """
     fits = image_mask.sum() == num_features
     if num_images:
@@ -53,15 +58,33 @@ def check_placeholders(image_mask: Tensor, num_features: int, num_images: int | 
         torch._assert_async(fits, "Image placeholders and merged tokens do not match.")
     elif not fits:
         per_row = image_mask.sum(dim=1).tolist()
-        images = (
-            f"{num_images} images give {num_features // num_images} tokens each" if num_images else "the images give"
+        raise ValueError(explain_placeholders(per_row, num_features, num_images, num_patches))
+
+
+def explain_placeholders(per_row: list[int], num_features: int, num_images: int | None, num_patches: int | None) -> str:
+    """What is wrong with prompts that have `per_row` placeholders for these features, and what to do."""
+    total = sum(per_row)
+    if not num_images:
+        return (
+            f"The prompts hold {total} image placeholders (per row: {per_row}) for {num_features} image features. "
+            f"Encode as many images as the prompts have, with the budget that they were made for."
         )
-        raise ValueError(
-            f"The prompts hold {sum(per_row)} image placeholders (per row: {per_row}), but {images}, {num_features} in "
-            f"all. Make the prompts with the number of tokens that this model merges an image into: "
-            f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, "
-            f"with M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
+    each = num_features // num_images
+    found = (
+        f"The prompts hold {total} image placeholders (per row: {per_row}), but {num_images} images give {each} tokens"
+    )
+    if total != num_images * (num_patches or 0) and all(count % each == 0 for count in per_row):
+        images = [count // each for count in per_row]
+        return (
+            f"{found} each, {num_features} in all: the prompts are for {sum(images)} images (per row: {images}), and "
+            f"{num_images} are given. Pass one image for each <image> of the prompts, in reading order."
         )
+    return (
+        f"{found} each, {num_features} in all: the prompts were made for another number of tokens per image. Make them "
+        f"with this model's: `LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or "
+        f"`processor.num_merged_tokens = M`, with M = `model.config.merger_config.num_merged_tokens` (None for all "
+        f"tokens)."
+    )
 
 
 def last_images_of_rows(counts: Tensor, last: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
 from llava_merge.demo.compare import Comparison
 from llava_merge.demo.scenes import QUESTION_TYPES, ask_question, draw_scene, sample_scene, scene_rng
 from llava_merge.merging_grid import window_weights
+from llava_merge.pictures import open_picture
 from llava_merge.visualization import draw_merged_tokens, side_by_side
 
 
@@ -169,19 +170,67 @@ class TestCommand:
         arguments = ("--model", tmp_path / "model", "--question", "what color ?", "--output", tmp_path / "out.png")
         assert "36 tokens" in self.run(*arguments) and (tmp_path / "out.png").exists()
 
+    @pytest.fixture(scope="class")
+    def broken(self, tmp_path_factory):
+        """A folder of pictures that cannot be used."""
+        folder = tmp_path_factory.mktemp("broken")
+        (folder / "empty.png").touch()
+        (folder / "truncated.png").write_bytes(PICTURE.read_bytes()[:2000])
+        (folder / "text.png").write_text("What color is the star?")
+        Image.new("1", (13500, 13500)).save(folder / "huge.png")
+        (folder / "folder.png").mkdir()
+        return folder
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (("--image", "missing.png"), "missing.png is not a picture"),
-            (("--image", __file__), "is not a picture"),
-            (("--num-merged-tokens", 100_000), "num_merged_tokens=100000 is more than"),
+            (("--image", "{}/missing.png"), "missing.png: there is no such file"),
+            (("--image", "{}/folder.png"), "folder.png: there is no such file"),
+            (("--image", "{}/empty.png"), "empty.png is not a picture"),
+            (("--image", "{}/text.png"), "text.png is not a picture"),
+            (("--image", "{}/truncated.png"), "truncated.png is not a picture that can be opened"),
+            (("--image", "{}/huge.png"), "huge.png is too large"),
+            (("--question", "What is in <image>?"), "holds <image>"),
+            (("--num-merged-tokens", "0"), "num_merged_tokens=0: has to be a whole number"),
+            (("--num-merged-tokens", "-4"), "num_merged_tokens=-4"),
+            (("--num-merged-tokens", "100000"), "num_merged_tokens=100000 is more than"),
             (("--model", "/nowhere/at/all"), "/nowhere/at/all"),
+            (("--model", "{}"), "no file named"),
+            (("--merger", "/nowhere/at/all"), "/nowhere/at/all"),
+            (("--merger", str(MODEL_DIR)), "not of a merger"),
+            (
+                ("--output", "/nowhere/at/all/out.png", "--question", "What color is the star?"),
+                "/nowhere/at/all/out.png",
+            ),
+            (("--output", "{}/out.nonsense", "--question", "What color is the star?"), "unknown file extension"),
         ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
-    def test_bad_input_is_one_line_without_a_traceback(self, arguments, message, tmp_path):
-        output = self.run(*arguments, "--output", tmp_path / "out.png", code=1)
-        assert message in output and "Traceback" not in output
+    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message, broken, tmp_path):
+        arguments = [argument.format(broken) for argument in arguments]
+        output = () if "--output" in arguments else ("--output", str(tmp_path / "out.png"))
+        result = CliRunner().invoke(app, ["demo", *arguments, *output])
+        assert result.exit_code == 2, result.output
+        errors = result.stderr.strip().splitlines()
+        assert len(errors) == 1 and errors[0].startswith("Error: ") and message in errors[0]
         assert not (tmp_path / "out.png").exists()
+
+    def test_every_command_is_in_the_table(self):
+        assert [command.name or command.callback.__name__ for command in app.registered_commands] == ["demo"]
+
+
+class TestPictures:
+    def test_a_photo_is_turned_upright(self, tmp_path):
+        upright = Image.open(PICTURE).convert("RGB")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+        upright.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
+        assert open_picture(tmp_path / "photo.png").tobytes() == open_picture(PICTURE).tobytes() == upright.tobytes()
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+    def test_every_mode_becomes_rgb(self, tmp_path, mode):
+        Image.new(mode, (8, 6)).save(tmp_path / "picture.tiff")
+        assert open_picture(tmp_path / "picture.tiff").mode == "RGB"
 
 
 class TestVisualization:

@@ -69,6 +69,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
     standard = {
         "contextlib",
+        "contextvars",
         "copy",
         "collections",
         "dataclasses",
@@ -81,6 +82,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "pathlib",
         "re",
         "shutil",
+        "threading",
         "uuid",
     }
     for name in {entry, *all_relative_imports(entry)}:

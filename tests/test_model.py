@@ -1,4 +1,9 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import asyncio
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import (
@@ -177,6 +182,74 @@ def test_merger_bypassed_is_the_stock_model():
     assert image_features(model(**prompts([1, 2], 9), pixel_values=pixels(3))).shape == (27, 64)
 
 
+def test_threads_inside_merger_bypassed_do_not_reach_each_other():
+    """First in, first out; and a third that never asked for it."""
+    model = tiny_model(agnostic(), train_merger=True)
+    merged, whole = ({**prompts([1], n), "pixel_values": pixels(1)} for n in (9, NUM_PATCHES))
+    expected = model(**merged).logits
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    answers = {}
+
+    def first():
+        with model.merger_bypassed():
+            first_in.set()
+            second_in.wait(10)
+        first_out.set()
+
+    def second():
+        first_in.wait(10)
+        with model.merger_bypassed(), model.merger_bypassed():
+            second_in.set()
+            first_out.wait(10)
+            answers["second"] = model(**whole).logits
+            answers["third"] = run_in_a_thread(lambda: model(**merged).logits)
+            with model.merger_bypassed():
+                pass
+            answers["second again"] = model(**whole).logits
+
+    run_in_a_thread(first, second)
+    assert torch.equal(answers["third"], expected) and torch.equal(model(**merged).logits, expected)
+    assert torch.equal(answers["second"], tiny_stock()(**whole).logits)
+    assert torch.equal(answers["second again"], answers["second"])
+
+
+def test_asyncio_tasks_inside_merger_bypassed_do_not_reach_each_other():
+    model = tiny_model(agnostic())
+    seen = []
+
+    async def bypassing(inside: asyncio.Event, leave: asyncio.Event):
+        with model.merger_bypassed():
+            inside.set()
+            await leave.wait()
+            seen.append(model.model.merger_enabled)
+
+    async def main():
+        inside, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(bypassing(inside, leave))
+        await inside.wait()
+        seen.append(model.model.merger_enabled)
+        leave.set()
+        await task
+
+    asyncio.run(main())
+    assert seen == [True, False]
+
+
+def test_one_model_bypassed_leaves_others_and_copies_alone():
+    models = [tiny_model(agnostic()) for _ in range(2)]
+    with models[0].merger_bypassed():
+        assert not models[0].model.merger_enabled and models[1].model.merger_enabled
+        copied = copy.deepcopy(models[0])
+    assert copied.model.merger_enabled and models[0].model.merger_enabled
+
+
+def run_in_a_thread(*calls):
+    """Runs each call in a thread of its own, and gives the result of the first."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        results = [pool.submit(call) for call in calls]
+        return [result.result() for result in results][0]
+
+
 @pytest.mark.parametrize("num_tokens", [36, 12, 7, 4, 1])
 def test_set_num_merged_tokens_serves_every_budget_with_one_checkpoint(num_tokens, tmp_path):
     model = tiny_model(aware(), train_merger=True)
@@ -247,6 +320,18 @@ def test_siglip_towers_merge_all_their_tokens():
     assert torch.equal(stock(**inputs).logits, identity(**inputs).logits)
 
 
+@pytest.mark.parametrize("image_size, patch_size", [([84, 84], [14, 14]), ((56, 84), 14), (84, (14, 28))], ids=str)
+def test_towers_may_give_their_sizes_as_pairs(image_size, patch_size):
+    """InternVL's does."""
+    config = tiny_model(agnostic(4)).config
+    config.vision_config.__dict__ |= {"image_size": image_size, "patch_size": patch_size}
+    rows, columns = (
+        (size if isinstance(size, int) else size[axis]) // (patch if isinstance(patch, int) else patch[axis])
+        for axis, size, patch in ((0, image_size, patch_size), (1, image_size, patch_size))
+    )
+    assert config.patch_grid(config.image_shape) == (rows, columns) and config.num_patches == rows * columns
+
+
 def test_several_vision_feature_layers_are_merged_as_one_wider_feature():
     model = tiny_model(aware(), vision_feature_layer=[-2, -3], train_merger=True)
     assert model.config.merger_config.vision_dim == 64
@@ -301,10 +386,31 @@ class TestBadInput:
         model = tiny_model(aware())
         with pytest.raises(ValueError, match=r"36 image placeholders .*9 tokens each, 9 in all.*num_merged_tokens"):
             model(**prompts([1], NUM_PATCHES), pixel_values=pixels(1))
-        with pytest.raises(ValueError, match=r"18 image placeholders.*27"):
-            tiny_model(agnostic())(**prompts([1, 1], 9), pixel_values=pixels(3))
         with pytest.raises(ValueError, match="placeholders"):
             model.generate(**prompts([1], NUM_PATCHES), pixel_values=pixels(1))
+
+    @pytest.mark.parametrize(
+        "counts, tokens, given, message",
+        [
+            ([1, 1], 9, 3, r"per row: \[9, 9\].*for 2 images \(per row: \[1, 1\]\), and 3 are given. Pass one image"),
+            ([2, 1], 9, 1, r"per row: \[18, 9\].*for 3 images \(per row: \[2, 1\]\), and 1 are given. Pass one image"),
+            ([0], 9, 1, r"per row: \[0\].*for 0 images \(per row: \[0\]\), and 1 are given. Pass one image"),
+            ([1], NUM_PATCHES, 1, r"hold 36 .*9 tokens each.*another number of tokens per image.*num_merged_tokens=M"),
+            ([1, 2], NUM_PATCHES, 3, "hold 108 .*another number of tokens per image"),
+            ([1, 1], 4, 2, "hold 8 .*9 tokens each, 18 in all.*another number of tokens per image"),
+        ],
+    )
+    def test_what_is_wrong_with_the_placeholders(self, counts, tokens, given, message):
+        model, call = tiny_model(agnostic()), {**prompts(counts, tokens), "pixel_values": pixels(given)}
+        for run in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                run(**call)
+
+    def test_features_that_are_too_few(self):
+        model = tiny_model(agnostic())
+        encoded = {"image": model.model.encode_images(pixels(1))}
+        with pytest.raises(ValueError, match=r"18 image placeholders \(per row: \[18\]\) for 9 image features"):
+            model(**prompts([2], 9), mm_encoder_outputs=encoded)
 
     def test_unknown_merger_type(self):
         with pytest.raises(ValueError, match="'nonsense' does not exist; choose one of average_pooling, fixed_pooling"):
@@ -362,10 +468,36 @@ class TestBadInput:
             image_features(tiny_model(agnostic(), vision_feature_layer=-3)(**prompts([1], 9), pixel_values=pixels(1))),
         )
 
-    def test_clip_tower_with_its_cls_token_cannot_be_merged_on_a_grid(self):
-        model = tiny_model(agnostic(), vision_feature_select_strategy="full")
-        with pytest.raises(ValueError, match="CLS.*'default'"):
+    @pytest.mark.parametrize(
+        "tower, strategy, message",
+        [
+            ("clip", "full", "37 visual tokens .* 6 × 6 .*if it is CLS, .*='default' drops it"),
+            ("siglip", "default", "35 visual tokens .* 6 × 6 .*without CLS such as SigLIP. Use .*='full'"),
+        ],
+    )
+    def test_strategy_that_does_not_fit_the_tower(self, tower, strategy, message):
+        model = tiny_model(agnostic(), tower, vision_feature_select_strategy=strategy)
+        with pytest.raises(ValueError, match=message):
             model(**prompts([1], 9), pixel_values=pixels(1))
+
+    @pytest.mark.parametrize(
+        "num_patches, grid, message",
+        [
+            (40, (6, 6), "4 are no patches: towers with registers"),
+            (24, None, r"5 × 5.*Patches in another shape need grid=\(rows, columns\)"),
+            (12, (6, 6), r"12 visual tokens do not fill a grid of 6 × 6 patches. Patches in another shape need grid"),
+        ],
+    )
+    def test_grid(self, num_patches, grid, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_model(agnostic()).model.merger(torch.zeros(1, num_patches, 32), grid=grid)
+
+    @pytest.mark.parametrize("size", [(84, 84, 84), "84", None, (84, 0), 84.0])
+    def test_sizes_that_are_no_rows_and_columns(self, size):
+        config = tiny_model(agnostic()).config
+        config.vision_config.__dict__["image_size"] = size
+        with pytest.raises(ValueError, match="image_size=.* of the vision tower: rows and columns"):
+            config.set_merger_config({"num_merged_tokens": 4})
 
     def test_features_of_another_width(self):
         merger = tiny_model(aware()).model.merger

@@ -34,7 +34,7 @@ class Comparison:
     def __init__(
         self, model_dir: str = str(MODEL_DIR), num_merged_tokens: int | None = None, merger: str | None = None
     ):
-        budget = {"num_merged_tokens": num_merged_tokens} if num_merged_tokens else {}
+        budget = {} if num_merged_tokens is None else {"num_merged_tokens": num_merged_tokens}
         kwargs = {"merger": merger} if merger else {"merger_config": budget}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if self.device == "cuda" else torch.float32
@@ -42,7 +42,7 @@ class Comparison:
             self.device
         )
         self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
-        if merger and num_merged_tokens:
+        if merger and num_merged_tokens is not None:
             self.model.set_num_merged_tokens(num_merged_tokens)
 
     @property
@@ -57,7 +57,16 @@ class Comparison:
         return self._answer(image, question, self.num_merged_tokens, repeats)
 
     def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | None, repeats: int) -> Answer:
-        """Greedy answer; the median time of `repeats` runs after one to warm up."""
+        """Greedy answer; the median time of `repeats` runs after one to warm up.
+
+        Raises:
+            ValueError: The question holds the image placeholder, so that there would be more of them than pictures.
+        """
+        if self.processor.image_token in question:
+            raise ValueError(
+                f"The question {question!r} holds {self.processor.image_token}, which stands for a picture. Leave it "
+                f"out: the picture is put before the question."
+            )
         self.processor.num_merged_tokens = num_merged_tokens
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -81,8 +90,7 @@ class Comparison:
         question_embeds = self.model.get_input_embeddings()(words)  # (1, T, text_dim)
         features = self.model.get_vision_features(pixel_values)
         source = self.model.model.merger(features, question_embeds, return_source=True).source[0]  # (M, N)
-        patch_size = self.model.config.vision_config.patch_size
-        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        grid = self.model.config.patch_grid(pixel_values.shape[-2:])
         seen = self.undo_normalization(pixel_values[0].float().cpu()).resize((336, 336), Image.Resampling.BICUBIC)
         return side_by_side([seen, draw_merged_tokens(seen, source, grid)])
 

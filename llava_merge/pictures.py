@@ -1,0 +1,26 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Opening of every picture that the package is given."""
+
+import os
+
+from PIL import Image, UnidentifiedImageError
+from transformers.image_utils import load_image
+
+
+def open_picture(source: str | os.PathLike) -> Image.Image:
+    """A picture, a file or URL, in RGB and upright: as its EXIF orientation says.
+
+    Raises:
+        ValueError: There is none, or it is broken, or larger than Pillow opens; it is named.
+    """
+    source = os.fspath(source)
+    if "://" not in source and not os.path.isfile(source):
+        raise ValueError(f"{source}: there is no such file. Give the path of a picture, or a URL.")
+    try:
+        return load_image(source)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{source} is not a picture.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{source} is too large to be opened safely; scale it down first. ({error})") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{source} is not a picture that can be opened: {error}") from error
