@@ -224,6 +224,7 @@ IMPORTED = {
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "stock keys for our classes on 5.x",
     "transformers.dynamic_module_utils.custom_object_save": "the code of a training-free merger",
     "transformers.generation.GenerationMixin": "has to be a direct base",
+    "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
     "transformers.models.llava.modeling_llava.LlavaMultiModalProjector": "the projector",
     "transformers.models.llava.modeling_llava.LlavaPreTrainedModel": "the base of both models",
