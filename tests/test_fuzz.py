@@ -100,7 +100,7 @@ def random_call(rng: random.Random, tokens_per_image: int, question_aware: bool)
         call["pixel_values"] = call["pixel_values"][..., :70]
     elif wrong < 0.02 and "pixel_values" in call:
         call["pixel_values"] = call["pixel_values"][0]
-    elif wrong < 0.03 and "attention_mask" in call and question_aware:
+    elif wrong < 0.03 and {"attention_mask", "pixel_values"} <= call.keys() and question_aware:  # else stock sees it
         call["attention_mask"] = call["attention_mask"][:, None, None]
     return call
 
