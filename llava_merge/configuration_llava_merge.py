@@ -242,25 +242,36 @@ class LlavaMergeConfig(LlavaConfig):
         patch_shape = height_and_width("patch_size", self.vision_config.patch_size)
         return image_shape[0] // patch_shape[0], image_shape[1] // patch_shape[1]
 
+    def feature_layers(self, layer: int | list[int] | None = None) -> list[int]:
+        """Hidden states of the tower that `layer` means, default `vision_feature_layer`, counted from the front."""
+        layer = self.vision_feature_layer if layer is None else layer
+        num_states = self.vision_config.num_hidden_layers + 1
+        return [index + num_states if index < 0 else index for index in ([layer] if isinstance(layer, int) else layer)]
+
     @property
-    def used_vision_config(self) -> PretrainedConfig:
-        """The tower's configuration without the layers behind `vision_feature_layer`; LLaVA-1.5's last is never used.
+    def num_used_tower_layers(self) -> int:
+        """Layers of the tower up to `vision_feature_layer`; LLaVA-1.5's last is never used.
 
         Other towers than CLIP and SigLIP keep all: some end with a norm that is no part of the layer before.
         """
+        num_layers = self.vision_config.num_hidden_layers
         if self.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            return num_layers
+        return min(num_layers, max(1, *self.feature_layers()))
+
+    @property
+    def used_vision_config(self) -> PretrainedConfig:
+        """The tower's configuration without the layers that no feature is taken from."""
+        if self.num_used_tower_layers == self.vision_config.num_hidden_layers:
             return self.vision_config
-        num_layers, layers = self.vision_config.num_hidden_layers, self.vision_feature_layer
-        used = [index % (num_layers + 1) for index in ([layers] if isinstance(layers, int) else layers)]
         vision_config = copy.deepcopy(self.vision_config)
-        vision_config.num_hidden_layers = max(1, *used)
+        vision_config.num_hidden_layers = self.num_used_tower_layers
         return vision_config
 
     @property
     def merged_vision_dim(self) -> int:
         """Width of the merged features: the tower's hidden size times the number of feature layers."""
-        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
-        return self.vision_config.hidden_size * layers
+        return self.vision_config.hidden_size * len(self.feature_layers())
 
     def set_merger_config(self, merger_config: MergerConfig | dict):
         """Fits `merger_config` to this model and makes it the merger's; the config is unchanged where it raises."""

@@ -111,7 +111,6 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
 
     def _run_tower(self, pixel_values, layer=None, strategy=None, output_hidden_states=None, **kwargs):
         """Unprojected features (I, N, vision_dim) and the tower's output."""
-        layer = self.config.vision_feature_layer if layer is None else layer
         strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
@@ -128,14 +127,12 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             states = [state[:, 1:] for state in states]
         return states[0] if len(states) == 1 else torch.cat(states, dim=-1), outputs
 
-    def _tower_layers(self, layer: int | list[int]) -> list[int]:
+    def _tower_layers(self, layer: int | list[int] | None) -> list[int]:
         """Indices of hidden states, counted from the front."""
-        num_states = self.config.vision_config.num_hidden_layers + 1
-        layers = [
-            index + num_states if index < 0 else index for index in ([layer] if isinstance(layer, int) else layer)
-        ]
+        layers = self.config.feature_layers(layer)
         built = self.vision_tower.config.num_hidden_layers
         if not all(0 <= index <= built for index in layers):
+            num_states = self.config.vision_config.num_hidden_layers + 1
             raise ValueError(
                 f"vision_feature_layer={layer}: of the tower's {num_states} hidden states this model has only the "
                 f"first {built + 1}, since it was built without the layers that it did not need. Load the model with "
@@ -268,8 +265,7 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         """A prompt given as ids or as embeddings, with the `masks` of a [`Prompt`]."""
         wanted = [self.config.image_token_id, *(self.turn_marks.ids if self.reads_question else ())]
         ids = self._find_ids(input_ids, inputs_embeds, wanted)
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        return Prompt(ids, embeds, ids == self.config.image_token_id, new_from, **masks)
+        return Prompt(ids, inputs_embeds, ids == self.config.image_token_id, new_from, **masks)
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -304,7 +300,8 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         positions = None if prompt.position_ids is None else prompt.position_ids[:, -shape[1] :]
         turns = split_turns(prompt.ids, prompt.image_mask, self.turn_marks, attention_mask, answer_mask, positions)
         images = prompt.first_placeholders(num_images)
-        question = question_of_images(prompt.embeds, turns, images)
+        embeds = self.get_input_embeddings()(prompt.ids) if prompt.embeds is None else prompt.embeds
+        question = question_of_images(embeds, turns, images)
         if question_mask is not None:
             return question.narrowed(question_mask)
         rows = images // shape[1]

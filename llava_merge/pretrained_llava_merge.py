@@ -27,7 +27,7 @@ from .saving import SavesAtOnce, finish_interrupted_save
 
 def unused_layers_pattern(config: LlavaMergeConfig) -> str:
     """Pattern of the keys of tower layers that no feature is taken from, so that they are not built."""
-    layers = range(config.used_vision_config.num_hidden_layers, config.vision_config.num_hidden_layers)
+    layers = range(config.num_used_tower_layers, config.vision_config.num_hidden_layers)
     return rf"vision_tower\..*layers\.({'|'.join(map(str, layers)) or 'none'})\."
 
 

@@ -49,7 +49,7 @@ class Prompt:
 
     Attributes:
         ids: (B, L) int64; of prompts given as embeddings only those that mean something to us are right.
-        embeds: (B, L, text_dim), the language model's input embeddings.
+        embeds: (B, L, text_dim), the language model's input embeddings where the prompts are given as such.
         image_mask: (B, L) bool, the image placeholders.
         new_from: Tokens before this one are in the cache already, with their images.
         attention_mask: (B, L or more), 0 where a token is padding; the last L columns count.
@@ -60,7 +60,7 @@ class Prompt:
     """
 
     ids: Tensor
-    embeds: Tensor
+    embeds: Tensor | None
     image_mask: Tensor
     new_from: int = 0
     attention_mask: Tensor | None = None
@@ -124,10 +124,8 @@ class Question:
         """Of embeddings (I, T, text_dim) and a mask (I, T) that is True where they are question, one row an image."""
         num_images, num_tokens = embeds.shape[:2]
         images = torch.arange(num_images, device=embeds.device)
-        turns = images[:, None].expand(num_images, num_tokens)
-        if mask is not None:
-            turns = turns.masked_fill(~mask.to(embeds.device).bool(), num_images)
-        return cls(embeds, turns, images)
+        question = cls(embeds, images[:, None].expand(num_images, num_tokens), images)
+        return question if mask is None else question.narrowed(mask)
 
     def to(self, device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Question":
         embeds = self.embeds.to(device, dtype or self.embeds.dtype, non_blocking=non_blocking)
@@ -135,7 +133,7 @@ class Question:
 
     def narrowed(self, mask: Tensor) -> "Question":
         """Only the tokens in `mask` (B, T) of it."""
-        outside = ~mask.to(self.token_turns.device)
+        outside = ~mask.to(self.token_turns.device).bool()
         return Question(self.embeds, self.token_turns.masked_fill(outside, len(self.image_turns)), self.image_turns)
 
     @property

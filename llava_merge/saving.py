@@ -85,9 +85,9 @@ def move_files(complete: Path, directory: Path):
         if (complete / name).exists():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(complete / name, directory / name)
-    for pattern in WEIGHTS:
-        for path in directory.glob(pattern):
-            if path.name not in files and any(name.endswith(".safetensors") for name in files):
+    if any(name.endswith(".safetensors") for name in files):
+        for path in (path for pattern in WEIGHTS for path in directory.glob(pattern)):
+            if path.name not in files:
                 path.unlink()
     (complete / MANIFEST).unlink()
     shutil.rmtree(complete)
