@@ -4,6 +4,7 @@
 Differences inside `generate` are in compat_generation.py, that of the processor in compat_processing.py.
 """
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig
@@ -92,6 +93,16 @@ def usable_device_map(device_map, parts: tuple[str, ...]):
     if not TRANSFORMERS_V5 and device_map == {"": "disk"}:
         return dict.fromkeys(parts, "disk")
     return device_map
+
+
+def cache_mask_sizes(cache, past, length: int, device) -> tuple[int, int]:
+    """Number of keys, and of the first of them, that `length` new tokens behind `past` ones attend to in a cache.
+
+    4.57 asks with the positions of the new tokens, 5.x with their number. Remove when 4.57 is no longer supported.
+    """
+    if TRANSFORMERS_V5:
+        return cache.get_mask_sizes(length, 0)
+    return cache.get_mask_sizes(past + torch.arange(length, device=device), 0)
 
 
 def hidden_states_to_keep(layers: list[int], requested: bool | None) -> bool | list[int]:

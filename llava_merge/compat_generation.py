@@ -26,3 +26,9 @@ class KeepsEncodedImagesToThePrefill:
             """Drafts get the pictures: their towers are their own, and their features may be of another width."""
             without = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
             return super()._get_candidate_generator(*args, model_kwargs=without, **kwargs)
+
+
+# What an override below this mixin adds its arguments to.
+prepare_inputs_for_generation = (
+    LlavaForConditionalGeneration if FORWARD_TAKES_ENCODED_IMAGES else KeepsEncodedImagesToThePrefill
+).prepare_inputs_for_generation

@@ -1,10 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """How many placeholders an image gets: a method of its own on 5.x, a part of `__call__` on 4.57."""
 
+import re
+
 from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import Unpack
 
 from .compat import TRANSFORMERS_V5
+from .placeholders import ALL_TOKENS
 
 
 if not TRANSFORMERS_V5:
@@ -12,28 +15,38 @@ if not TRANSFORMERS_V5:
 
 
 class MergedPlaceholderProcessor(LlavaProcessor):
-    """LlavaProcessor that writes `num_merged_tokens` placeholders per image, or all of them where that is None."""
+    """LlavaProcessor that writes as many placeholders as an image has merged tokens.
 
-    num_merged_tokens: int | None = None
+    Attributes:
+        num_merged_tokens: Placeholders of every image, or a list with those of each; None and "all" as in LLaVA.
+    """
 
-    def placeholders(self) -> str:
-        """The placeholders of one merged image.
+    num_merged_tokens: int | list[int | str] | None = None
+
+    def budget(self, image_idx: int) -> int | str:
+        """Placeholders of an image, or "all".
 
         Raises:
-            ValueError: `num_merged_tokens` is below 1.
+            ValueError: It is below 1.
         """
-        if self.num_merged_tokens < 1:
+        budget = self.num_merged_tokens
+        if isinstance(budget, list):
+            budget = budget[image_idx]
+        if budget is None or budget == ALL_TOKENS:
+            return ALL_TOKENS
+        if budget < 1:
             raise ValueError(
                 f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
             )
-        return self.image_token * self.num_merged_tokens
+        return budget
 
     if TRANSFORMERS_V5:
 
         def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-            if self.num_merged_tokens is None:
+            budget = self.budget(image_idx)
+            if budget == ALL_TOKENS:
                 return super().replace_image_token(image_inputs, image_idx, **kwargs)
-            return self.placeholders()
+            return self.image_token * budget
 
     else:  # remove when 4.57 is no longer supported
 
@@ -42,13 +55,28 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         ) -> BatchFeature:
             if self.num_merged_tokens is None or images is None or text is None:
                 return super().__call__(images=images, text=text, **kwargs)
-            texts = [text] if isinstance(text, str) else text
-            # with pictures, stock would write its own number of placeholders for each of ours
-            inputs = super().__call__(
-                text=[sample.replace(self.image_token, self.placeholders()) for sample in texts], **kwargs
-            )
             merged = self._merge_kwargs(
                 LlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
             )
-            inputs.update(self.image_processor(images, **merged["images_kwargs"]))
+            image_inputs = self.image_processor(images, **merged["images_kwargs"])
+            texts = [text] if isinstance(text, str) else text
+            # with pictures, stock would write its own number of placeholders for each of ours
+            inputs = super().__call__(text=self._with_placeholders(texts, len(image_inputs["pixel_values"])), **kwargs)
+            inputs.update(image_inputs)
             return inputs
+
+        def _with_placeholders(self, texts: list[str], num_images: int) -> list[str]:
+            found = sum(sample.count(self.image_token) for sample in texts)
+            if isinstance(self.num_merged_tokens, list) and found != num_images:
+                raise ValueError(
+                    f"The prompts hold {found} {self.image_token} for {num_images} images. Write one for each image, "
+                    f"in reading order."
+                )
+            budgets = map(self.budget, range(found))
+            num_patches = super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
+
+            def placeholders(_: re.Match) -> str:
+                budget = next(budgets)
+                return self.image_token * (num_patches if budget == ALL_TOKENS else budget)
+
+            return [re.sub(re.escape(self.image_token), placeholders, sample) for sample in texts]

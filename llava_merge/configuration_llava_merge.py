@@ -5,6 +5,7 @@ import inspect
 from transformers import LlavaConfig, PretrainedConfig
 
 from .compat import add_sub_config
+from .placeholders import is_whole_number
 
 
 AUTO_MAP = {
@@ -21,10 +22,6 @@ TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_gr
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
-
-
-def is_whole_number(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_marks(name: str, marks):
@@ -57,6 +54,11 @@ class MergerConfig(PretrainedConfig):
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
+        position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,
+            and the text behind an image as if all N tokens were there. `"packed"`: one behind the other, as in 0.1.0.
+        attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
+            in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. Not with FlashAttention.
+        trained_num_tokens: Budgets M that the merger was trained with; smaller ones give a warning.
         question_start_token_ids: Id sequences that end an answer and open the next question, such as those of "USER:"
             behind a space and behind a line break. None until known; loading finds them in the chat template.
         question_end_token_ids: Id sequences that open an answer, such as those of "ASSISTANT:". A question-aware merger
@@ -80,6 +82,9 @@ class MergerConfig(PretrainedConfig):
         question_aware: bool = False,
         init: str = "average_pooling",
         query_grid: tuple[int, int] | None = None,
+        position_ids: str = "source",
+        attention_mass: float = 0.0,
+        trained_num_tokens: list[int] | None = None,
         question_start_token_ids: list[list[int]] | None = None,
         question_end_token_ids: list[list[int]] | None = None,
         **kwargs,
@@ -94,6 +99,9 @@ class MergerConfig(PretrainedConfig):
         self.question_aware = question_aware
         self.init = init
         self.query_grid = list(query_grid) if isinstance(query_grid, tuple) else query_grid
+        self.position_ids = position_ids
+        self.attention_mass = attention_mass
+        self.trained_num_tokens = trained_num_tokens
         self.question_start_token_ids = question_start_token_ids
         self.question_end_token_ids = question_end_token_ids
         self._check_values()
@@ -121,6 +129,19 @@ class MergerConfig(PretrainedConfig):
         ratio = self.merge_ratio
         if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio <= 1):
             raise ValueError(f"merge_ratio={ratio!r}: it is the share of tokens kept, above 0 and at most 1.")
+        mass = self.attention_mass
+        if not isinstance(mass, int | float) or isinstance(mass, bool) or not 0 <= mass <= 1:
+            raise ValueError(
+                f"attention_mass={mass!r}: has to be a number from 0 (a merged token weighs as one token) to 1 (as all "
+                f"the patches that it stands for)."
+            )
+        if self.position_ids not in ("source", "packed"):
+            raise ValueError(f"position_ids={self.position_ids!r}: has to be 'source' or 'packed'.")
+        trained = self.trained_num_tokens
+        if trained is not None and not (isinstance(trained, list) and trained and all(map(is_whole_number, trained))):
+            raise ValueError(
+                f"trained_num_tokens={trained!r}: has to be a list of whole numbers of at least 1, or None."
+            )
         for name in QUESTION_MARKS:
             check_marks(name, getattr(self, name))
         if self.init not in ("average_pooling", "random"):
@@ -139,7 +160,7 @@ class MergerConfig(PretrainedConfig):
                 f"{pretrained_model_name_or_path} is a checkpoint of {fields.get('model_type')!r}, not of a merger. "
                 f"Save the merger of a model with model.save_merger(directory) and load that."
             )
-        return cls.from_dict(fields, **kwargs)
+        return cls.from_dict(as_saved_by_this_release(fields), **kwargs)
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
@@ -218,7 +239,10 @@ class LlavaMergeConfig(LlavaConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers; `merger_config` and the fields of stock LLaVA are read as by `from_pretrained`."""
         fields = stock_or_own_fields(config_dict)
-        fields["merger_config"] = lay_over(fields.get("merger_config"), kwargs.pop("merger_config", None))
+        saved = fields.get("merger_config")
+        if isinstance(saved, dict):
+            saved = as_saved_by_this_release(saved)
+        fields["merger_config"] = lay_over(saved, kwargs.pop("merger_config", None))
         return super().from_dict(fields, **kwargs)
 
     def __setattr__(self, name: str, value):
@@ -329,6 +353,11 @@ def stock_or_own_fields(fields: dict) -> dict:
             f"llava-hf/llava-1.5-7b-hf) and llava_merge checkpoints can be loaded. Mergers are loaded with merger=..."
         )
     return {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
+
+
+def as_saved_by_this_release(merger_fields: dict) -> dict:
+    """The saved fields of a merger; those of 0.1.0, which did not say so, were for packed positions."""
+    return {"position_ids": "packed", **merger_fields}
 
 
 def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerConfig | dict | None:

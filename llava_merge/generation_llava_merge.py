@@ -1,13 +1,15 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat import FORWARD_TAKES_ENCODED_IMAGES
-from .compat_generation import KeepsEncodedImagesToThePrefill
-from .question import last_images_of_rows, repeat_rows_together
+from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
+from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
+from .placeholders import ALL_TOKENS, repeat_rows_together
 from .question_turns import Prompt
+from .stock_signature import takes_arguments_of
+from .token_layout import TokenLayout, packed_positions
+from .token_placing import cached_length, find_cache, keep_layout
 
 
 TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
@@ -17,7 +19,8 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     """Mixin for `generate`: the images are encoded once per prompt, with the prompt as their question.
 
     On every transformers release that happens at the same moment: before rows are repeated for beams, so that each
-    image is encoded once and stays with its row, and before drafts of assisted decoding stand behind the prompt.
+    image is encoded once and stays with its row, and before drafts of assisted decoding stand behind the prompt. Where
+    merged tokens sit is known then too, and goes with the call as `token_layout`.
     """
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
@@ -31,21 +34,33 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             if model_kwargs.get("mm_encoder_outputs"):
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             self._encode_images_for_generation(input_ids, model_kwargs)
-        encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoded:
-            encoded = self._expand_encoded_images(encoded["image"], input_ids, model_kwargs, expand_size)
+        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        image_mask = self._new_image_mask(input_ids, model_kwargs)
+        if find_cache(model_kwargs) is not None and not image_mask.any():
+            encoded = None  # they are in the cache: a draft model is given them again with each of its calls
+        layout = None
+        if self.model.places_tokens:
+            layout = self.model.layout_of_prompt(image_mask, encoded, find_cache(model_kwargs)).repeated(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if encoded:
-            model_kwargs["mm_encoder_outputs"] = encoded
+        model_kwargs["token_layout"] = layout
+        if encoded is not None:
+            features = repeat_images(encoded.pooler_output, image_mask, expand_size)
+            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return input_ids, model_kwargs
+
+    def _new_image_mask(self, input_ids: Tensor | None, model_kwargs: dict) -> Tensor:
+        """Placeholders behind the cached tokens: (B, new tokens) bool."""
+        image_mask = self.model.get_image_mask(input_ids, model_kwargs.get("inputs_embeds"))
+        return image_mask[:, num_cached_inputs(image_mask.shape[1], model_kwargs) :]
 
     def _encode_images_for_generation(self, input_ids: Tensor | None, model_kwargs: dict):
         """Puts `mm_encoder_outputs` into `model_kwargs`, in the place of `pixel_values` and what goes with them."""
         question_mask = model_kwargs.pop("question_mask", None)
         options = {name: model_kwargs.pop(name, None) for name in TOWER_OPTIONS}
         pixel_values, inputs_embeds = model_kwargs["pixel_values"], model_kwargs.get("inputs_embeds")
+        budgets = self.model.budgets(len(pixel_values), model_kwargs.get("num_merged_tokens"))
         num_inputs = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         prompt = self.model.read_prompt(
             input_ids,
@@ -56,35 +71,67 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             **{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")},
         )
         if prompt.new_from:
-            pixel_values = self._images_not_in_cache(pixel_values, prompt)
-        if FORWARD_TAKES_ENCODED_IMAGES or pixel_values is None:
+            new = self._images_not_in_cache(budgets, prompt)
+            pixel_values, budgets = pixel_values[new], [budgets[image] for image in new]
+        if FORWARD_TAKES_ENCODED_IMAGES or not budgets:
             model_kwargs.pop("pixel_values")
-        if pixel_values is None:
-            return
-        outputs = self.model.encode_images_of_prompt(pixel_values, prompt, **options)
-        model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=outputs.pooler_output)}
+            model_kwargs.pop("num_merged_tokens", None)
+        if budgets:
+            outputs = self.model.encode_images_of_prompt(pixel_values, prompt, budgets, **options)
+            model_kwargs["mm_encoder_outputs"] = {"image": outputs}
 
-    def _images_not_in_cache(self, pixel_values: Tensor, prompt: Prompt) -> Tensor | None:
-        """The images whose placeholders stand behind the cached tokens, where those of the whole chat are given."""
-        image_mask, behind = prompt.image_mask, prompt.new_image_mask
-        if not behind.any():
-            return None
-        tokens_per_image = image_mask.sum() // len(pixel_values)
-        if tokens_per_image != self.model.num_image_tokens:
-            return pixel_values  # only the new images are given
-        counts, all_counts = behind.sum(dim=1) // tokens_per_image, image_mask.sum(dim=1) // tokens_per_image
-        return pixel_values[last_images_of_rows(all_counts, counts).to(pixel_values.device)]
+    def _images_not_in_cache(self, budgets: list[int | str], prompt: Prompt) -> list[int]:
+        """Indices of the given images whose placeholders stand behind the cached tokens."""
+        if not prompt.new_image_mask.any():
+            return []
+        num_tokens = [self.config.num_patches if budget == ALL_TOKENS else budget for budget in budgets]
+        if sum(num_tokens) != prompt.image_mask.sum():
+            return list(range(len(budgets)))  # only the new images are given
+        whole = Prompt(prompt.ids, prompt.embeds, prompt.image_mask)
+        columns = whole.first_placeholders(num_tokens) % prompt.ids.shape[1]
+        return (columns >= prompt.new_from).nonzero()[:, 0].tolist()
 
-    def _expand_encoded_images(self, outputs, input_ids: Tensor | None, model_kwargs: dict, times: int) -> dict:
-        """The images of each row repeated together, as its text is repeated for beams and return sequences."""
-        if times == 1:
-            return {"image": outputs}
-        image_mask = self.model.get_image_mask(input_ids, model_kwargs.get("inputs_embeds"))
-        image_mask = image_mask[:, num_cached_inputs(image_mask.shape[1], model_kwargs) :]
-        features = torch.stack(list(outputs.pooler_output))  # (I, M, hidden)
-        image_counts = image_mask.sum(dim=1) // features.shape[1]
-        order = repeat_rows_together(image_counts, times).to(features.device)
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features[order]))}
+    @takes_arguments_of(prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(
+        self, *, token_layout: TokenLayout | None = None, num_merged_tokens=None, **kwargs
+    ) -> dict:
+        """As in transformers, with the positions and the attention mask of merged tokens."""
+        model_inputs = super().prepare_inputs_for_generation(**kwargs)
+        if token_layout is None:
+            return model_inputs
+        cache, attention_mask = find_cache(kwargs), kwargs.get("attention_mask")
+        keep_layout(cache, token_layout)
+        model_inputs["tokens_are_placed"] = True
+        if token_layout.is_packed:
+            return model_inputs
+        inputs = model_inputs.get("inputs_embeds")
+        length = (model_inputs["input_ids"] if inputs is None else inputs).shape[1]
+        past = cached_length(cache) if attention_mask is None else attention_mask.shape[1] - length
+        positions = model_inputs.get("position_ids") if TRANSFORMERS_V5 else None  # 4.57 repeats the last of given ones
+        positions = packed_positions(positions, attention_mask, past, length, token_layout.skipped.device)
+        return model_inputs | self.model.placed_arguments(token_layout, positions, past, attention_mask, cache)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        """A draft model places its own tokens, and need not be one that merges any."""
+        ours = {"token_layout", "num_merged_tokens"}
+        if isinstance(kwargs.get("assistant_model"), EncodesImagesBeforeForward):
+            ours.remove("num_merged_tokens")
+        without = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=without, **kwargs)
+
+
+def repeat_images(features: list[Tensor], image_mask: Tensor, times: int) -> list[Tensor]:
+    """The images of each row repeated together, as its text is repeated for beams and return sequences.
+
+    Args:
+        features: Of each image, (M, hidden).
+        image_mask: (B, L) bool, the placeholders of the images.
+    """
+    if times == 1:
+        return list(features)
+    starts = Prompt(image_mask, None, image_mask).first_placeholders([len(image) for image in features])
+    counts = torch.bincount(starts // image_mask.shape[1], minlength=len(image_mask))
+    return [features[image] for image in repeat_rows_together(counts, times).tolist()]
 
 
 def num_cached_inputs(num_inputs: int, model_kwargs: dict) -> int:
@@ -92,8 +139,7 @@ def num_cached_inputs(num_inputs: int, model_kwargs: dict) -> int:
 
     All that the cache holds where the whole conversation is given, none where only the new tokens are.
     """
-    cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    cached = int(cached_length(find_cache(model_kwargs)))
     if not cached or cached >= num_inputs:
         return 0
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")

@@ -56,6 +56,28 @@ def push_card_if_missing(model, repo_id: str, usage: str, push_kwargs: dict):
         api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=repo_id)
 
 
+def push_folder(
+    folder: str,
+    repo_id: str,
+    gone: list[str],
+    *,
+    commit_message: str = "Upload token merger",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kwargs,
+):
+    """Uploads the files of `folder` in one commit, which also deletes the files `gone` from the repo."""
+    api = HfApi(token=token)
+    if not create_pr:
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    where = {"revision": revision, "create_pr": create_pr, "delete_patterns": gone or None}
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **where, **kwargs)
+
+
 def make_card(model, repo_id: str, usage: str) -> ModelCard:
     """Model card of a merger, or of a LLaVA with one, that is called `repo_id` on the Hub."""
     is_merger = model.config.model_type == "llava_merger"

@@ -18,6 +18,7 @@ from .configuration_llava_merge import (
     lay_over,
     stock_or_own_fields,
 )
+from .merging_base import find_merging_method
 
 
 logger = logging.get_logger(__name__)
@@ -160,7 +161,21 @@ def is_merger_key(key: str) -> bool:
     return key.startswith(("merger.", "model.merger."))
 
 
-def log_fresh_merger(path: str, config: MergerConfig):
-    """One line in the place of transformers' report of weights that are newly initialised."""
-    start = " It starts as average pooling." if config.init == "average_pooling" else ""
-    logger.info(f"{path} has no {config.merger_type} merger: this one is fresh.{start}")
+def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
+    """One line on what the loaded model does, also in the place of transformers' report of new weights."""
+    merger = config.merger_config
+    if merger.merger_type == "none":
+        logger.info(f"{path}: {config.num_patches} tokens, none merged")
+        return
+    if find_merging_method(merger).training_free:
+        state = "training-free"
+    elif is_fresh:
+        state = "fresh: equals average pooling" if merger.init == "average_pooling" else "fresh: random"
+    else:
+        budgets = merger.trained_num_tokens
+        state = "trained" + (f" with {', '.join(map(str, budgets))} tokens" if budgets else "")
+    mass = f", attention mass {merger.attention_mass}" if merger.attention_mass else ""
+    logger.info(
+        f"{path}: {config.num_patches} → {merger.num_merged_tokens} tokens, {merger.merger_type}, {state}, positions "
+        f"{merger.position_ids}{mass}"
+    )

@@ -44,10 +44,13 @@ class MergeOutput(ModelOutput):
     Attributes:
         merged_features: (I, M, vision_dim), in raster order of the slots.
         source: (I, M, N), how much of each token came from each patch; rows sum to 1. None unless asked for.
+        positions: (I, M) int64, the place among the N patches that each token sits at, never falling. Where a method
+            leaves it out, it is the patch nearest the centre of the token's slot.
     """
 
     merged_features: Tensor | None = None
     source: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class OwnInitialization:

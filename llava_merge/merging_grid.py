@@ -18,12 +18,14 @@ class SlotGeometry:
         log_windows: (M, N), their logarithms, -inf outside a window.
         squared_distances: (M, N), of each slot's centre to each patch's, in units of the slot's sides.
         centres: (M, 2), x and y of each slot's centre on the square from -1 to 1.
+        places: (M,) int64, the patch nearest each slot's centre, in raster order.
     """
 
     windows: Tensor
     log_windows: Tensor
     squared_distances: Tensor
     centres: Tensor
+    places: Tensor
 
 
 def slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
@@ -45,7 +47,8 @@ def kept_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.devi
 def make_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
     windows = window_weights(grid, num_slots, device)
     distances = squared_distances(grid, num_slots, device)
-    return SlotGeometry(windows, windows.log(), distances, slot_centres(num_slots, device))
+    places = slot_places(grid, num_slots, device)
+    return SlotGeometry(windows, windows.log(), distances, slot_centres(num_slots, device), places)
 
 
 def slots_per_row(num_slots: int) -> list[int]:
@@ -110,6 +113,24 @@ def slot_centres(num_slots: int, device=None) -> Tensor:
     """x and y of each slot's centre on the square from -1 to 1: (M, 2)."""
     (row, num_rows), (column, length) = slot_positions(num_slots, device)
     return torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1
+
+
+def slot_places(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
+    """Raster index of the patch nearest each slot's centre: (M,) int64, never falling.
+
+    Row and column are rounded apart, ties to the earlier patch; a rounded mean of raster indices would lie half a row
+    away where a window has an even number of rows. As many slots as patches are the patches.
+    """
+    if num_slots == grid[0] * grid[1]:
+        return torch.arange(num_slots, device=device)
+    (row, num_rows), (column, length) = slot_positions(num_slots, device)
+    rows, columns = nearest_interval(row, num_rows, grid[0]), nearest_interval(column, length, grid[1])
+    return (rows * grid[1] + columns).cummax(0).values  # slots in more rows than the grid has share some
+
+
+def nearest_interval(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
+    """Which of `num_patches` equal intervals has the centre nearest that of interval `index` of `count`; exact."""
+    return ((2 * index + 1) * num_patches - 1) // (2 * count)
 
 
 def sample_query_map(query_map: Tensor, centres: Tensor) -> Tensor:

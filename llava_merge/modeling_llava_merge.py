@@ -23,23 +23,21 @@ from .generation_llava_merge import EncodesImagesBeforeForward
 from .hub import MODEL_USAGE, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MergingMethod  # noqa: F401
+from .merging_base import MergeOutput
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .modeling_token_merger import TokenMerger
+from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders
 from .pretrained_llava_merge import LlavaMergePreTrainedModel
-from .question import as_row_mask, check_each_image, check_placeholders
+from .projector_files import save_projector  # noqa: F401
+from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
-from .question_turns import (
-    Prompt,
-    Question,
-    TurnMarks,
-    question_of_images,
-    split_turns,
-)
+from .question_turns import Prompt, Question
 from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
+from .token_layout import TokenLayout  # noqa: F401
+from .token_placing import EncodedImages, PlacesTokens, find_cache, keep_layout
 
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
@@ -53,19 +51,14 @@ TOWER_ARGUMENTS = (
     "output_attentions",
     "interpolate_pos_encoding",
 )
-UNMARKED_ANSWER = (
-    "A question-aware merger cannot tell the question of the images in rows {rows} from its answer, and would read "
-    "both: there are neither labels nor a mark of question_end_token_ids in their turns. Pass labels, or question_mask "
-    "(batch, tokens); or make the prompts with the chat template, after `model.set_question_marks(processor)`."
-)
-EMPTY_QUESTION = (
-    "The images in rows {rows} have no question: in their turns every token is answer (label other than -100), "
-    "padding or a mark, so that a question-aware merger would train without one. Set the labels of the prompt to -100, "
-    "or use question_aware=False; a question_mask of False leaves it out on purpose."
-)
 
 
-class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
+def device_of(weight: Tensor, features: Tensor) -> torch.device:
+    """Where `features` meet a module with this `weight`; to an offloaded one they need not go, it comes to them."""
+    return features.device if weight.is_meta else weight.device
+
+
+class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTrainedModel, LlavaModel):
     """LLaVA without a language-modelling head: tower → merger → projector → language model.
 
     Each image's N visual tokens become M *before* the projector, which runs once, on M.
@@ -156,28 +149,48 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         """Whether calls of this thread merge; False inside `merger_bypassed()`."""
         return not self.is_bypassed
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens that an image gives the language model: M, or N where nothing is merged."""
+    def budgets(self, num_images: int, num_merged_tokens: int | str | list | None = None) -> list[int | str]:
+        """Tokens of each image, "all" where it is not merged: those of the call, else the config's.
+
+        Raises:
+            ValueError: `num_merged_tokens` is not for this number of images, or there is no merger that could do it.
+        """
         merger_config = self.config.merger_config
-        merges = self.merger_enabled and merger_config.merger_type != "none"
-        return merger_config.num_merged_tokens if merges else self.config.num_patches
+        keeps_all = not self.merger_enabled or merger_config.merger_type == "none"
+        if num_merged_tokens is None or not self.merger_enabled:
+            return [ALL_TOKENS if keeps_all else merger_config.num_merged_tokens] * num_images
+        budgets = budget_of_each_image(num_merged_tokens, num_images)
+        if keeps_all and set(budgets) - {ALL_TOKENS}:
+            raise ValueError(
+                f"num_merged_tokens={num_merged_tokens!r}: this model has merger_type='none', which keeps all tokens. "
+                f"Load it with merger=... or merger_config=..., or leave num_merged_tokens out."
+            )
+        return budgets
 
     def merge_features(
         self,
         features: Tensor,
-        question: Question | None = None,
+        question: Question | Tensor | None = None,
         grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`."""
-        if not self.merger_enabled:
-            return features
+        num_merged_tokens: int | str | None = None,
+    ) -> MergeOutput:
+        """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`.
+
+        Args:
+            question: See [`get_image_features`].
+            grid: Rows and columns of the patches, default a square.
+            num_merged_tokens: M, or "all" to merge nothing; default the config's.
+        """
+        num_images, num_patches = features.shape[:2]
+        budget = self.budgets(num_images, num_merged_tokens)[0]
+        if budget == ALL_TOKENS:
+            places = torch.arange(num_patches, device=features.device)
+            return MergeOutput(merged_features=features, positions=places.expand(num_images, -1))
         weight = next(self.merger.parameters(), features)
-        device = features.device if weight.is_meta else weight.device  # an offloaded merger comes to the features
         # the budget of this config: PEFT copies the merger with a config of its own
-        num_tokens = self.config.merger_config.num_merged_tokens
-        output = self.merger(features.to(device, weight.dtype), question, num_tokens, grid)
-        return output.merged_features.to(features.dtype)
+        output = self.merger(features.to(device_of(weight, features), weight.dtype), question, budget, grid)
+        output.merged_features = output.merged_features.to(features.dtype)
+        return output
 
     def encode_images(
         self,
@@ -185,8 +198,9 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         question: Question | Tensor | None = None,
+        num_merged_tokens: int | str | list | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPooling:
+    ) -> EncodedImages:
         """[`get_image_features`], with the same result on every transformers release: the tower's output.
 
         Its `pooler_output` is the list of I tensors (M, hidden). Pass it to `forward` or `generate` as
@@ -195,10 +209,31 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         features, outputs = self._run_tower(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
-        grid = self.config.patch_grid(pixel_values.shape[-2:])
-        merged = self.merge_features(features, question, grid)  # (I, M, vision_dim)
-        outputs.pooler_output = list(self.multi_modal_projector(merged))  # I × (M, hidden)
-        return outputs
+        budgets = self.budgets(len(features), num_merged_tokens)
+        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets)
+
+    def _merge_and_project(self, features, outputs, image_shape, question, budgets) -> EncodedImages:
+        """What [`encode_images`] returns; images of the same budget are merged together."""
+        grid, num_patches = self.config.patch_grid(image_shape), features.shape[1]
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
+        projected, places = {}, {}
+        for budget in dict.fromkeys(budgets):
+            images = [index for index, asked in enumerate(budgets) if asked == budget]
+            few, about = features, question
+            if len(images) < len(budgets):
+                index = torch.tensor(images, device=features.device)
+                few, about = features[index], question and question.of_images(index)
+            merged = self.merge_features(few, about, grid, budget)  # (images, M, vision_dim)
+            few = merged.merged_features
+            few = few.to(device_of(self.multi_modal_projector.linear_1.weight, few))
+            projected |= zip(images, self.multi_modal_projector(few), strict=True)
+            places |= zip(images, merged.positions, strict=True)
+        in_order = range(len(budgets))
+        outputs.pooler_output = [projected[image] for image in in_order]  # I × (M, hidden)
+        if not self.places_tokens:
+            return outputs
+        return EncodedImages.of(outputs, torch.cat([places[image] for image in in_order]), num_patches)
 
     def get_image_features(
         self,
@@ -207,6 +242,7 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
         question: Question | Tensor | None = None,
+        num_merged_tokens: int | str | list | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ):
@@ -216,6 +252,7 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             pixel_values: (I, 3, H, W).
             question: For question-aware mergers, the language model's input embeddings (I, T, text_dim) of each image's
                 question, or a [`Question`]; `forward` and `generate` fill it in.
+            num_merged_tokens: M, or one for each image, "all" for those that are not merged; default the config's.
 
         Returns:
             A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
@@ -226,46 +263,11 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             vision_feature_layer,
             vision_feature_select_strategy,
             question,
+            num_merged_tokens,
             image_sizes=image_sizes,
             **kwargs,
         )
         return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
-
-    def get_image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Where the prompt has image placeholders: (B, L) bool. Of both, `inputs_embeds` count, as in `generate`."""
-        return self._find_ids(input_ids, inputs_embeds, [self.config.image_token_id]) == self.config.image_token_id
-
-    def _find_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, wanted: list[int]) -> Tensor:
-        """(B, L) int64: ids of a prompt, of which only the `wanted` need be right where embeddings are given."""
-        if inputs_embeds is None:
-            return input_ids
-        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-        for embed, id in zip(self.get_input_embeddings()(ids.new_tensor(wanted)), wanted, strict=True):
-            ids = ids.masked_fill((inputs_embeds == embed).all(dim=-1), id)
-        return ids
-
-    @property
-    def turn_marks(self) -> TurnMarks:
-        """Ids that tell the turns of a prompt apart."""
-        merger_config, text_config = self.config.merger_config, self.config.text_config
-        eos, bos = (
-            [id] if isinstance(id, int) else list(id or ())
-            for id in (text_config.eos_token_id, text_config.bos_token_id)
-        )
-        starts, ends = merger_config.question_start_token_ids, merger_config.question_end_token_ids
-        return TurnMarks(starts or [], ends or [], eos, bos)
-
-    @property
-    def reads_question(self) -> bool:
-        return self.merger_enabled and self.config.merger_config.question_aware
-
-    def read_prompt(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, new_from: int = 0, **masks: Tensor | None
-    ) -> Prompt:
-        """A prompt given as ids or as embeddings, with the `masks` of a [`Prompt`]."""
-        wanted = [self.config.image_token_id, *(self.turn_marks.ids if self.reads_question else ())]
-        ids = self._find_ids(input_ids, inputs_embeds, wanted)
-        return Prompt(ids, inputs_embeds, ids == self.config.image_token_id, new_from, **masks)
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -276,7 +278,7 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             ValueError: There are more or fewer features than placeholders, or they are of another width.
         """
         image_mask = self.get_image_mask(input_ids, inputs_embeds if input_ids is None else None)
-        check_placeholders(image_mask, image_features.shape[0])
+        check_num_features(image_mask, image_features.shape[0])
         if image_features.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
                 f"The image features are {image_features.shape[-1]} wide, the language model's embeddings "
@@ -284,43 +286,26 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             )
         return image_mask[:, :, None].to(inputs_embeds.device)
 
-    def get_question(self, prompt: Prompt, num_images: int) -> Question | None:
-        """What each of the `num_images` images is merged for, None where the merger does not read it.
-
-        Raises:
-            ValueError: A mask is not (batch, tokens), or the question cannot be told from the answer, or is empty.
-        """
-        if not self.reads_question or not num_images:
-            return None
-        shape = prompt.ids.shape
-        attention_mask, answer_mask, question_mask = (
-            as_row_mask(name, getattr(prompt, name), shape)
-            for name in ("attention_mask", "answer_mask", "question_mask")
-        )
-        positions = None if prompt.position_ids is None else prompt.position_ids[:, -shape[1] :]
-        turns = split_turns(prompt.ids, prompt.image_mask, self.turn_marks, attention_mask, answer_mask, positions)
-        images = prompt.first_placeholders(num_images)
-        embeds = self.get_input_embeddings()(prompt.ids) if prompt.embeds is None else prompt.embeds
-        question = question_of_images(embeds, turns, images)
-        if question_mask is not None:
-            return question.narrowed(question_mask)
-        rows = images // shape[1]
-        if prompt.may_hold_answers and answer_mask is None:
-            check_each_image(turns.has_marked_answer(images), rows, UNMARKED_ANSWER)
-        if prompt.may_hold_answers and (self.training or answer_mask is not None):
-            check_each_image(question.has_text, rows, EMPTY_QUESTION)
-        return question
-
-    def encode_images_of_prompt(self, pixel_values: Tensor, prompt: Prompt, **kwargs) -> BaseModelOutputWithPooling:
+    def encode_images_of_prompt(
+        self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens: int | str | list | None = None, **kwargs
+    ) -> EncodedImages:
         """[`encode_images`] with the question of each image that is new in the `prompt`.
 
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
-        outputs = self.encode_images(pixel_values, question=self.get_question(prompt, len(pixel_values)), **kwargs)
-        features = outputs.pooler_output
-        check_placeholders(prompt.new_image_mask, sum(map(len, features)), len(features), self.config.num_patches)
-        return outputs
+        features, outputs = self._run_tower(
+            pixel_values,
+            kwargs.pop("vision_feature_layer", None),
+            kwargs.pop("vision_feature_select_strategy", None),
+            **kwargs,
+        )
+        num_images, num_patches = features.shape[:2]
+        budgets = self.budgets(num_images, num_merged_tokens)
+        num_tokens = [num_patches if budget == ALL_TOKENS else budget for budget in budgets]
+        check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
+        question = self.get_question(prompt, num_tokens)
+        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets)
 
     @takes_arguments_of(LlavaModel.forward)
     @can_return_tuple
@@ -331,13 +316,20 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         question_mask: Tensor | None = None,
         answer_mask: Tensor | None = None,
+        num_merged_tokens: int | str | list | None = None,
+        tokens_are_placed: bool = False,
         **kwargs,
     ):
         """
         Args:
+            position_ids: (B or 1, L), counting each placeholder as one; those of merged tokens and of the text behind
+                them follow from it (`MergerConfig.position_ids`).
             mm_encoder_outputs: `{"image": outputs}` with the images encoded before, instead of `pixel_values`.
             question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
             answer_mask: (B, L) bool, tokens that are answer and which it never reads.
+            num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
+                the config's. `processor(..., num_merged_tokens=...)` returns it.
+            tokens_are_placed: Whether positions and mask are those of merged tokens already, as `generate` gives them.
 
         The other arguments, and the result, are those of [`~transformers.LlavaModel`].
         """
@@ -345,23 +337,28 @@ class LlavaMergeModel(Bypassable, LlavaMergePreTrainedModel, LlavaModel):
             if mm_encoder_outputs:
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             masks = {"question_mask": question_mask, "answer_mask": answer_mask}
-            mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, kwargs)}
+            mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, num_merged_tokens, kwargs)}
         elif self.training and not mm_encoder_outputs:
             self._join_merger(kwargs)
+        images = (mm_encoder_outputs or {}).get("image")
+        layout = None if tokens_are_placed else self.place_tokens(images, kwargs)
         if FORWARD_TAKES_ENCODED_IMAGES:
-            return super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
-        return self._forward_encoded_images((mm_encoder_outputs or {}).get("image"), **kwargs)
+            outputs = super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
+        else:
+            outputs = self._forward_encoded_images(images, **kwargs)
+        if layout is not None:
+            keep_layout(find_cache(outputs), layout)
+        return outputs
 
-    def _encode_images_of_call(self, pixel_values: Tensor, masks: dict, arguments: dict):
+    def _encode_images_of_call(self, pixel_values: Tensor, masks: dict, num_merged_tokens, arguments: dict):
         """The images of a forward whose other `arguments` these are."""
         input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         masks |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
         options = {name: arguments[name] for name in TOWER_ARGUMENTS if name in arguments}
-        return self.encode_images_of_prompt(
-            pixel_values, self.read_prompt(input_ids, inputs_embeds, **masks), **options
-        )
+        prompt = self.read_prompt(input_ids, inputs_embeds, **masks)
+        return self.encode_images_of_prompt(pixel_values, prompt, num_merged_tokens, **options)
 
     def _join_merger(self, arguments: dict):
         """Puts a trained merger into the graph of a batch without images, with weight 0.
@@ -435,17 +432,27 @@ class LlavaMergeForConditionalGeneration(
         return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     @takes_arguments_of(LlavaForConditionalGeneration.forward)
-    def forward(self, *, labels: Tensor | None = None, question_mask: Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        num_merged_tokens: int | str | list | None = None,
+        **kwargs,
+    ):
         """
         Args:
             labels: (B, L), -100 where no loss is taken. Tokens with another label are answer, which a question-aware
                 merger never reads.
             question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
+            num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
+                the config's. `processor(..., num_merged_tokens=...)` returns it.
 
         The other arguments, and the result, are those of [`~transformers.LlavaForConditionalGeneration`].
         """
+        ours = {"question_mask": question_mask, "num_merged_tokens": num_merged_tokens}
         answer_mask = None if labels is None else labels != -100
-        return super().forward(labels=labels, question_mask=question_mask, answer_mask=answer_mask, **kwargs)
+        return super().forward(labels=labels, answer_mask=answer_mask, **ours, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers, with the code; a repo without a model card gets one."""

@@ -1,23 +1,31 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
 from .checkpoint_files import HUB_KWARGS, naming_broken_files, refuse_missing_weights
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
-from .hub import MERGER_USAGE, push_card_if_missing
+from .hub import MERGER_USAGE, push_card_if_missing, push_folder
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, check_grid, find_merging_method
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
 from .merging_none import Identity  # noqa: F401
+from .placeholders import is_whole_number  # noqa: F401
+from .projector_files import save_projector
 from .question_turns import Question
-from .saving import SavesAtOnce, finish_interrupted_save, offloaded_weights
+from .saving import PROJECTOR, SavesAtOnce, finish_interrupted_save, offloaded_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 class TokenMerger(SavesAtOnce, PreTrainedModel):
@@ -90,14 +98,23 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         if self.method.needs_grid:
             grid = check_grid(grid, num_patches)
             geometry = slot_geometry(grid, num_tokens, features.device)
-        context = MergeContext(grid, num_tokens, question, return_source, geometry)
-        return self.method(features, context)
+        output = self.method(features, MergeContext(grid, num_tokens, question, return_source, geometry))
+        if output.positions is None:
+            places = torch.arange(num_tokens, device=features.device) if geometry is None else geometry.places
+            output.positions = places.expand(len(features), -1)
+        return output
 
     def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:
         if num_tokens is None or self.config.merger_type == "none":
-            return self.config.num_tokens(num_patches)
+            num_tokens = self.config.num_tokens(num_patches)
         if not 1 <= num_tokens <= num_patches:
             raise ValueError(f"num_tokens={num_tokens}: has to be from 1 to the {num_patches} visual tokens.")
+        trained = self.config.trained_num_tokens
+        if trained and num_tokens < min(trained) and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"This merger was trained with {', '.join(map(str, sorted(trained)))} tokens per image; with fewer, "
+                f"answers may be much worse."
+            )
         return num_tokens
 
     def _check_question(self, features: Tensor, question: Question | Tensor) -> Question:
@@ -136,18 +153,29 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
     def merging_config(self) -> MergerConfig:
         return self.config
 
-    def _write_files(self, save_directory: Path, *args, **kwargs):
-        """A training-free merger is its code and config.json alone."""
+    def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):
+        """A training-free merger is its code and config.json alone; any may have the `projector` trained with it."""
+        if projector is not None:
+            save_projector(projector, save_directory)
         if not self.method.training_free:
             return super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
         self.config.architectures = [type(self).__name__]
         custom_object_save(self, save_directory, config=self.config)
         self.config.save_pretrained(save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """As in transformers; a repo without a model card gets one."""
+    def push_to_hub(self, repo_id: str, projector: nn.Module | None = None, **kwargs):
+        """Pushes the merger in one commit; a repo without a model card gets one.
+
+        Args:
+            repo_id: Repo on the Hub, made where it does not exist.
+            projector: The projector that was trained with it, to be pushed too.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, as in
+                transformers.
+        """
         push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs)
-        return super().push_to_hub(repo_id, **kwargs)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, projector=projector)
+            return push_folder(folder, repo_id, gone=[] if projector is not None else [PROJECTOR], **kwargs)
 
 
 class LearnableTokenMergerV3(TokenMerger):

@@ -1,8 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import copy
+
+from transformers import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
 from .compat_processing import MergedPlaceholderProcessor
+from .placeholders import budget_of_each_image
 
 
 class LlavaMergeProcessor(MergedPlaceholderProcessor):
@@ -17,6 +22,8 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
 
     Example:
         >>> processor = LlavaMergeProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", num_merged_tokens=64)
+        >>> inputs = processor(images=image, text=prompt, return_tensors="pt")
+        >>> inputs = processor(images=image, text=prompt, return_tensors="pt", num_merged_tokens=16)  # for this call
     """
 
     _auto_class = "AutoProcessor"
@@ -54,6 +61,28 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         if num_merged_tokens is not unset:
             processor.num_merged_tokens = num_merged_tokens
         return processor
+
+    def __call__(
+        self, images=None, text=None, *, num_merged_tokens: int | str | list | None = None, **kwargs
+    ) -> BatchFeature:
+        """As in transformers, for a budget of this call.
+
+        Args:
+            num_merged_tokens: Tokens of an image, or one number for each image in reading order; "all" does not merge.
+                Returned too, for `generate` and `forward`: nothing is kept here or on the model. Default the
+                processor's own, which the model has to share.
+
+        Raises:
+            ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images.
+        """
+        if num_merged_tokens is None or images is None:
+            return super().__call__(images=images, text=text, **kwargs)
+        for_this_call = copy.copy(self)
+        num_images = len(make_flat_list_of_images(images))
+        for_this_call.num_merged_tokens = budget_of_each_image(num_merged_tokens, num_images)
+        inputs = super(LlavaMergeProcessor, for_this_call).__call__(images=images, text=text, **kwargs)
+        inputs["num_merged_tokens"] = num_merged_tokens
+        return inputs
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if self.num_merged_tokens is None or image_sizes is None:

@@ -7,6 +7,7 @@ turn saw it, can all keep. Placeholders, padding, answers and the marks between 
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -74,12 +75,15 @@ class Prompt:
         """(B, L - new_from) bool: placeholders of images that are not in the cache."""
         return self.image_mask[:, self.new_from :]
 
-    def first_placeholders(self, num_images: int) -> Tensor:
-        """Where each new image begins, all rows on end: (num_images,)."""
+    def first_placeholders(self, num_tokens: list[int]) -> Tensor:
+        """Where each new image begins, all rows on end, of images with `num_tokens` placeholders each: (I,)."""
         is_new = torch.nn.functional.pad(self.new_image_mask, (self.new_from, 0))
         count = is_new.flatten().cumsum(0)
-        number = torch.arange(num_images, device=count.device) * (count[-1] // num_images) + 1
-        return torch.searchsorted(count, number).clamp(max=len(count) - 1)
+        if len(set(num_tokens)) == 1:
+            before = torch.arange(len(num_tokens), device=count.device) * num_tokens[0]
+        else:
+            before = torch.tensor([0, *accumulate(num_tokens[:-1])], device=count.device)
+        return torch.searchsorted(count, before + 1).clamp(max=len(count) - 1)
 
 
 @dataclass
@@ -135,6 +139,14 @@ class Question:
         """Only the tokens in `mask` (B, T) of it."""
         outside = ~mask.to(self.token_turns.device).bool()
         return Question(self.embeds, self.token_turns.masked_fill(outside, len(self.image_turns)), self.image_turns)
+
+    def of_images(self, images: Tensor) -> "Question":
+        """That of some of the images, by index and in rising order: (n,)."""
+        turns = self.image_turns[images]
+        order = torch.arange(len(images), device=turns.device)
+        outside = turns.new_full((len(self.image_turns) + 1,), len(images))
+        new_number = outside.scatter_reduce(0, turns, order, "amin")  # a turn is called by its first image
+        return Question(self.embeds, new_number[self.token_turns], new_number[turns])
 
     @property
     def mask(self) -> Tensor:

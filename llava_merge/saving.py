@@ -17,7 +17,8 @@ from .merging_base import method_file
 STAGED = ".saving-"  # prefix of a folder that is being written
 COMPLETE = ".saved"  # a folder that is whole; its files have still to be moved to their places
 MANIFEST = ".files.json"  # in it: all files of the checkpoint
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", PROJECTOR)
 
 
 def save_at_once(save, directory: str | os.PathLike):
@@ -85,10 +86,10 @@ def move_files(complete: Path, directory: Path):
         if (complete / name).exists():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(complete / name, directory / name)
-    if any(name.endswith(".safetensors") for name in files):
-        for path in (path for pattern in WEIGHTS for path in directory.glob(pattern)):
-            if path.name not in files:
-                path.unlink()
+    stale = WEIGHTS if any(name.endswith(".safetensors") for name in files) else (PROJECTOR,)
+    for path in (path for pattern in stale for path in directory.glob(pattern)):
+        if path.name not in files:
+            path.unlink()
     (complete / MANIFEST).unlink()
     shutil.rmtree(complete)
 

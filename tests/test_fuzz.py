@@ -24,6 +24,7 @@ from conftest import (
     tiny_model,
     tiny_stock,
 )
+from test_positions import slow_positions_and_bias
 from test_question import masks_token_by_token
 
 from llava_merge import LlavaMergeConfig, MergerConfig, TokenMerger
@@ -31,6 +32,7 @@ from llava_merge.question_turns import TurnMarks
 
 
 CHUNKS = 20
+PLACES = [("packed", 0.0), ("source", 0.0), ("source", 1.0), ("packed", 0.5)]
 MARKED = {"question_start_token_ids": [[USER_ID]], "question_end_token_ids": [[ANSWER_ID]]}
 MODELS = [
     {"merger_type": "none", "num_heads": 4},
@@ -52,15 +54,15 @@ def stock():
     return tiny_stock()
 
 
-def random_row(rng: random.Random, tokens_per_image: int) -> tuple[list[int], list[int], int]:
-    """Ids, labels and number of images of a random chat; sometimes one that no chat template would write."""
-    ids, labels, num_images = [], [], 0
+def random_row(rng: random.Random, budgets: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """Ids, labels and tokens of each image of a random chat; sometimes one that no chat template would write."""
+    ids, labels, num_tokens = [], [], []
     for turn in range(rng.randint(1, 3)):
         question = [USER_ID] if rng.random() < 0.9 else []
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            count = tokens_per_image if rng.random() < 0.97 else rng.randint(0, tokens_per_image + 2)
+            num_tokens.append(rng.choice(budgets))
+            count = num_tokens[-1] if rng.random() < 0.97 else rng.randint(0, num_tokens[-1] + 2)
             question += [IMAGE_ID] * count
-            num_images += 1
         question += [rng.randrange(FIRST_WORD_ID, len(WORDS)) for _ in range(rng.choice((0, 1, 3, 6)))]
         question += [ANSWER_ID] if rng.random() < 0.95 else []
         answer = [rng.randrange(FIRST_WORD_ID, len(WORDS)) for _ in range(rng.choice((0, 2, 4)))]
@@ -69,12 +71,12 @@ def random_row(rng: random.Random, tokens_per_image: int) -> tuple[list[int], li
         labels += [-100] * (len(ids) - len(labels) - len(answer)) + answer
     if rng.random() < 0.02:
         labels = [id if id != IMAGE_ID else -100 for id in ids]
-    return ids, labels, num_images
+    return ids, labels, num_tokens
 
 
-def random_call(rng: random.Random, tokens_per_image: int, question_aware: bool) -> dict:
-    """Arguments of a forward, right or wrong."""
-    rows = [random_row(rng, tokens_per_image) for _ in range(rng.randint(1, 3))]
+def random_call(rng: random.Random, budgets: list[int], question_aware: bool) -> tuple[dict, list[int]]:
+    """Arguments of a forward, right or wrong, and the tokens of each image."""
+    rows = [random_row(rng, budgets) for _ in range(rng.randint(1, 3))]
     length, left = max(len(ids) for ids, _, _ in rows), rng.random() < 0.5
 
     def padded(values: list[int], fill: int) -> list[int]:
@@ -90,7 +92,10 @@ def random_call(rng: random.Random, tokens_per_image: int, question_aware: bool)
         call["question_mask"] = torch.rand(call["input_ids"].shape, generator=generator_of(rng)) < 0.7
     if rng.random() < 0.1:
         call["position_ids"] = torch.arange(length).expand(len(rows), -1)
-    num_images = sum(count for *_, count in rows)
+    num_tokens = [count for *_, counts in rows for count in counts]
+    num_images = len(num_tokens)
+    if len(budgets) > 1 and num_tokens:
+        call["num_merged_tokens"] = ["all" if count == NUM_PATCHES else count for count in num_tokens]
     if rng.random() < 0.03:
         num_images += rng.choice((-1, 1))
     if num_images > 0:
@@ -102,15 +107,15 @@ def random_call(rng: random.Random, tokens_per_image: int, question_aware: bool)
         call["pixel_values"] = call["pixel_values"][0]
     elif wrong < 0.03 and {"attention_mask", "pixel_values"} <= call.keys() and question_aware:  # else stock sees it
         call["attention_mask"] = call["attention_mask"][:, None, None]
-    return call
+    return call, num_tokens
 
 
 def generator_of(rng: random.Random) -> torch.Generator:
     return torch.Generator().manual_seed(rng.randrange(2**31))
 
 
-def expected_features(model, call: dict, num_tokens: int, answers: torch.Tensor | None) -> torch.Tensor:
-    """(I, M, hidden), each image merged by itself for the text that the rule gives it token by token."""
+def expected_features(model, call: dict, num_tokens: list[int], answers: torch.Tensor | None) -> list[torch.Tensor]:
+    """(M, hidden) of each image, merged by itself for the text that the rule gives it token by token."""
     ids, merger_config = call["input_ids"], model.config.merger_config
     tower = model.get_vision_features(call["pixel_values"])
     questions = [None] * len(tower)
@@ -122,48 +127,73 @@ def expected_features(model, call: dict, num_tokens: int, answers: torch.Tensor 
         tokens = masks_token_by_token(ids, attended, answers, call.get("position_ids"), marks)
         rows = (ids == IMAGE_ID).nonzero()[:, 0].tolist()
         for image in range(len(tower)):
-            row, text = rows[image * num_tokens], tokens[image * num_tokens]  # of its first placeholder
+            first = sum(num_tokens[:image])  # its first placeholder
+            row, text = rows[first], tokens[first]
             text = [token for token in text if wanted[row, token]]
             questions[image] = model.get_input_embeddings()(ids[row, text])[None] if text else None
-    merged = [
-        model.model.merger(features[None], question, num_tokens).merged_features
-        for features, question in zip(tower, questions, strict=True)
+    return [
+        model.model.multi_modal_projector(
+            features if count == NUM_PATCHES else model.model.merger(features[None], question, count).merged_features[0]
+        )
+        for features, question, count in zip(tower, questions, num_tokens, strict=True)
     ]
-    return model.model.multi_modal_projector(torch.cat(merged))
+
+
+def expected_logits(model, call: dict, num_tokens: list[int], embeds: torch.Tensor) -> list[torch.Tensor]:
+    """(L, vocabulary) of each row without its padding, with positions and mask made token by token."""
+    attended = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
+    left, logits = iter(num_tokens), []
+    for ids, kept, row in zip(call["input_ids"], attended, embeds, strict=True):
+        ids = ids[kept].tolist()
+        counts, placeholders = [], ids.count(IMAGE_ID)
+        while sum(counts) < placeholders:
+            counts.append(next(left))
+        positions, bias = slow_positions_and_bias(ids, model, counts if "pixel_values" in call else [1] * placeholders)
+        if "pixel_values" not in call:  # placeholders are text then
+            positions, bias = list(range(len(ids))), [0.0] * len(ids)
+        mask = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min).triu(1) + torch.tensor(bias)
+        inputs = {"inputs_embeds": row[kept][None], "position_ids": torch.tensor([positions])}
+        mask = mask.clamp(min=torch.finfo(torch.float32).min)[None, None]
+        logits.append(stock()(**inputs, attention_mask=mask, use_cache=False).logits[0])
+    return logits
+
+
+def random_model(rng: random.Random):
+    """A model and the budgets that its images are to have, several where the call says so."""
+    model = model_of(rng.randrange(len(MODELS)))
+    merger_config = model.config.merger_config
+    merger_config.position_ids, merger_config.attention_mass = rng.choice(PLACES)
+    if merger_config.merger_type == "none":
+        return model, [NUM_PATCHES]
+    budgets = [rng.choice((1, 2, 4, 7, 9))]
+    model.set_num_merged_tokens(budgets[0])
+    return model, rng.sample((1, 2, 4, 7, 9, NUM_PATCHES), 3) if rng.random() < 0.3 else budgets
 
 
 def check_forward(rng: random.Random):
-    model = model_of(rng.randrange(len(MODELS)))
-    num_tokens = NUM_PATCHES
-    if model.config.merger_config.merger_type != "none":
-        num_tokens = rng.choice((1, 2, 4, 7, 9))
-        model.set_num_merged_tokens(num_tokens)
-    call = random_call(rng, num_tokens, model.config.merger_config.question_aware)
+    model, budgets = random_model(rng)
+    call, num_tokens = random_call(rng, budgets, model.config.merger_config.question_aware)
     try:
         output = model(**call)
     except ValueError:
         return "refused"
-    assert output.logits.isfinite()[call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()].all()
+    kept = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
     embeds = model.get_input_embeddings()(call["input_ids"])
     if "pixel_values" in call:
         answers = call["labels"] != -100 if "labels" in call else None
-        features = expected_features(model, call, num_tokens, answers)
-        actual = image_features(output).reshape(features.shape)
+        features = torch.cat(expected_features(model, call, num_tokens, answers))
+        actual = image_features(output)
         torch.testing.assert_close(actual, features, atol=1e-4, rtol=1e-4)
         embeds = embeds.masked_scatter((call["input_ids"] == IMAGE_ID)[:, :, None], actual)
-    kept = {name: call[name] for name in ("attention_mask", "position_ids") if name in call}
-    expected = stock()(inputs_embeds=embeds, **kept).logits
-    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    expected = expected_logits(model, call, num_tokens, embeds)
+    for logits, tokens, row in zip(output.logits, kept, expected, strict=True):
+        torch.testing.assert_close(logits[tokens], row, atol=1e-4, rtol=1e-4)
     return "answered"
 
 
 def check_generate(rng: random.Random):
-    model = model_of(rng.randrange(len(MODELS)))
-    num_tokens = NUM_PATCHES
-    if model.config.merger_config.merger_type != "none":
-        num_tokens = rng.choice((1, 4, 9))
-        model.set_num_merged_tokens(num_tokens)
-    call = random_call(rng, num_tokens, model.config.merger_config.question_aware)
+    model, budgets = random_model(rng)
+    call, num_tokens = random_call(rng, budgets, model.config.merger_config.question_aware)
     call = {name: value for name, value in call.items() if name in GENERATE}
     seen = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda *args: seen.append(args[-1]))
@@ -174,14 +204,17 @@ def check_generate(rng: random.Random):
     finally:
         hook.remove()
     assert output.shape[1] > call["input_ids"].shape[1]
-    assert len(seen) == ("pixel_values" in call)
+    assert len(seen) == ("pixel_values" in call) * len({*num_tokens})
     if seen:
         call.setdefault("attention_mask", call["input_ids"] != PAD_ID)  # as generate does
-        torch.testing.assert_close(seen[0], expected_features(model, call, num_tokens, None), atol=1e-4, rtol=1e-4)
+        expected = expected_features(model, call, num_tokens, None)
+        for features in seen:  # of the images with one budget
+            same = torch.stack([image for image in expected if len(image) == features.shape[1]])
+            torch.testing.assert_close(features, same, atol=1e-4, rtol=1e-4)
     return "answered"
 
 
-GENERATE = ("input_ids", "attention_mask", "pixel_values", "question_mask")
+GENERATE = ("input_ids", "attention_mask", "pixel_values", "question_mask", "num_merged_tokens")
 VALUES = {
     "merger_type": ("none", "average_pooling", "fixed_pooling", "fixed_pooling", "nonsense", None, 3),
     "num_merged_tokens": (None, 1, 4, 9, 36, 37, 0, -1, 2.5, "9", True, [4]),
@@ -193,6 +226,9 @@ VALUES = {
     "query_grid": (None, (2, 2), [3, 4], (1, 1), (0, 2), (2,), (2, 2, 2), "33", 4, (2.5, 2)),
     "question_end_token_ids": (None, [], [[6]], [[6, 7]], [6], [[]], "6", [["a"]], [[-2]]),
     "question_start_token_ids": (None, [], [[5]], [5], 5),
+    "position_ids": ("source", "packed", "both", None, 1),
+    "attention_mass": (0, 0.0, 0.5, 1, 1.5, -1, None, "1", True, float("nan")),
+    "trained_num_tokens": (None, [4], [9, 4], [], [0], 4, ["4"], (4,)),
     "vision_dim": (32, 64, 0, "32", None),
     "num_merge_tokens": (4,),
 }

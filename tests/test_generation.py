@@ -7,7 +7,7 @@ from conftest import IMAGE_ID, agnostic, aware, image_features, pixels, prompts,
 from packaging.version import Version
 
 from llava_merge.compat import TRANSFORMERS_VERSION
-from llava_merge.question import last_images_of_rows, repeat_rows_together
+from llava_merge.placeholders import repeat_rows_together
 
 
 pytestmark = pytest.mark.core
@@ -149,11 +149,6 @@ def test_a_chat_goes_on_with_the_images_of_all_turns_or_of_the_new_one(model, gi
     mask[:, : prompts([1], 9)["input_ids"].shape[1]] = True  # what the image was merged for
     whole = {"input_ids": second, "attention_mask": torch.ones_like(second), "question_mask": mask}
     assert torch.equal(ids, generate(model, whole, images[:1])[:, second.shape[1] :])
-
-
-def test_images_beyond_the_cache_are_the_last_of_their_rows():
-    assert last_images_of_rows(torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0])).tolist() == [2, 3, 4]
-    assert last_images_of_rows(torch.tensor([2, 2]), torch.tensor([0, 1])).tolist() == [3]
 
 
 @pytest.mark.skipif(not PREFILLS_IMAGES_IN_CHUNKS, reason="stock answers such chunks wrong or refuses them")

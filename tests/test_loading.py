@@ -279,7 +279,8 @@ class TestStockCheckpoint:
             LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=agnostic())
         transformers_logger.removeHandler(caplog.handler)
         said = {record.getMessage() for record in caplog.records if record.name.startswith("llava_merge")}
-        assert said == {f"{stock_dir} has no fixed_pooling merger: this one is fresh. It starts as average pooling."}
+        state = "fixed_pooling, fresh: equals average pooling, positions source"
+        assert said == {f"{stock_dir}: 36 → 9 tokens, {state}"}
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     def test_another_architecture_is_refused(self, tmp_path):

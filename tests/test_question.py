@@ -291,7 +291,7 @@ def test_the_masks_are_those_of_the_rule_token_by_token(seed, sequences):
     attended = torch.rand(4, 40, generator=generator) < 0.9
     image_mask = ids == IMAGE_ID
     turns = split_turns(ids, image_mask, marks, attended, answers, positions)
-    images = Prompt(ids, ids, image_mask).first_placeholders(int(image_mask.sum()))
+    images = Prompt(ids, ids, image_mask).first_placeholders([1] * int(image_mask.sum()))
     question = question_of_images(torch.zeros(4, 40, 1), turns, images)
     rows = images // 40
     expected = masks_token_by_token(ids, attended, answers, positions, marks)
@@ -413,7 +413,7 @@ def test_label_smoothing_reads_no_answer(tmp_path):
 
 def test_a_question_can_be_moved_and_keeps_its_dtype_where_none_is_given(model):
     prompt = model.model.read_prompt(**batch_of(FIRST), inputs_embeds=None)
-    question = model.model.get_question(prompt, 1)
+    question = model.model.get_question(prompt, [9])
     moved = question.to("cpu", torch.bfloat16)
     assert moved.embeds.dtype == torch.bfloat16 and moved.token_turns.dtype == torch.int64
     assert question.to("cpu").embeds.dtype == torch.float32

@@ -132,9 +132,15 @@ RELIED_ON = [
     Reliance(
         HEAD,
         "prepare_inputs_for_generation",
-        "arguments that it does not know reach the forward",
+        "arguments that it does not know reach the forward, and generate finds them by the name kwargs",
         parameters=("kwargs",),
-        releases=BEFORE_5_18,
+    ),
+    Reliance(
+        HEAD,
+        "_update_model_kwargs_for_generation",
+        "arguments that it does not know stay for the next step",
+        parameters=("model_kwargs",),
+        mentions=("return model_kwargs",),
     ),
     Reliance(
         HEAD,
@@ -143,7 +149,6 @@ RELIED_ON = [
         parameters=("model_kwargs",),
         mentions=("model_kwargs=model_kwargs",),
         where="_assisted_decoding",
-        releases=BEFORE_5_18,
     ),
     Reliance(
         HEAD, "_validate_model_kwargs", "it asks inspect.signature of forward", mentions=("signature(self.forward)",)
@@ -209,6 +214,13 @@ RELIED_ON = [
     Reliance(
         LlavaMergeProcessor,
         "__call__",
+        "it asks replace_image_token of the object that it is called on",
+        parameters=("images", "text", "kwargs"),
+        releases=V5,
+    ),
+    Reliance(
+        LlavaMergeProcessor,
+        "__call__",
         "it writes the placeholders, only where there are images",
         parameters=("images", "text", "kwargs"),
         mentions=("_merge_kwargs(", "return_mm_token_type_ids"),
@@ -224,6 +236,7 @@ IMPORTED = {
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": "stock keys for our classes on 5.x",
     "transformers.dynamic_module_utils.custom_object_save": "the code of a training-free merger",
     "transformers.generation.GenerationMixin": "has to be a direct base",
+    "transformers.image_utils.make_flat_list_of_images": "how many images a processor is given",
     "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
     "transformers.models.llava.modeling_llava.LlavaMultiModalProjector": "the projector",

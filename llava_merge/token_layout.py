@@ -1,0 +1,198 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Where the tokens of a prompt with merged images sit, and how much each weighs. Pure functions on tensors.
+
+*Packed* positions count every token as one, so also a merged token that stands for many patches. What merging changes
+is kept as a difference to them, which fits every way of counting: from a mask, from a cache, or by the caller.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Of T tokens in each of B rows; the last of the T + 1 columns stands for all tokens behind them.
+
+    Attributes:
+        skipped: (B, T + 1) int64, positions that text at a token has skipped: N - M for each image before it.
+        offset: (B, T + 1) int64, how far a merged token sits from where text would; 0 for text.
+        bias: (B, T + 1) float32, added to the attention logits of the token as a key; 0 for text.
+        is_packed: Whether all three are 0, known without looking at them.
+    """
+
+    skipped: Tensor
+    offset: Tensor
+    bias: Tensor
+    is_packed: bool
+
+    @classmethod
+    def of_text(cls, num_rows: int, num_tokens: int, device: torch.device) -> "TokenLayout":
+        nothing = torch.zeros(num_rows, num_tokens + 1, dtype=torch.long, device=device)
+        return cls(nothing, nothing, nothing.float(), True)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.skipped.shape[1] - 1
+
+    def columns(self, start: int | Tensor, length: int) -> Tensor:
+        """Columns of the `length` tokens from `start`: (length,)."""
+        return (start + torch.arange(length, device=self.skipped.device)).clamp(max=self.num_tokens)
+
+    def shift(self, start: int | Tensor, length: int) -> Tensor:
+        """What is added to the packed positions of the `length` tokens from `start`: (B, length)."""
+        columns = self.columns(start, length)
+        return self.skipped[:, columns] + self.offset[:, columns]
+
+    def of_rows(self, num_rows: int) -> "TokenLayout":
+        """Itself, or repeated where a cache was repeated for `num_rows` rows.
+
+        Raises:
+            ValueError: The rows are no multiple of these.
+        """
+        kept = len(self.skipped)
+        if kept == num_rows:
+            return self
+        if num_rows % kept:
+            raise ValueError(
+                f"The cache was filled with {kept} rows, and now there are {num_rows}: which of them holds which "
+                f"images is not known. Go on with all rows, or repeat each of them equally often."
+            )
+        return self.repeated(num_rows // kept)
+
+    def repeated(self, times: int) -> "TokenLayout":
+        """Each row `times` times in place, as `generate` repeats rows."""
+        tensors = (tensor.repeat_interleave(times, dim=0) for tensor in (self.skipped, self.offset, self.bias))
+        return TokenLayout(*tensors, self.is_packed)
+
+    def followed_by(self, new: "TokenLayout", num_kept: int) -> "TokenLayout":
+        """The first `num_kept` tokens of these and then the `new`."""
+        kept = self.columns(0, num_kept)
+        skipped_before = self.skipped[:, self.columns(num_kept, 1)]  # (B, 1)
+        return TokenLayout(
+            torch.cat((self.skipped[:, kept], new.skipped + skipped_before), dim=1),
+            torch.cat((self.offset[:, kept], new.offset), dim=1),
+            torch.cat((self.bias[:, kept], new.bias), dim=1),
+            self.is_packed and new.is_packed,
+        )
+
+
+def layout_of_images(
+    image_mask: Tensor,
+    places: Tensor | None,
+    num_tokens: list[int],
+    num_patches: int,
+    attention_mass: float = 0.0,
+    samples: Tensor | None = None,
+) -> TokenLayout:
+    """The [`TokenLayout`] of prompts whose placeholders are those of images with `num_tokens` merged tokens each.
+
+    Args:
+        image_mask: (B, L) bool, the placeholders; as many as the sum of `num_tokens`.
+        places: (sum of num_tokens,) int64, the patch of its image that each token sits at; None for packed positions.
+        num_patches: N, patches of each image.
+        attention_mass: Bias of a merged token, in logarithms of the patches that it stands for.
+        samples: (B, L), number of the packed sample that each token is in, where rows hold several.
+    """
+    index, count = place_in_image(num_tokens, image_mask.device)
+    offset = skip = torch.zeros_like(index)
+    if places is not None:
+        offset, skip = places.to(index.device) - index, torch.where(index == count - 1, num_patches - count, 0)
+    bias = attention_mass * (num_patches / count).log()
+    nothing = torch.zeros_like(image_mask, dtype=torch.long)
+    skipped = pad_left(nothing.masked_scatter(image_mask, skip).cumsum(1))
+    if samples is not None:
+        is_start = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 1))
+        skipped = skipped - skipped.where(is_start, 0).cummax(dim=1).values
+    return TokenLayout(
+        skipped,
+        pad_right(nothing.masked_scatter(image_mask, offset)),
+        pad_right(nothing.float().masked_scatter(image_mask, bias)),
+        places is None and not attention_mass or all(count == num_patches for count in num_tokens),
+    )
+
+
+def place_in_image(num_tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index of each token within its image, and how many that image has, of images with `num_tokens`: (sum,) each."""
+    tokens = torch.arange(sum(num_tokens), device=device)
+    if len(set(num_tokens)) == 1:
+        return tokens % num_tokens[0], torch.full_like(tokens, num_tokens[0])
+    counts = torch.tensor(num_tokens, device=device)
+    starts = counts.cumsum(0) - counts
+    image = torch.repeat_interleave(counts, output_size=len(tokens))  # of each token
+    return tokens - starts[image], counts[image]
+
+
+def pad_left(tensor: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tensor, (1, 0))
+
+
+def pad_right(tensor: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 1))
+
+
+def packed_positions(
+    position_ids: Tensor | None, attention_mask: Tensor | None, past: int | Tensor, length: int, device: torch.device
+) -> Tensor:
+    """Positions of the `length` new tokens that count each token as one: (B or 1, length).
+
+    The caller's where he gives some, else those of the tokens in a 2-D mask, else one after the other.
+    """
+    if position_ids is not None:
+        return position_ids[:, -length:]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)[:, -length:]
+    return past + torch.arange(length, device=device)[None]
+
+
+def samples_of(position_ids: Tensor) -> Tensor:
+    """Number of the packed sample that each token is in, as transformers counts: (B, L)."""
+    return pad_left((position_ids.diff(dim=1) != 1).cumsum(1))
+
+
+def biased_causal_mask(
+    layout: TokenLayout,
+    past: int | Tensor,
+    num_queries: int,
+    keys: tuple[int, int],
+    dtype: torch.dtype,
+    padding_mask: Tensor | None = None,
+    window: int | None = None,
+    samples: Tensor | None = None,
+) -> Tensor:
+    """What is added to the attention logits: the layout's bias, the lowest number where a query must not look.
+
+    Args:
+        past: Tokens before the queries.
+        keys: Number of keys and number of the first, as the cache gives them.
+        padding_mask: (B, tokens), 0 where a token is padding.
+        window: Tokens that a query looks back on, itself included, in text models with a sliding window.
+        samples: (B, num_queries), number of the packed sample that each token is in.
+
+    Returns:
+        (B, 1, num_queries, keys) in `dtype`.
+    """
+    num_keys, first_key = keys
+    device = layout.bias.device
+    key = first_key + torch.arange(num_keys, device=device)
+    query = (past + torch.arange(num_queries, device=device))[:, None]
+    is_seen = key <= query  # (num_queries, num_keys)
+    if window is not None:
+        is_seen = is_seen & (key > query - window)
+    is_seen = is_seen[None]
+    if padding_mask is not None:
+        is_seen = is_seen & padding_mask.bool()[:, key.clamp(max=padding_mask.shape[1] - 1)][:, None]
+    if samples is not None:
+        is_seen = is_seen & (samples[:, :, None] == samples[:, key.clamp(max=num_queries - 1)][:, None])
+    bias = layout.bias[:, layout.columns(first_key, num_keys)][:, None]  # (B, 1, num_keys)
+    return torch.where(is_seen, bias, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def biased_mask(mask: Tensor, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
+    """A 4-D attention mask of the caller's, True or 0 where a query looks, with the layout's bias: same shape."""
+    bias = layout.bias[:, layout.columns(0, mask.shape[-1])][:, None, None]
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest).to(dtype)
+    return (mask + bias).clamp(min=lowest).to(dtype)

@@ -1,0 +1,210 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Puts merged tokens where their patches were, and lets them weigh what these weighed. The sums: token_layout.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .compat import cache_mask_sizes
+from .merging_grid import slot_places
+from .placeholders import check_num_features
+from .token_layout import TokenLayout, biased_causal_mask, biased_mask, layout_of_images, packed_positions, samples_of
+
+
+LOST_LAYOUT = (
+    "The cache holds {past} tokens, but does not know where its merged images sit, as position_ids='source' and "
+    "attention_mass need: it was filled by another model, or copied into a new object. Go on with the cache that "
+    "forward or generate returned, or pass the whole conversation without a cache."
+)
+NO_MASS = (
+    "attention_mass={mass} with attn_implementation={attention!r}: a bias on image tokens needs "
+    "attn_implementation='sdpa' or 'eager'. Load the model with one of them, or with "
+    "merger_config={{'attention_mass': 0}}."
+)
+
+
+@dataclass
+class EncodedImages(BaseModelOutputWithPooling):
+    """A tower's output with the projected features of each image as `pooler_output`, and where they sit.
+
+    Attributes:
+        token_places: (all merged tokens,) int64, the patch of its image that each token sits at.
+        num_patches: Patches N of an image.
+    """
+
+    token_places: Tensor | None = None
+    num_patches: int | None = None
+
+    @classmethod
+    def of(cls, outputs: BaseModelOutputWithPooling, token_places: Tensor, num_patches: int) -> "EncodedImages":
+        names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+        return cls(*(outputs.get(name) for name in names), token_places, num_patches)
+
+
+def find_cache(arguments: dict) -> Cache | None:
+    """The KV cache among the arguments or outputs of a call, whatever the installed release calls it."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def cached_length(cache: Cache | None) -> int | Tensor:
+    """Tokens in a cache; a tensor in a static one."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def is_empty(past: int | Tensor) -> bool:
+    """Whether nothing is cached; of a static cache that is being compiled, which is filled eagerly, it is not asked."""
+    return past == 0 if isinstance(past, int) else not torch.compiler.is_compiling() and int(past) == 0
+
+
+def keep_layout(cache: Cache | None, layout: TokenLayout):
+    """Lets a cache remember where its images are: it goes with the request, not with the model."""
+    if cache is not None:
+        cache.token_layout = layout
+
+
+def sliding_window_of(text_config) -> int | None:
+    """Tokens that the text model's attention looks back on, None where it is all.
+
+    Raises:
+        ValueError: Some layers have a window and others not, so that one mask does not serve all.
+    """
+    kinds = set(getattr(text_config, "layer_types", None) or ())  # only some text models have these two
+    if kinds == {"full_attention"}:
+        return None
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The text model has layers of {', '.join(sorted(kinds))}, but attention_mass and packed rows need one "
+            f"attention mask for all layers. Use attention_mass=0 and one sample a row."
+        )
+    return getattr(text_config, "sliding_window", None)
+
+
+def flash_lengths(past: int, length: int, samples: Tensor | None, device: torch.device) -> dict:
+    """Arguments that tell FlashAttention the samples of one row, which it would guess from the positions otherwise."""
+    bounds = torch.tensor([0, length], device=device)
+    if samples is not None:
+        starts = (samples[0].diff() != 0).nonzero()[:, 0] + 1
+        bounds = torch.cat((bounds[:1], starts, bounds[1:]))
+    key_bounds = bounds if samples is not None else torch.tensor([0, past + length], device=device)
+    lengths = {}
+    for name, ends in (("q", bounds), ("k", key_bounds)):
+        lengths[f"cu_seq_lens_{name}"] = ends.int()
+        lengths[f"max_length_{name}"] = int(ends.diff().max())
+    return lengths
+
+
+class PlacesTokens:
+    """Mixin of the headless model: positions and attention mask of prompts with merged images."""
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether merged tokens sit or weigh otherwise than tokens of text."""
+        merger_config = self.config.merger_config
+        moves = merger_config.position_ids == "source" or merger_config.attention_mass > 0
+        return moves and merger_config.merger_type != "none"
+
+    def place_tokens(self, images: BaseModelOutputWithPooling | None, arguments: dict) -> TokenLayout | None:
+        """Puts positions and mask into the `arguments` of a forward; None where nothing differs from packed tokens."""
+        if not self.places_tokens:
+            return None
+        inputs = arguments.get("inputs_embeds")
+        inputs = arguments["input_ids"] if inputs is None else inputs
+        cache, attention_mask = find_cache(arguments), arguments.get("attention_mask")
+        past, length, position_ids = cached_length(cache), inputs.shape[1], arguments.get("position_ids")
+        positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
+        samples = None
+        if position_ids is not None and attention_mask is None and is_empty(past):
+            samples = samples_of(positions).expand(len(inputs), -1)
+        image_mask = self.get_image_mask(arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        layout = self.layout_of_prompt(image_mask, images, cache, samples)
+        if not layout.is_packed:
+            arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
+        return layout
+
+    def layout_of_prompt(
+        self,
+        image_mask: Tensor,
+        images: BaseModelOutputWithPooling | None,
+        cache: Cache | None,
+        samples: Tensor | None = None,
+    ) -> TokenLayout:
+        """The [`TokenLayout`] of the tokens in the `cache` and of new ones with placeholders at `image_mask` (B, L).
+
+        Raises:
+            ValueError: The cache does not know where its images are, or is of other rows.
+        """
+        new = TokenLayout.of_text(*image_mask.shape, image_mask.device)
+        if images is not None:
+            new = self._layout_of_images(image_mask, images, samples)
+        past, kept = cached_length(cache), getattr(cache, "token_layout", None)
+        if kept is None:
+            if not torch.compiler.is_compiling() and int(past):
+                raise ValueError(LOST_LAYOUT.format(past=int(past)))
+            return new
+        kept = kept.of_rows(len(image_mask))
+        if images is None and (torch.compiler.is_compiling() or kept.num_tokens <= int(past)):
+            return kept  # its last column is that of all text behind
+        return kept.followed_by(new, int(past)) if int(past) else new
+
+    def _layout_of_images(self, image_mask, images: BaseModelOutputWithPooling, samples) -> TokenLayout:
+        num_tokens = [len(features) for features in images.pooler_output]
+        check_num_features(image_mask, sum(num_tokens))
+        merger_config, num_patches = self.config.merger_config, self.config.num_patches
+        places = None
+        if isinstance(images, EncodedImages):
+            places, num_patches = images.token_places, images.num_patches
+        elif merger_config.position_ids == "source":
+            grid = self.config.patch_grid(self.config.image_shape)
+            places = torch.cat([slot_places(grid, number, image_mask.device) for number in num_tokens])
+        if merger_config.position_ids == "packed":
+            places = None
+        return layout_of_images(image_mask, places, num_tokens, num_patches, merger_config.attention_mass, samples)
+
+    def placed_arguments(
+        self,
+        layout: TokenLayout,
+        positions: Tensor,
+        past: int | Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        samples: Tensor | None = None,
+    ) -> dict:
+        """Arguments of the language model that place the new tokens, whose packed `positions` are (B or 1, length).
+
+        Raises:
+            ValueError: `attention_mass` with an attention that takes no bias.
+        """
+        length, mass = positions.shape[1], self.config.merger_config.attention_mass
+        placed = {"position_ids": positions + layout.shift(past, length).to(positions.device)}
+        attention = self.language_model.config._attn_implementation
+        if mass and attention not in ("sdpa", "eager"):
+            raise ValueError(NO_MASS.format(mass=mass, attention=attention))
+        if "flash" in attention:
+            if len(layout.skipped) == 1 and length > 1:
+                placed |= flash_lengths(int(past), length, samples, positions.device)
+        elif mass or samples is not None:
+            placed["attention_mask"] = self._biased_mask(layout, past, length, attention_mask, cache, samples)
+        elif attention_mask is None and cache is None:
+            # without it, transformers would take a jump in the positions for the next packed sample
+            placed["attention_mask"] = torch.ones(len(layout.skipped), length, device=positions.device)
+        return placed
+
+    def _biased_mask(self, layout, past, length, attention_mask, cache, samples) -> Tensor:
+        """(B, 1, length, keys) float.
+
+        Raises:
+            ValueError: The caller's mask is neither a 2-D nor a 4-D tensor.
+        """
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim in (2, 4)):
+            raise ValueError(
+                f"attention_mass with a {type(attention_mask).__name__} as attention_mask: a bias can be added to "
+                f"a tensor (batch, tokens) or (batch, 1, queries, keys) only. Pass the 2-D mask of the processor."
+            )
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return biased_mask(attention_mask, layout, self.dtype)
+        keys = (length, 0) if cache is None else cache_mask_sizes(cache, past, length, layout.bias.device)
+        window = sliding_window_of(self.config.text_config)
+        return biased_causal_mask(layout, past, length, keys, self.dtype, attention_mask, window, samples)

@@ -1,0 +1,626 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Every way to run the model against a slow reference: one row, no cache, positions and mask made token by token."""
+
+import copy
+import inspect
+import itertools
+import math
+import threading
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import (
+    ANSWER_ID,
+    EOS_ID,
+    FIRST_WORD_ID,
+    IMAGE_ID,
+    NUM_PATCHES,
+    PAD_ID,
+    agnostic,
+    pixels,
+    prompts,
+    tiny_model,
+    tiny_stock,
+)
+from packaging.version import Version
+from torch._dynamo.testing import CompileCounter
+from transformers import LlamaForCausalLM, StaticCache
+
+from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
+from llava_merge.merging_grid import slot_places, slots_per_row
+from llava_merge.token_placing import find_cache
+
+
+pytestmark = pytest.mark.core
+
+CACHE = "cache" if TRANSFORMERS_VERSION >= Version("5.24") else "past_key_values"
+PREFILLS_IMAGES_IN_CHUNKS = TRANSFORMERS_VERSION >= Version("5.23")
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE_ID, PAD_ID]}
+MODES = [
+    {"position_ids": "source"},
+    {"position_ids": "source", "attention_mass": 1.0},
+    {"position_ids": "packed", "attention_mass": 0.5},
+]
+MODE_NAMES = ["source", "source and mass", "packed and mass"]
+M = 9
+
+
+@pytest.fixture(params=MODES, ids=MODE_NAMES)
+def model(request):
+    return tiny_model(agnostic(M, **request.param), train_merger=True)
+
+
+def slow_places(num_tokens: int, side: int = 6) -> list[int]:
+    """For each slot the patch whose centre is nearest, row and column apart, the earlier of two that are as near."""
+
+    def nearest(index: int, count: int) -> int:
+        centre = Fraction(2 * index + 1, 2 * count) * side
+        return min(range(side), key=lambda patch: (abs(Fraction(2 * patch + 1, 2) - centre), patch))
+
+    lengths = slots_per_row(num_tokens)
+    places = [
+        nearest(row, len(lengths)) * side + nearest(column, length)
+        for row, length in enumerate(lengths)
+        for column in range(length)
+    ]
+    return list(itertools.accumulate(places, max))
+
+
+def slow_positions_and_bias(ids: list[int], model, num_tokens: list[int]) -> tuple[list[int], list[float]]:
+    """Of one unpadded row."""
+    config = model.config.merger_config
+    sizes = iter(num_tokens)
+    positions, bias, at, left = [], [], 0, 0
+    for id in ids:
+        if id != IMAGE_ID:
+            positions.append(at)
+            bias.append(0.0)
+            at += 1
+            continue
+        if not left:
+            left = size = next(sizes)
+            start, places = at, slow_places(size) if size < NUM_PATCHES else range(NUM_PATCHES)
+        if config.position_ids == "source":
+            positions.append(start + places[size - left])
+            at = start + NUM_PATCHES
+        else:
+            positions.append(at)
+            at += 1
+        bias.append(config.attention_mass * math.log(NUM_PATCHES / size))
+        left -= 1
+    return positions, bias
+
+
+@torch.no_grad()
+def slow_logits(model, ids: list[int], images: torch.Tensor, num_tokens: list[int] | None = None) -> torch.Tensor:
+    """Logits (L, vocabulary) of one unpadded row with its `images`."""
+    num_tokens = num_tokens or [M] * len(images)
+    row = torch.tensor([ids])
+    embeds = model.get_input_embeddings()(row)
+    if len(images):
+        features = [
+            model.model.encode_images(
+                image[None], num_merged_tokens="all" if size == NUM_PATCHES else size
+            ).pooler_output[0]
+            for image, size in zip(images, num_tokens, strict=True)
+        ]
+        embeds = embeds.masked_scatter((row == IMAGE_ID)[..., None], torch.cat(features).to(embeds.dtype))
+    positions, bias = slow_positions_and_bias(ids, model, num_tokens)
+    mask = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min)
+    for query in range(len(ids)):
+        for key in range(query + 1):
+            mask[query, key] = bias[key]
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask[None, None], position_ids=torch.tensor([positions]), use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden)[0]
+
+
+def slow_answer(model, ids: list[int], images: torch.Tensor, num_tokens=None, length: int = 5) -> list[int]:
+    """Greedy ids behind a row."""
+    answer = []
+    while len(answer) < length and (not answer or answer[-1] != EOS_ID):
+        logits = slow_logits(model, [*ids, *answer], images, num_tokens)[-1]
+        logits[[IMAGE_ID, PAD_ID]] = -math.inf
+        answer.append(int(logits.argmax()))
+    return answer
+
+
+def rows_of(batch: dict) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def images_of_rows(counts: list[int], images: torch.Tensor) -> list[torch.Tensor]:
+    return list(images.split(counts))
+
+
+def answers(generated: torch.Tensor, prompt_length: int) -> list[list[int]]:
+    return [[id for id in row if id != PAD_ID] for row in generated[:, prompt_length:].tolist()]
+
+
+def assert_answers(generated, model, batch: dict, counts: list[int], images, **kwargs):
+    expected = [
+        slow_answer(model, ids, own, **kwargs)
+        for ids, own in zip(rows_of(batch), images_of_rows(counts, images), strict=True)
+    ]
+    assert answers(generated, batch["input_ids"].shape[1]) == expected
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- where slots lie
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 37))
+def test_places_are_those_of_the_nearest_patches(num_tokens):
+    places = slot_places((6, 6), num_tokens).tolist()
+    assert places == (slow_places(num_tokens) if num_tokens < 36 else list(range(36)))
+    assert places == sorted(places) and set(places) <= set(range(36))
+
+
+def test_places_of_llava_sit_in_the_windows_upper_left_of_the_middle():
+    assert slot_places((24, 24), 144)[:3].tolist() == [0, 2, 4] and slot_places((24, 24), 144)[12] == 48
+    assert slot_places((24, 24), 64)[:2].tolist() == [25, 28]
+    assert slot_places((24, 24), 1).tolist() == [11 * 24 + 11]
+
+
+@pytest.mark.parametrize("grid", [(2, 18), (18, 2), (1, 5), (24, 24), (3, 7)], ids=str)
+def test_places_never_fall_on_any_grid(grid):
+    for num_tokens in range(1, grid[0] * grid[1] + 1):
+        places = slot_places(grid, num_tokens)
+        assert (places.diff() >= 0).all() and places.min() >= 0 and places.max() < grid[0] * grid[1]
+
+
+# ---- forward
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_forward_of_a_padded_batch(model, pad, attention):
+    model.set_attn_implementation(attention)
+    counts, images = [1, 2, 0], pixels(3)
+    batch = prompts(counts, M, pad)
+    logits = model(**batch, pixel_values=images).logits
+    for row, (ids, own) in enumerate(zip(rows_of(batch), images_of_rows(counts, images), strict=True)):
+        close(logits[row][batch["attention_mask"][row].bool()], slow_logits(model, ids, own))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("given", ["mask", "nothing", "position_ids"])
+def test_forward_of_one_row(model, given, use_cache):
+    batch, images = prompts([2], M), pixels(2)
+    ids = batch["input_ids"]
+    arguments = {
+        "mask": batch,
+        "nothing": {"input_ids": ids},
+        "position_ids": {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]},
+    }[given]
+    logits = model(**arguments, pixel_values=images, use_cache=use_cache).logits[0]
+    close(logits, slow_logits(model, ids[0].tolist(), images))
+
+
+def test_text_between_images(model):
+    words = list(range(FIRST_WORD_ID, FIRST_WORD_ID + 5))
+    ids = [1, *words, *[IMAGE_ID] * M, *words[:2], *[IMAGE_ID] * (2 * M), *words, ANSWER_ID]
+    logits = model(torch.tensor([ids]), pixels(3)).logits[0]
+    close(logits, slow_logits(model, ids, pixels(3)))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_training_rows(model, attention, use_cache):
+    model.set_attn_implementation(attention)
+    rows, images = rows_of(prompts([1, 2, 0, 1], M)), images_of_rows([1, 2, 0, 1], pixels(4))
+    packed = torch.tensor([sum(rows, [])])
+    position_ids = torch.tensor([[position for row in rows for position in range(len(row))]])
+    logits = model(packed, pixels(4), position_ids=position_ids, use_cache=use_cache).logits[0]
+    for actual, ids, own in zip(logits.split([len(row) for row in rows]), rows, images, strict=True):
+        close(actual, slow_logits(model, ids, own))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+def test_a_4d_mask_of_the_callers(model, kind):
+    batch, images = prompts([1], M), pixels(1)
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    if kind == torch.float32:
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    logits = model(batch["input_ids"], images, attention_mask=mask).logits[0]
+    close(logits, slow_logits(model, batch["input_ids"][0].tolist(), images))
+
+
+def test_images_encoded_before(model):
+    batch, images = prompts([1, 1], M), pixels(2)
+    encoded = {"image": model.model.encode_images(images)}
+    hidden = model.model(**batch, mm_encoder_outputs=encoded).last_hidden_state
+    close(hidden, model.model(**batch, pixel_values=images).last_hidden_state)
+    generated = model.generate(**batch, mm_encoder_outputs=encoded, **GREEDY)
+    assert_answers(generated, model, batch, [1, 1], images)
+
+
+# ---- generate
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 16},
+    ],
+    ids=str,
+)
+def test_greedy_answers_of_a_batch(model, options):
+    if "prefill_chunk_size" in options and not PREFILLS_IMAGES_IN_CHUNKS:
+        pytest.skip("stock answers such chunks wrong or refuses them")
+    counts, images = [1, 2, 0], pixels(3)
+    batch = prompts(counts, M)
+    generated = model.generate(**batch, pixel_values=images, **GREEDY, **options)
+    assert_answers(generated, model, batch, counts, images)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_greedy_answers_of_one_row(model, with_mask, options):
+    batch, images = prompts([2], M), pixels(2)
+    inputs = batch if with_mask else {"input_ids": batch["input_ids"]}
+    assert_answers(model.generate(**inputs, pixel_values=images, **GREEDY, **options), model, batch, [2], images)
+
+
+def test_eager_attention(model):
+    model.set_attn_implementation("eager")
+    batch, images = prompts([1, 2], M), pixels(3)
+    assert_answers(model.generate(**batch, pixel_values=images, **GREEDY), model, batch, [1, 2], images)
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_scores_of_beams(model, num_return_sequences):
+    counts, images = [2, 1], pixels(3)
+    batch = prompts(counts, M)
+    beams = {"num_beams": 2, "num_return_sequences": num_return_sequences, "length_penalty": 0.0}
+    wanted = {"output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(**batch, pixel_values=images, **GREEDY, **beams, **wanted)
+    length = batch["input_ids"].shape[1]
+    expected = []
+    for index, answer in enumerate(answers(output.sequences, length)):
+        row = index // num_return_sequences
+        ids, own = rows_of(batch)[row], images_of_rows(counts, images)[row]
+        logits = slow_logits(model, [*ids, *answer], own)[len(ids) - 1 : -1]
+        scores = logits.log_softmax(dim=-1)
+        expected.append(scores.gather(1, torch.tensor(answer)[:, None]).sum())
+    close(output.sequences_scores, torch.stack(expected))
+
+
+def test_sampling_several_answers(model):
+    batch, images = prompts([2, 1], M), pixels(3)
+    options = {**GREEDY, "do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    generated = model.generate(**batch, pixel_values=images, **options)
+    greedy = model.generate(**batch, pixel_values=images, **GREEDY)
+    assert torch.equal(generated, greedy.repeat_interleave(3, dim=0))
+    assert_answers(greedy, model, batch, [2, 1], images)
+
+
+def test_assisted_decoding(model):
+    draft = copy.deepcopy(model)
+    with torch.no_grad():
+        draft.lm_head.weight.add_(0.05 * torch.randn_like(draft.lm_head.weight))
+    batch, images = prompts([2], M), pixels(2)
+    generated = model.generate(**batch, pixel_values=images, **GREEDY, assistant_model=draft)
+    assert_answers(generated, model, batch, [2], images)
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION < Version("5.18"), reason="stock gives a text model the pictures")
+def test_a_draft_that_is_a_text_model(model):
+    batch, images = prompts([2], M), pixels(2)
+    text_model = LlamaForCausalLM(model.config.text_config).eval()
+    text_model.model.load_state_dict(tiny_stock().model.language_model.state_dict())
+    generated = model.generate(**batch, pixel_values=images, **GREEDY, assistant_model=text_model)
+    assert_answers(generated, model, batch, [2], images)
+
+
+def test_prompts_given_as_embeddings(model):
+    batch, images = prompts([2, 1], M), pixels(3)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    generated = model.generate(
+        inputs_embeds=embeds, attention_mask=batch["attention_mask"], pixel_values=images, **GREEDY
+    )
+    expected = [
+        slow_answer(model, ids, own) for ids, own in zip(rows_of(batch), images_of_rows([2, 1], images), strict=True)
+    ]
+    assert answers(generated, 0) == expected
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="4.57 does not count on from given positions")
+def test_positions_of_the_callers_count_placeholders_as_one(model):
+    batch, images = prompts([2], M), pixels(2)
+    position_ids = torch.arange(batch["input_ids"].shape[1])[None]
+    wanted = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(**batch, pixel_values=images, **wanted)
+    moved = model.generate(**batch, pixel_values=images, position_ids=position_ids + 100, **wanted)
+    assert torch.equal(plain.sequences, moved.sequences)
+    for one, other in zip(plain.logits, moved.logits, strict=True):  # rotary embeddings see differences only
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-3)
+
+
+# ---- caches
+
+
+def first_turn(model, images, **options):
+    batch = prompts([1], M)
+    output = model.generate(**batch, pixel_values=images, **GREEDY, return_dict_in_generate=True, **options)
+    return output.sequences[0].tolist(), find_cache(output)
+
+
+@pytest.mark.parametrize("given", ["all images", "the new image"])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_second_turn_with_a_new_image(model, given, text_first):
+    images = pixels(2)
+    ids, cache = first_turn(model, images[:1])
+    new = [*([7, 8] if text_first else []), *[IMAGE_ID] * M, 9, ANSWER_ID]
+    whole = [*ids, *new]
+    batch = {"input_ids": torch.tensor([whole]), "attention_mask": torch.ones(1, len(whole), dtype=torch.long)}
+    passed = images if given == "all images" else images[1:]
+    generated = model.generate(**batch, pixel_values=passed, **{CACHE: cache}, **GREEDY)
+    assert answers(generated, len(whole)) == [slow_answer(model, whole, images)]
+
+
+def test_a_second_turn_of_text_alone(model):
+    ids, cache = first_turn(model, pixels(1))
+    whole = [*ids, 7, 8, 9, ANSWER_ID]
+    batch = {"input_ids": torch.tensor([whole]), "attention_mask": torch.ones(1, len(whole), dtype=torch.long)}
+    generated = model.generate(**batch, **{CACHE: cache}, **GREEDY)
+    assert answers(generated, len(whole)) == [slow_answer(model, whole, pixels(1))]
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="stock raises IndexError")
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_second_turn_with_only_its_new_tokens(model, with_image):
+    images = pixels(2)[: 1 + with_image]
+    ids, cache = first_turn(model, images[:1])
+    ids = ids[: int(cache.get_seq_length())]  # the last token of the answer was never read
+    new = [7, *([IMAGE_ID] * M if with_image else []), 9, ANSWER_ID]
+    whole = [*ids, *new]
+    inputs = {"input_ids": torch.tensor([new]), "attention_mask": torch.ones(1, len(whole), dtype=torch.long)}
+    if with_image:
+        inputs["pixel_values"] = images[1:]
+    generated = model.generate(**inputs, **{CACHE: cache}, **GREEDY)
+    assert answers(generated, len(new)) == [slow_answer(model, whole, images)]
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("new_image", [True, False])
+def test_a_decode_loop_by_hand(model, with_mask, new_image):
+    """The third forward brings an image where `new_image`."""
+    images = pixels(2)
+    batch = prompts([1], M)
+    ids = batch["input_ids"][0].tolist()
+    steps = [[7], [IMAGE_ID] * M if new_image else [8], [9], [10, 11]]
+    output = model(batch["input_ids"], images[:1], use_cache=True)
+    for step in steps:
+        ids += step
+        inputs = {"input_ids": torch.tensor([step])}
+        if with_mask:
+            inputs["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
+        if IMAGE_ID in step:
+            inputs["pixel_values"] = images[1:]
+        output = model(**inputs, **{CACHE: find_cache(output)})
+        expected = slow_logits(model, ids, images[: 1 + (ids.count(IMAGE_ID) > M)])
+        close(output.logits[0], expected[-len(step) :])
+
+
+def test_a_cache_that_is_cropped_to_before_its_image(model):
+    batch, images = prompts([1], M), pixels(2)
+    output = model(batch["input_ids"], images[:1], use_cache=True)
+    cache = find_cache(output)
+    cache.crop(1 - cache.get_seq_length())  # leaves <s>
+    ids = [1, 7, *[IMAGE_ID] * M, 9]
+    output = model(torch.tensor([ids[1:]]), images[1:], **{CACHE: cache})
+    close(output.logits[0], slow_logits(model, ids, images[1:])[1:])
+    cache = find_cache(output)
+    cache.crop(1 - cache.get_seq_length())
+    output = model(torch.tensor([[7, 8, 9]]), **{CACHE: cache})
+    close(output.logits[0], slow_logits(model, [1, 7, 8, 9], images[:0])[1:])
+    output = model(torch.tensor([[10]]), **{CACHE: find_cache(output)})
+    close(output.logits[0], slow_logits(model, [1, 7, 8, 9, 10], images[:0])[-1:])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "repeat"])
+def test_one_cache_for_several_questions(model, how):
+    batch, image = prompts([1], M), pixels(1)
+    prefix = batch["input_ids"][:, : 1 + M]
+    with torch.no_grad():
+        cache = find_cache(model(prefix, image, use_cache=True))
+    questions = torch.tensor([[7, 8, ANSWER_ID], [9, 7, ANSWER_ID], [10, 11, ANSWER_ID]])
+    rows = [[*prefix[0].tolist(), *question] for question in questions.tolist()]
+    if how == "repeat":
+        cache.batch_repeat_interleave(3)
+        logits = model(questions, **{CACHE: cache}).logits
+    else:
+        logits = torch.cat([model(row[None], **{CACHE: copy.deepcopy(cache)}).logits for row in questions])
+    for actual, ids in zip(logits, rows, strict=True):
+        close(actual, slow_logits(model, ids, image)[-3:])
+
+
+def test_a_static_cache_that_is_used_again(model):
+    images = pixels(2)
+    batch = prompts([1], M)
+    static = StaticCache(config=model.config.text_config, max_cache_len=64)
+    for image in images:
+        generated = model.generate(**batch, pixel_values=image[None], **{CACHE: static}, **GREEDY)
+        assert_answers(generated, model, batch, [1], image[None])
+        static.reset()
+    text = {"input_ids": torch.tensor([[1, 7, 8, 9]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert_answers(model.generate(**text, **{CACHE: static}, **GREEDY), model, text, [0], images[:0])
+
+
+def test_a_cache_that_forgot_its_images_is_refused(model):
+    batch = prompts([1], M)
+    cache = find_cache(model(batch["input_ids"], pixels(1), use_cache=True))
+    del cache.token_layout
+    with pytest.raises(ValueError, match="does not know where its merged images sit.*whole conversation"):
+        model(torch.tensor([[7]]), **{CACHE: cache})
+
+
+def test_a_cache_of_other_rows_is_refused(model):
+    batch = prompts([1, 1], M)
+    cache = find_cache(model(**batch, pixel_values=pixels(2), use_cache=True))
+    cache.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="filled with 2 rows, and now there are 1"):
+        model(torch.tensor([[7]]), **{CACHE: cache})
+
+
+# ---- no change where nothing is merged, or nothing is asked for
+
+
+@pytest.mark.parametrize("mode", [*MODES, {"position_ids": "packed"}], ids=[*MODE_NAMES, "packed"])
+def test_all_tokens_are_stock_bit_for_bit(mode):
+    merger_config = {"merger_type": "average_pooling", "num_merged_tokens": NUM_PATCHES, **mode}
+    ours, stock = tiny_model(merger_config), tiny_stock()
+    for pad in ("left", "right"):
+        batch = {**prompts([1, 2, 0], NUM_PATCHES, pad), "pixel_values": pixels(3)}
+        assert torch.equal(ours(**batch).logits, stock(**batch).logits)
+    batch = {**prompts([1, 2, 0], NUM_PATCHES), "pixel_values": pixels(3)}
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        wanted = {**GREEDY, **options, "output_scores": True, "return_dict_in_generate": True}
+        one, other = (model.generate(**batch, **wanted) for model in (ours, stock))
+        assert torch.equal(one.sequences, other.sequences)
+        assert all(torch.equal(*pair) for pair in zip(one.scores, other.scores, strict=True))
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_packed_positions_without_mass_are_0_1_0_bit_for_bit(with_mask):
+    """Which gave stock's forward the merged features, and nothing else."""
+    ours, stock = tiny_model(agnostic(M, position_ids="packed"), train_merger=True), tiny_stock()
+    batch, images = prompts([1, 2, 0], M), pixels(3)
+    embeds = stock.get_input_embeddings()(batch["input_ids"])
+    features = torch.cat(ours.model.encode_images(images).pooler_output)
+    embeds = embeds.masked_scatter((batch["input_ids"] == IMAGE_ID)[..., None], features)
+    mask = {"attention_mask": batch["attention_mask"]} if with_mask else {}
+    expected = stock(inputs_embeds=embeds, **mask).logits
+    assert torch.equal(ours(batch["input_ids"], images, **mask).logits, expected)
+    if not with_mask:
+        return  # generate would take the padding for text, in stock by the ids, which embeddings do not have
+    wanted = {**GREEDY, **mask, "output_scores": True, "return_dict_in_generate": True}
+    one = ours.generate(batch["input_ids"], pixel_values=images, **wanted)
+    other = stock.generate(inputs_embeds=embeds.detach(), **wanted)
+    assert torch.equal(one.sequences[:, batch["input_ids"].shape[1] :], other.sequences)
+    assert all(torch.equal(*pair) for pair in zip(one.scores, other.scores, strict=True))
+
+
+def test_text_alone_is_stock(model):
+    batch = prompts([0, 0], M)
+    close(model(**batch).logits, tiny_stock()(**batch).logits)
+    assert torch.equal(model.generate(**batch, **GREEDY), tiny_stock().generate(**batch, **GREEDY))
+
+
+def test_source_positions_change_the_answer():
+    batch, images = prompts([2], M), pixels(2)
+    packed, source = (
+        tiny_model(agnostic(M, position_ids=position_ids), train_merger=True)(**batch, pixel_values=images).logits
+        for position_ids in ("packed", "source")
+    )
+    assert (packed - source).abs().max() > 0.1
+
+
+# ---- precision, training, compilation, threads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, dtype):
+    batch, images = prompts([1, 2], M), pixels(3)
+    expected = model(**batch, pixel_values=images).logits
+    with torch.autocast("cpu", dtype):
+        automatic = model(**batch, pixel_values=images).logits
+    half = model.to(dtype)(**batch, pixel_values=images.to(dtype)).logits
+    kept = batch["attention_mask"].bool()
+    for logits in (automatic, half):
+        assert logits.isfinite().all()
+        close_in_half = (logits.float() - expected)[kept].abs().mean() / expected[kept].abs().mean()
+        assert close_in_half < 0.1
+    generated = model.generate(**batch, pixel_values=images.to(dtype), **GREEDY)
+    static = model.generate(**batch, pixel_values=images.to(dtype), **GREEDY, cache_implementation="static")
+    assert torch.equal(generated, static)
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_gradient_checkpointing_changes_nothing(model, with_mask):
+    batch, images = prompts([2, 2], M, text=6), pixels(4)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_ID, -100)
+    inputs = {"input_ids": batch["input_ids"], "pixel_values": images, "labels": labels}
+    if with_mask:
+        inputs["attention_mask"] = batch["attention_mask"]
+    results = []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable()
+        loss = trained(**inputs).loss
+        loss.backward()
+        results.append((loss, trained.model.merger.method.pool_queries.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="stock's forward of 4.57 breaks the graph")
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_forward_compiles_to_one_graph_for_prompts_of_one_shape(model, with_mask):
+    images = pixels(2)
+    batches = [prompts([1, 1], M, seed=seed, text=8) for seed in range(3)]
+    for batch in batches:  # the same number of words in both rows
+        batch["input_ids"], batch["attention_mask"] = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    inputs = [batch if with_mask else {"input_ids": batch["input_ids"]} for batch in batches]
+    with torch.no_grad():
+        expected = [model(**one, pixel_values=images, use_cache=False).logits for one in inputs]
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for one, logits in zip(inputs, expected, strict=True):
+            close(compiled(**one, pixel_values=images, use_cache=False).logits, logits)
+    assert counter.frame_count == 1
+
+
+def test_a_static_decode_step_compiles_once(model, monkeypatch):
+    """As `generate` compiles it on an accelerator: the prefill eagerly, all steps of all prompts with one graph."""
+    images, counter = pixels(3), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, backend=counter)
+    eager = model.forward
+    steps = []
+
+    def forward(*args, **kwargs):
+        is_step = kwargs["input_ids"].shape[1] == 1
+        steps.append(is_step)
+        return compiled(*args, **kwargs) if is_step else eager(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(eager)
+    for text in (6, 9):
+        batch = prompts([1, 2], M, text=text)
+        static = StaticCache(config=model.config.text_config, max_cache_len=64)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "forward", forward)
+            generated = model.generate(**batch, pixel_values=images, **{CACHE: static}, **GREEDY)
+        assert_answers(generated, model, batch, [1, 2], images)
+    assert sum(steps) > 4 and counter.frame_count == 1
+
+
+def test_threads_do_not_see_each_other(model):
+    counts = [[1], [2], [1, 2], [0, 1], [2, 2], [1, 1, 1]]
+    jobs = [(prompts(count, M, seed=index), pixels(sum(count), seed=index)) for index, count in enumerate(counts)]
+    expected = [model.generate(**batch, pixel_values=images, **GREEDY) for batch, images in jobs]
+    results = [None] * len(jobs)
+
+    def run(index):
+        batch, images = jobs[index]
+        for _ in range(3):
+            results[index] = model.generate(**batch, pixel_values=images, **GREEDY)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
