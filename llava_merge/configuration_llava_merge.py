@@ -59,6 +59,7 @@ class MergerConfig(PretrainedConfig):
         attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
             in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. Not with FlashAttention.
         trained_num_tokens: Budgets M that the merger was trained with; smaller ones give a warning.
+        has_projector: Whether the checkpoint of the merger also holds the projector trained with it; saving sets it.
         question_start_token_ids: Id sequences that end an answer and open the next question, such as those of "USER:"
             behind a space and behind a line break. None until known; loading finds them in the chat template.
         question_end_token_ids: Id sequences that open an answer, such as those of "ASSISTANT:". A question-aware merger
@@ -85,6 +86,7 @@ class MergerConfig(PretrainedConfig):
         position_ids: str = "source",
         attention_mass: float = 0.0,
         trained_num_tokens: list[int] | None = None,
+        has_projector: bool = False,
         question_start_token_ids: list[list[int]] | None = None,
         question_end_token_ids: list[list[int]] | None = None,
         **kwargs,
@@ -102,6 +104,7 @@ class MergerConfig(PretrainedConfig):
         self.position_ids = position_ids
         self.attention_mass = attention_mass
         self.trained_num_tokens = trained_num_tokens
+        self.has_projector = has_projector
         self.question_start_token_ids = question_start_token_ids
         self.question_end_token_ids = question_end_token_ids
         self._check_values()
@@ -118,7 +121,7 @@ class MergerConfig(PretrainedConfig):
         for name, size in sizes.items():
             if not is_whole_number(size) and not (size is None and name in OPTIONAL):
                 raise ValueError(f"{name}={size!r}: has to be a whole number of at least 1.")
-        for name, kind in (("merger_type", str), ("question_aware", bool)):
+        for name, kind in (("merger_type", str), ("question_aware", bool), ("has_projector", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: has to be a {kind.__name__}.")
         if self.merger_type == "none" and (self.num_merged_tokens or self.merge_ratio):

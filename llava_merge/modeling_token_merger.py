@@ -155,6 +155,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
 
     def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):
         """A training-free merger is its code and config.json alone; any may have the `projector` trained with it."""
+        self.config.has_projector = projector is not None
         if projector is not None:
             save_projector(projector, save_directory)
         if not self.method.training_free:

@@ -201,11 +201,13 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         """
         path = pretrained_model_name_or_path
         merger = TokenMerger.from_pretrained(path, **{"dtype": self.dtype, **kwargs})
-        weights = read_projector(path, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
-        projector = None if weights is None else make_projector(weights, self.config, path)
-        if projector is not None:
+        projector = None
+        if merger.config.has_projector:
             check_no_adapters(self.headless_model.multi_modal_projector)
+            weights = read_projector(path, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+            projector = make_projector(weights, self.config, path)
         self.config.set_merger_config(merger.config)
+        self.config.merger_config.has_projector = False  # it is the model's now
         if projector is not None:
             replace_projectors(self.headless_model, projector, self.dtype)
             logger.info(f"{path} replaced the projector too, which was trained with its merger.")

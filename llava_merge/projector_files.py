@@ -65,16 +65,18 @@ def check_no_adapters(projector: nn.Module):
         )
 
 
-def read_projector(path: str, hub_kwargs: dict) -> dict[str, Tensor] | None:
-    """Weights of the projector in a merger checkpoint, directory or Hub repo; None where it has none.
+def read_projector(path: str, hub_kwargs: dict) -> dict[str, Tensor]:
+    """Weights of the projector in a merger checkpoint, directory or Hub repo.
 
     Raises:
-        ValueError: The file is truncated or corrupted.
+        ValueError: The file is not there, truncated or corrupted.
     """
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    file = cached_file(path, PROJECTOR, **quietly, **hub_kwargs)
+    file = cached_file(path, PROJECTOR, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if file is None:
-        return None
+        raise ValueError(
+            f"{path} lacks {PROJECTOR}, the projector that was trained with its merger (has_projector in config.json). "
+            f"Download or save the checkpoint again."
+        )
     with refusing_broken_file(file):
         return load_file(file)
 
@@ -92,7 +94,7 @@ def make_projector(weights: dict[str, Tensor], config: LlavaMergeConfig, path: s
     if needed != found:
         raise ValueError(
             f"The projector in {path} has weights {found}, this model needs {needed}. Use a merger that was trained "
-            f"with this LLaVA, or delete {PROJECTOR} from its folder to take the merger alone."
+            f"with this LLaVA, or a LLaVA of these widths."
         )
     projector.load_state_dict(weights, assign=True)
     return projector

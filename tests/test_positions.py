@@ -20,13 +20,16 @@ from conftest import (
     agnostic,
     pixels,
     prompts,
+    scale_up,
+    tiny_config,
     tiny_model,
     tiny_stock,
 )
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, MistralConfig, StaticCache
 
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
 from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.merging_grid import slot_places, slots_per_row
 from llava_merge.token_placing import find_cache
@@ -108,8 +111,9 @@ def slow_logits(model, ids: list[int], images: torch.Tensor, num_tokens: list[in
         embeds = embeds.masked_scatter((row == IMAGE_ID)[..., None], torch.cat(features).to(embeds.dtype))
     positions, bias = slow_positions_and_bias(ids, model, num_tokens)
     mask = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min)
+    window = getattr(model.config.text_config, "sliding_window", None) or len(ids)
     for query in range(len(ids)):
-        for key in range(query + 1):
+        for key in range(max(0, query - window + 1), query + 1):
             mask[query, key] = bias[key]
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask[None, None], position_ids=torch.tensor([positions]), use_cache=False
@@ -472,6 +476,126 @@ def test_a_cache_of_other_rows_is_refused(model):
     cache.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match="filled with 2 rows, and now there are 1"):
         model(torch.tensor([[7]]), **{CACHE: cache})
+
+
+# ---- text models and attention kinds of other sorts
+
+
+def mistral(mode: dict, window: int | None):
+    fields = {name: value for name, value in tiny_config().text_config.to_dict().items() if "rope" not in name}
+    fields = {name: value for name, value in fields.items() if name not in ("model_type", "head_dim", "architectures")}
+    text = MistralConfig(**fields, sliding_window=window)
+    stock = {**tiny_config().to_dict(), "text_config": text}
+    stock.pop("model_type")
+    config = LlavaMergeConfig(merger_config=agnostic(M, **mode), **stock)
+    return scale_up(LlavaMergeForConditionalGeneration(config), merger=True)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+@pytest.mark.parametrize("window", [None, 12], ids=str)
+def test_a_text_model_with_a_sliding_window(mode, window):
+    model, counts, images = mistral(mode, window), [1, 2, 0], pixels(3)
+    batch = prompts(counts, M)
+    logits = model(**batch, pixel_values=images).logits
+    for row, (ids, own) in enumerate(zip(rows_of(batch), images_of_rows(counts, images), strict=True)):
+        close(logits[row][batch["attention_mask"][row].bool()], slow_logits(model, ids, own))
+    assert_answers(model.generate(**batch, pixel_values=images, **GREEDY), model, batch, counts, images)
+    if window is None:  # stock's static sliding cache forgets what a padded row still needs
+        static = model.generate(**batch, pixel_values=images, **GREEDY, cache_implementation="static")
+        assert_answers(static, model, batch, counts, images)
+
+
+def test_layers_with_and_without_a_window_take_positions_but_no_mass():
+    model = tiny_model(agnostic(M, attention_mass=1.0))
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="layers of full_attention, sliding_attention, but attention_mass"):
+        model(**prompts([1], M), pixel_values=pixels(1))
+
+
+def varlen_attention(query, key, value, attention_mask, query_length, **kwargs):
+    """What FlashAttention computes, (B, L, heads, dim), told the samples as it is told them."""
+    groups = query.shape[2] // key.shape[2]
+    query, key, value = (
+        tensor.transpose(1, 2).repeat_interleave(times, dim=1)
+        for tensor, times in ((query, 1), (key, groups), (value, groups))
+    )
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)[None]
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, -num_keys:].bool()
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        starts, key_starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        assert starts[-1] == num_queries and key_starts[-1] == num_keys and starts.dtype == torch.int32
+        assert kwargs["max_length_q"] == starts.diff().max() and kwargs["max_length_k"] == key_starts.diff().max()
+        number, key_number = (
+            torch.bucketize(torch.arange(length), ends[1:], right=True)
+            for length, ends in ((num_queries, starts), (num_keys, key_starts))
+        )
+        seen = seen & (number[:, None] == key_number)
+    else:
+        positions = kwargs.get("position_ids")
+        guessed = query.shape[0] == 1 and positions is not None and (positions.diff(dim=-1) != 1).any()
+        assert not guessed, "FlashAttention takes a jump in the positions for the next sample"
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return output.transpose(1, 2)
+
+
+@pytest.fixture
+def flash_model(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", varlen_attention)
+    model = tiny_model(agnostic(M), train_merger=True)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    assert model.model.language_model.config._attn_implementation == "flash_attention_2"
+    return model
+
+
+def without_flash(model):
+    same = copy.deepcopy(model)
+    same.config.text_config._attn_implementation = "sdpa"
+    same.model.language_model.config._attn_implementation = "sdpa"
+    return same
+
+
+def test_flash_attention_is_told_the_samples(flash_model):
+    slow = without_flash(flash_model)
+    images = pixels(4)
+    batch = prompts([2], M)
+    close(flash_model(batch["input_ids"], images[:2]).logits[0], slow_logits(slow, rows_of(batch)[0], images[:2]))
+    rows, own = rows_of(prompts([1, 2, 0, 1], M)), images_of_rows([1, 2, 0, 1], images)
+    packed = torch.tensor([sum(rows, [])])
+    position_ids = torch.tensor([[position for row in rows for position in range(len(row))]])
+    logits = flash_model(packed, images, position_ids=position_ids, use_cache=False).logits[0]
+    for actual, ids, few in zip(logits.split([len(row) for row in rows]), rows, own, strict=True):
+        close(actual, slow_logits(slow, ids, few))
+
+
+def test_flash_attention_in_generate(flash_model):
+    slow, images = without_flash(flash_model), pixels(2)
+    for counts in ([1, 1], [2], [1]):
+        batch = prompts(counts, M)
+        generated = flash_model.generate(**batch, pixel_values=images[: sum(counts)], **GREEDY)
+        assert_answers(generated, slow, batch, counts, images[: sum(counts)])
+    ids, cache = first_turn(flash_model, images[:1])
+    whole = [*ids, 7, *[IMAGE_ID] * M, 9, ANSWER_ID]
+    batch = {"input_ids": torch.tensor([whole]), "attention_mask": torch.ones(1, len(whole), dtype=torch.long)}
+    generated = flash_model.generate(**batch, pixel_values=images, **{CACHE: cache}, **GREEDY)
+    assert answers(generated, len(whole)) == [slow_answer(slow, whole, images)]
+
+
+def test_mass_with_flash_attention_is_refused(flash_model):
+    flash_model.config.merger_config.attention_mass = 0.5
+    inputs = {**prompts([1], M), "pixel_values": pixels(1)}
+    for call in (flash_model, flash_model.generate):
+        with pytest.raises(ValueError, match="attention_mass=0.5 with attn_implementation='flash_attention_2'.*'sdpa'"):
+            call(**inputs)
+
+
+def test_a_mask_that_takes_no_mass_is_refused():
+    model = tiny_model(agnostic(M, attention_mass=1.0))
+    batch = prompts([1], M)
+    with pytest.raises(ValueError, match="attention_mass with a dict as attention_mask"):
+        model(batch["input_ids"], pixels(1), attention_mask={"full_attention": batch["attention_mask"]})
 
 
 # ---- no change where nothing is merged, or nothing is asked for
