@@ -1,7 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Accuracy of the demo model on held-out scenes, with all visual tokens and with merged ones.
 
-    python examples/evaluate_demo_model.py --output examples/results/demo_accuracy.json
+    python examples/evaluate_demo_model.py --attention-mass 1 --output examples/results/demo_accuracy.json
 
 One question about each scene: stock LLaVA with all tokens answers first, then average pooling at each budget.
 """
@@ -148,6 +148,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=int, nargs="*", default=[144, 64, 36, 16, 9, 4], help="merged tokens an image"
     )
+    parser.add_argument("--attention-mass", type=float, default=0.0, help="weight of merged tokens, from 0 to 1")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -167,7 +168,11 @@ def main():
     stock = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
     results = {"all tokens": measure(stock, AutoProcessor.from_pretrained(args.model))}
     for budget in args.budgets:
-        merger_config = {"merger_type": "average_pooling", "num_merged_tokens": budget}
+        merger_config = {
+            "merger_type": "average_pooling",
+            "num_merged_tokens": budget,
+            "attention_mass": args.attention_mass,
+        }
         model = LlavaMergeForConditionalGeneration.from_pretrained(
             args.model, merger_config=merger_config, dtype=torch.float32
         )

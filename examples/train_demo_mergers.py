@@ -3,12 +3,13 @@
 
     python examples/train_demo_mergers.py --output demo_mergers --minutes 1.25
 
-The tower and the language model stay as they are; each step merges to another budget, so that one checkpoint serves all.
+The tower and the language model stay as they are. Each step merges to another budget: one checkpoint serves them all.
 Loss: half the cross-entropy on the answers, and the divergence from what the same model answers with all its tokens.
-Every merger is saved twice, trained alone and with the projector. `evaluate_demo_model.py --merger` measures them.
+Every merger is saved twice, trained alone and with the projector. `compare_positions.py` measures them.
 """
 
 import argparse
+import copy
 import json
 import logging
 import multiprocessing
@@ -44,7 +45,9 @@ def load_model(places: dict, device: str) -> LlavaMergeForConditionalGeneration:
     model = LlavaMergeForConditionalGeneration.from_pretrained(
         MODEL_DIR, merger_config=merger_config, dtype=torch.float32
     )
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    model.untrained_projector = [copy.deepcopy(model.model.multi_modal_projector)]  # of the teacher; no submodule
+    return model
 
 
 @torch.no_grad()
@@ -58,7 +61,8 @@ def tower_features(model, pictures: Tensor) -> Tensor:
 def answer_logits(model, features: Tensor, tokens: Tensor, labels: Tensor, num_merged_tokens: int | str) -> Tensor:
     """Logits (answer tokens, vocabulary) behind images merged from unprojected `features` (B, N, vision_dim)."""
     merged = model.model.merge_features(features, num_merged_tokens=num_merged_tokens)
-    projected = model.model.multi_modal_projector(merged.merged_features)  # (B, M, hidden)
+    projector = model.untrained_projector[0] if num_merged_tokens == "all" else model.model.multi_modal_projector
+    projected = projector(merged.merged_features)  # (B, M, hidden)
     images = EncodedImages(
         pooler_output=list(projected), token_places=merged.positions.flatten(), num_patches=features.shape[1]
     )
