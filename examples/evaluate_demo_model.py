@@ -1,9 +1,10 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Accuracy of the demo model on held-out scenes, with all visual tokens and with merged ones.
 
-    python examples/evaluate_demo_model.py --attention-mass 1 --output examples/results/demo_accuracy.json
+    python examples/evaluate_demo_model.py --output examples/results/demo_accuracy.json
 
-One question about each scene: stock LLaVA with all tokens answers first, then average pooling at each budget.
+One question about each scene: stock LLaVA with all tokens answers first, then average pooling at each budget, with packed
+positions unless told otherwise: `compare_positions.py` compares these.
 """
 
 import argparse
@@ -148,6 +149,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=int, nargs="*", default=[144, 64, 36, 16, 9, 4], help="merged tokens an image"
     )
+    parser.add_argument("--position-ids", choices=("packed", "source"), default="packed", help="of merged tokens")
     parser.add_argument("--attention-mass", type=float, default=0.0, help="weight of merged tokens, from 0 to 1")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -171,6 +173,7 @@ def main():
         merger_config = {
             "merger_type": "average_pooling",
             "num_merged_tokens": budget,
+            "position_ids": args.position_ids,
             "attention_mass": args.attention_mass,
         }
         model = LlavaMergeForConditionalGeneration.from_pretrained(

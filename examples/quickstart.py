@@ -15,33 +15,29 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR, PICTURE
 
 
-def answer(model, processor, image: Image.Image, question: str) -> str:
-    inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+def answer(model, processor, image: Image.Image, question: str, num_merged_tokens: int | str | None = None) -> str:
+    text = f"USER: <image>\n{question} ASSISTANT:"
+    inputs = processor(images=image, text=text, return_tensors="pt", num_merged_tokens=num_merged_tokens)
     inputs = inputs.to(model.device, model.dtype)
     output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def main(base: str = str(MODEL_DIR), picture: str = str(PICTURE), question: str = "What color is the star?"):
-    merger_config = {"merger_type": "fixed_pooling", "merge_ratio": 0.25}
+    merger_config = {"merger_type": "fixed_pooling", "merge_ratio": 0.25, "attention_mass": 1.0}
     model = LlavaMergeForConditionalGeneration.from_pretrained(base, merger_config=merger_config, dtype=torch.float32)
     num_merged_tokens = model.config.merger_config.num_merged_tokens
     processor = LlavaMergeProcessor.from_pretrained(base, num_merged_tokens=num_merged_tokens)
     image = Image.open(picture).convert("RGB")
     print(f"{num_merged_tokens} tokens: {answer(model, processor, image, question)}")
 
-    model.set_num_merged_tokens(16, processor)  # another budget, the same weights
-    print(f"16 tokens: {answer(model, processor, image, question)}")
-
-    with model.merger_bypassed():  # the stock model
-        processor.num_merged_tokens = None
-        print(f"all tokens: {answer(model, processor, image, question)}")
+    for budget in (16, "all"):  # another budget for this call; "all" is the stock model
+        print(f"{budget} tokens: {answer(model, processor, image, question, budget)}")
 
     with tempfile.TemporaryDirectory() as directory:  # a merger is a checkpoint of its own
         model.save_merger(directory)
         again = LlavaMergeForConditionalGeneration.from_pretrained(base, merger=directory, dtype=torch.float32)
-        processor.num_merged_tokens = 16
-        print(f"loaded again, 16 tokens: {answer(again, processor, image, question)}")
+        print(f"loaded again, 16 tokens: {answer(again, processor, image, question, 16)}")
 
 
 if __name__ == "__main__":

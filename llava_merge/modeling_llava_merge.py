@@ -217,23 +217,31 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         grid, num_patches = self.config.patch_grid(image_shape), features.shape[1]
         if isinstance(question, Tensor):
             question = Question.of_each_image(question)
+        if len(set(budgets)) == 1:
+            projected, places = self._merge_alike(features, question, grid, budgets[0])
+            outputs.pooler_output, places = list(projected), places.flatten()  # I × (M, hidden), (I·M,)
+        else:
+            outputs.pooler_output, places = self._merge_by_budget(features, question, grid, budgets)
+        return EncodedImages.of(outputs, places, num_patches) if self.places_tokens else outputs
+
+    def _merge_alike(self, features, question, grid, budget: int | str) -> tuple[Tensor, Tensor]:
+        """Projected features (I, M, hidden) and places (I, M) of images with the same budget."""
+        merged = self.merge_features(features, question, grid, budget)
+        device = device_of(self.multi_modal_projector.linear_1.weight, features)
+        return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions
+
+    def _merge_by_budget(self, features, question, grid, budgets: list[int | str]) -> tuple[list[Tensor], Tensor]:
+        """Projected features, (M, hidden) of each image, and the places of all their tokens, (sum of M,)."""
         projected, places = {}, {}
         for budget in dict.fromkeys(budgets):
-            images = [index for index, asked in enumerate(budgets) if asked == budget]
-            few, about = features, question
-            if len(images) < len(budgets):
-                index = torch.tensor(images, device=features.device)
-                few, about = features[index], question and question.of_images(index)
-            merged = self.merge_features(few, about, grid, budget)  # (images, M, vision_dim)
-            few = merged.merged_features
-            few = few.to(device_of(self.multi_modal_projector.linear_1.weight, few))
-            projected |= zip(images, self.multi_modal_projector(few), strict=True)
-            places |= zip(images, merged.positions, strict=True)
+            images = [image for image, asked in enumerate(budgets) if asked == budget]
+            index = torch.tensor(images, device=features.device)
+            about = None if question is None else question.of_images(index)
+            merged, merged_places = self._merge_alike(features[index], about, grid, budget)
+            projected |= zip(images, merged, strict=True)
+            places |= zip(images, merged_places, strict=True)
         in_order = range(len(budgets))
-        outputs.pooler_output = [projected[image] for image in in_order]  # I × (M, hidden)
-        if not self.places_tokens:
-            return outputs
-        return EncodedImages.of(outputs, torch.cat([places[image] for image in in_order]), num_patches)
+        return [projected[image] for image in in_order], torch.cat([places[image] for image in in_order])
 
     def get_image_features(
         self,

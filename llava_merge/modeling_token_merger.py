@@ -154,15 +154,19 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         return self.config
 
     def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):
-        """A training-free merger is its code and config.json alone; any may have the `projector` trained with it."""
+        """Code, config.json and weights, if there are any, and the `projector` that was trained with the merger."""
         self.config.has_projector = projector is not None
-        if projector is not None:
-            save_projector(projector, save_directory)
-        if not self.method.training_free:
-            return super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
-        self.config.architectures = [type(self).__name__]
-        custom_object_save(self, save_directory, config=self.config)
-        self.config.save_pretrained(save_directory)
+        try:
+            if projector is not None:
+                save_projector(projector, save_directory)
+            if not self.method.training_free:
+                super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
+                return
+            self.config.architectures = [type(self).__name__]
+            custom_object_save(self, save_directory, config=self.config)
+            self.config.save_pretrained(save_directory)
+        finally:
+            self.config.has_projector = False  # of that checkpoint, not of this merger
 
     def push_to_hub(self, repo_id: str, projector: nn.Module | None = None, **kwargs):
         """Pushes the merger in one commit; a repo without a model card gets one.

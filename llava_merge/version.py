@@ -1,2 +1,2 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -26,6 +26,8 @@ from llava_merge.visualization import draw_merged_tokens, side_by_side
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "results" / "demo_accuracy.json"
+POSITIONS = EXAMPLES / "results" / "demo_positions.json"
+BUDGETS = ("144", "64", "36", "16", "9", "4")
 README = EXAMPLES.parent / "README.md"
 ANSWERS = ("yellow", "cross", "5", "no", "left", "4")
 
@@ -70,6 +72,19 @@ class TestEmbeddedModel:
             cells = " | ".join([*cells, f"{row['seconds']:.1f}"])
             assert re.search(rf"^\| {row['image_tokens']} \([^|]*\) \| {re.escape(cells)} \|$", readme, re.MULTILINE)
         assert all(measured[name] in readme for name in ("torch", "transformers", "command"))
+
+    def test_the_readme_says_what_was_measured_of_positions(self):
+        """Each row of the JSON is one of the table, and the table has no other."""
+        readme, measured = README.read_text(encoding="utf-8"), json.loads(POSITIONS.read_text())
+        section = readme.split("### Positions and attention mass")[1].split("## ")[0]
+        shown = [
+            line.split(" | ")[2:] for line in section.splitlines() if line.startswith("| ") and "144 |" not in line
+        ]
+        rows = [row for name, row in measured["models"].items() if name != "all tokens"]
+        cells = [[f"{100 * row[budget]['all']['accuracy']:.1f}" for budget in BUDGETS] for row in rows]
+        assert sorted(" ".join(row).removesuffix(" |") for row in shown) == sorted(" ".join(row) for row in cells)
+        assert measured["models"]["all tokens"]["576"]["all"]["accuracy"] == 1.0 and "All tokens: 100.0" in section
+        assert all(measured[name] in section for name in ("torch", "transformers", "command"))
 
     @pytest.mark.parametrize("name", QUESTION_TYPES)
     def test_it_answers_questions_about_scenes_it_has_not_seen(self, name):
