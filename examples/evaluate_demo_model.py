@@ -3,8 +3,8 @@
 
     python examples/evaluate_demo_model.py --output examples/results/demo_accuracy.json
 
-One question about each scene: stock LLaVA with all tokens answers first, then average pooling at each budget, with packed
-positions unless told otherwise: `compare_positions.py` compares these.
+One question about each scene: stock LLaVA with all tokens answers first, then average pooling at each budget, packed
+unless told otherwise: `compare_positions.py` compares that.
 """
 
 import argparse

@@ -10,8 +10,10 @@ from .compat import TRANSFORMERS_V5
 from .placeholders import ALL_TOKENS
 
 
-if not TRANSFORMERS_V5:
-    from transformers.models.llava.processing_llava import LlavaProcessorKwargs
+if TRANSFORMERS_V5:
+    from transformers.processing_utils import ProcessingKwargs as ProcessorKwargs
+else:
+    from transformers.models.llava.processing_llava import LlavaProcessorKwargs as ProcessorKwargs
 
 
 class MergedPlaceholderProcessor(LlavaProcessor):
@@ -51,13 +53,11 @@ class MergedPlaceholderProcessor(LlavaProcessor):
     else:  # remove when 4.57 is no longer supported
 
         def __call__(
-            self, images=None, text=None, audio=None, videos=None, **kwargs: Unpack[LlavaProcessorKwargs]
+            self, images=None, text=None, audio=None, videos=None, **kwargs: Unpack[ProcessorKwargs]
         ) -> BatchFeature:
             if self.num_merged_tokens is None or images is None or text is None:
                 return super().__call__(images=images, text=text, **kwargs)
-            merged = self._merge_kwargs(
-                LlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-            )
+            merged = self._merge_kwargs(ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
             texts = [text] if isinstance(text, str) else text
             # with pictures, stock would write its own number of placeholders for each of ours

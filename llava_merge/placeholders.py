@@ -2,6 +2,7 @@
 """How many tokens each image of a call gets, and whether the prompts have as many placeholders. Pure functions."""
 
 from itertools import accumulate
+from operator import index
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def budget_of_each_image(num_merged_tokens: int | str | list | tuple, num_images
             f"num_merged_tokens={num_merged_tokens!r} is for {len(budgets)} images, but there are {num_images}. Give "
             f"one number for all images, or one for each in reading order."
         )
-    return list(budgets)
+    # index makes a constant of a number that torch.compile has taken for a variable: shapes follow from it
+    return [budget if budget == ALL_TOKENS else index(budget) for budget in budgets]
 
 
 def check_placeholders(image_mask: Tensor, num_tokens: list[int], num_patches: int | None = None):

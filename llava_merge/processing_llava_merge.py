@@ -3,10 +3,10 @@ import copy
 
 from transformers import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
-from .compat_processing import MergedPlaceholderProcessor
+from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs
 from .placeholders import budget_of_each_image
 
 
@@ -63,7 +63,12 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         return processor
 
     def __call__(
-        self, images=None, text=None, *, num_merged_tokens: int | str | list | None = None, **kwargs
+        self,
+        images=None,
+        text=None,
+        *,
+        num_merged_tokens: int | str | list | None = None,
+        **kwargs: Unpack[ProcessorKwargs],
     ) -> BatchFeature:
         """As in transformers, for a budget of this call.
 

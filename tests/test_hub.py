@@ -79,6 +79,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "itertools",
         "json",
         "math",
+        "operator",
         "os",
         "pathlib",
         "re",

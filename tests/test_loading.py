@@ -243,7 +243,7 @@ class TestStockCheckpoint:
             ({"attn_implementation": "eager"}, lambda config: config._attn_implementation == "eager"),
             ({"vision_feature_select_strategy": "full"}, lambda c: c.vision_feature_select_strategy == "full"),
         ],
-        ids=str,
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
     def test_it_takes_what_stock_takes(self, stock_dir, given, value_of):
         stock = LlavaForConditionalGeneration.from_pretrained(stock_dir, **given)
