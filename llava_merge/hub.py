@@ -19,7 +19,10 @@ once, on the merged tokens.
 |---|---|
 | merger | `{{ merger.merger_type }}` |
 | tokens per image | {{ merger.num_merged_tokens or "all" }} |
+| trained with | {{ (merger.trained_num_tokens or ["not said"]) | join(", ") }} |
 | question-aware | {{ "yes" if merger.question_aware else "no" }} |
+| positions of merged tokens | {{ merger.position_ids }} |
+| attention mass | {{ merger.attention_mass }} |
 | width of the visual features | {{ merger.vision_dim }} |
 | width of the language model | {{ merger.text_dim }} |
 

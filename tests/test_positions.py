@@ -5,6 +5,7 @@ import copy
 import inspect
 import itertools
 import math
+import random
 import threading
 from fractions import Fraction
 
@@ -29,9 +30,10 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM, MistralConfig, StaticCache
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergeOutput, MergingMethod
 from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.merging_grid import slot_places, slots_per_row
+from llava_merge.token_layout import layout_of_images
 from llava_merge.token_placing import find_cache
 
 
@@ -176,6 +178,85 @@ def test_places_never_fall_on_any_grid(grid):
     for num_tokens in range(1, grid[0] * grid[1] + 1):
         places = slot_places(grid, num_tokens)
         assert (places.diff() >= 0).all() and places.min() >= 0 and places.max() < grid[0] * grid[1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_layouts_of_any_places_token_by_token(seed):
+    """Images of several sizes at places of their own, rows of several packed samples, and what follows."""
+    rng = random.Random(seed)
+    rows, num_tokens, places = [], [], []
+    for _ in range(rng.randint(1, 3)):
+        row = []  # (sample, is image) of each token
+        for sample in range(rng.randint(1, 3)):
+            for _ in range(rng.randint(0, 2)):
+                row += [(sample, False)] * rng.randint(0, 3)
+                num_tokens.append(rng.choice((1, 4, 7, NUM_PATCHES)))
+                places.append(sorted(rng.choices(range(NUM_PATCHES), k=num_tokens[-1])))
+                row += [(sample, True)] * num_tokens[-1]
+            row += [(sample, False)] * rng.randint(1, 3)
+        rows.append(row)
+    width = max(map(len, rows))
+    rows = [row + [(row[-1][0], False)] * (width - len(row)) for row in rows]
+    shifts, biases, images = [], [], iter(zip(num_tokens, places, strict=True))
+    for row in rows:
+        packed = [sum(sample == before for before, _ in row[:index]) for index, (sample, _) in enumerate(row)]
+        shift, bias, at, left = [], [], 0, 0
+        for index, (sample, is_image) in enumerate([*row, (row[-1][0], False)]):
+            if index and sample != row[min(index, width) - 1][0]:
+                at = 0
+            number = (packed + [packed[-1] + 1])[index]
+            if not is_image:
+                shift.append(at - number)
+                bias.append(0.0)
+                at += 1
+                continue
+            if not left:
+                (size, own), start = next(images), at
+                left = size
+            shift.append(start + own[size - left] - number)
+            bias.append(0.5 * math.log(NUM_PATCHES / size))
+            left -= 1
+            at = start + NUM_PATCHES
+        shifts.append(shift)
+        biases.append(bias)
+    if not num_tokens:
+        return
+    image_mask, samples = (torch.tensor([[token[which] for token in row] for row in rows]) for which in (1, 0))
+    flat = torch.tensor(sum(places, []))
+    layout = layout_of_images(image_mask, flat, num_tokens, NUM_PATCHES, attention_mass=0.5, samples=samples)
+    assert layout.shift(0, width + 1).tolist() == shifts and layout.shift(width + 3, 1)[:, 0].tolist() == [
+        shift[-1] for shift in shifts
+    ]
+    torch.testing.assert_close(layout.bias, torch.tensor(biases))
+    assert layout.is_packed == (set(num_tokens) == {NUM_PATCHES})
+
+
+def test_a_method_says_where_its_tokens_sit():
+    class LastTokens(MergingMethod):
+        training_free = True
+
+        def forward(self, features, context):
+            first = features.shape[1] - context.num_tokens
+            positions = torch.arange(first, features.shape[1]).expand(len(features), -1)
+            return MergeOutput(merged_features=features[:, first:], positions=positions)
+
+    model = tiny_model({"merger_type": "average_pooling", "num_merged_tokens": M})
+    assert model.model.encode_images(pixels(2)).token_places.tolist() == 2 * slow_places(M)
+    model.model.merger.method = LastTokens(model.config.merger_config)
+    encoded = model.model.encode_images(pixels(2))
+    assert encoded.token_places.tolist() == 2 * list(range(NUM_PATCHES - M, NUM_PATCHES))
+    ids = prompts([1, 1], M)["input_ids"]
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**prompts([1, 1], M), pixel_values=pixels(2))
+    hook.remove()
+    positions = seen["position_ids"][1]
+    first = ids[1].tolist().index(IMAGE_ID)
+    start = int((ids[1, :first] != PAD_ID).sum())
+    assert (positions[first : first + M] - start).tolist() == list(range(NUM_PATCHES - M, NUM_PATCHES))
+    assert positions[first + M] == start + NUM_PATCHES
 
 
 # ---- forward

@@ -23,7 +23,7 @@ class Answer:
 
 
 class Comparison:
-    """A LLaVA with its merger and, by `merger_bypassed()`, without: the same weights answer twice.
+    """A LLaVA with its merger and, by the budget of a call, without: the same weights answer twice.
 
     Args:
         model_dir: Directory or Hub repo of a LLaVA; default the embedded one.
@@ -50,13 +50,12 @@ class Comparison:
         return self.model.config.merger_config.num_merged_tokens
 
     def with_all_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
-        with self.model.merger_bypassed():
-            return self._answer(image, question, None, repeats)
+        return self._answer(image, question, "all", repeats)
 
     def with_merged_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
         return self._answer(image, question, self.num_merged_tokens, repeats)
 
-    def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | None, repeats: int) -> Answer:
+    def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | str, repeats: int) -> Answer:
         """Greedy answer; the median time of `repeats` runs after one to warm up.
 
         Raises:
@@ -67,10 +66,10 @@ class Comparison:
                 f"The question {question!r} holds {self.processor.image_token}, which stands for a picture. Leave it "
                 f"out: the picture is put before the question."
             )
-        self.processor.num_merged_tokens = num_merged_tokens
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
+        budget = {"num_merged_tokens": num_merged_tokens}
+        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt", **budget)
         inputs = inputs.to(self.device, self.model.dtype)
         times = []
         for _ in range(1 + repeats):
