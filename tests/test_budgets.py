@@ -198,7 +198,7 @@ def test_chat_templates_and_pipelines(processor, picture):
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "what color"}]
     chat = [{"role": "user", "content": content}]
 
-    def budget() -> dict:  # 5.x writes into it
+    def budget() -> dict:  # pipelines write into what they are given, here and below
         return {"processor_kwargs": {"num_merged_tokens": 16}} if TRANSFORMERS_V5 else {"num_merged_tokens": 16}
 
     inputs = processor.apply_chat_template(
@@ -207,11 +207,14 @@ def test_chat_templates_and_pipelines(processor, picture):
     assert (inputs["input_ids"] == IMAGE_ID).sum() == 16 and inputs["num_merged_tokens"] == 16
     expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    options = {"max_new_tokens": 3, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
+
+    def options() -> dict:
+        return {"generate_kwargs": {"do_sample": False, "max_new_tokens": 3}, "return_full_text": False, **budget()}
+
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    answers = [pipe(images=picture, text=prompt, **options, **budget())]
+    answers = [pipe(images=picture, text=prompt, **options())]
     if TRANSFORMERS_V5:  # 4.57 hands a chat no keyword for the processor
-        answers.append(pipe(text=chat, **options, **budget()))
+        answers.append(pipe(text=chat, **options()))
     for answer in answers:
         assert answer[0]["generated_text"].strip() == processor.decode(expected, skip_special_tokens=True)
 
