@@ -8,15 +8,24 @@ python examples/compare_positions.py --mergers demo_mergers --output examples/re
 import argparse
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from evaluate_demo_model import TestQuestion, collect_questions, environment, is_right, prompt, summarize
+from evaluate_demo_model import (
+    BUDGETS,
+    TestQuestion,
+    batches_of,
+    collect_questions,
+    environment,
+    is_right,
+    prompt,
+    summarize_types,
+    write_report,
+)
 from torch import Tensor
 from tqdm import tqdm
-from train_demo_mergers import BUDGETS, PLACES
+from train_demo_mergers import PLACES
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
@@ -40,8 +49,7 @@ def make_batches(questions: list[TestQuestion], processor, batch_size: int, devi
     """The pictures are drawn once, for all that is measured."""
     size = processor.image_processor.crop_size["height"]
     batches = []
-    for start in tqdm(range(0, len(questions), batch_size), desc="drawing"):
-        few = questions[start : start + batch_size]
+    for few in tqdm(list(batches_of(questions, batch_size)), desc="drawing"):
         pictures = [draw_scene(question.scene, size) for question in few]
         pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         batches.append(Batch(few, pixel_values.to(device)))
@@ -68,8 +76,7 @@ def accuracy(model, processor, batches: list[Batch], num_merged_tokens: int | st
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for item, answer in zip(batch.questions, answers, strict=True):
             right[item.question.type].append(is_right(answer, item.question.answer))
-    report = {name: summarize(hits) for name, hits in right.items() if hits}
-    return {**report, "all": summarize([hit for hits in right.values() for hit in hits])}
+    return summarize_types(right)
 
 
 def load(device: str, **kwargs) -> LlavaMergeForConditionalGeneration:
@@ -109,10 +116,7 @@ def main():
         logger.info("%s: %s", name, {budget: row["all"]["accuracy"] for budget, row in results[name].items()})
     training = args.mergers and json.loads((args.mergers / "training.json").read_text())
     report = {"split": "test", "models": results, "training": training, **environment(torch.device(args.device))}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, args.output)
+    write_report(report, args.output)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from llava_merge.demo.scenes import QUESTION_TYPES, Question, Scene, ask_questio
 
 logger = logging.getLogger("evaluate_demo_model")
 
+BUDGETS = [144, 64, 36, 16, 9, 4]
+
 
 @dataclass(frozen=True)
 class TestQuestion:
@@ -65,13 +67,15 @@ def evaluate(model, processor, questions: list[TestQuestion], batch_size: int) -
     """Accuracy of greedy answers per type and over all, with n and the 95 % interval; and the seconds it took."""
     right = {name: [] for name in QUESTION_TYPES}
     began = time.perf_counter()
-    for batch in tqdm(list(_batches(questions, batch_size)), unit="batch", mininterval=5):
+    for batch in tqdm(list(batches_of(questions, batch_size)), unit="batch", mininterval=5):
         for item, answer in zip(batch, answer_batch(model, processor, batch), strict=True):
             right[item.question.type].append(is_right(answer, item.question.answer))
     seconds = time.perf_counter() - began
-    report = {name: summarize(hits) for name, hits in right.items() if hits}
-    report["all"] = summarize([hit for hits in right.values() for hit in hits])
-    return {"accuracy": report, "seconds": round(seconds, 2), "image_tokens": image_tokens(model, processor)}
+    return {
+        "accuracy": summarize_types(right),
+        "seconds": round(seconds, 2),
+        "image_tokens": image_tokens(model, processor),
+    }
 
 
 def answer_batch(model, processor, batch: list[TestQuestion]) -> list[str]:
@@ -91,6 +95,12 @@ def prompt(processor, question: str) -> str:
 
 def is_right(answer: str, expected: str) -> bool:
     return answer.strip().lower() == expected
+
+
+def summarize_types(right: dict[str, list[bool]]) -> dict:
+    """[`summarize`] of each type's answers, and of all."""
+    report = {name: summarize(hits) for name, hits in right.items() if hits}
+    return {**report, "all": summarize([hit for hits in right.values() for hit in hits])}
 
 
 def summarize(hits: list[bool]) -> dict:
@@ -136,7 +146,15 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _batches(items: list[TestQuestion], size: int) -> Iterator[list[TestQuestion]]:
+def write_report(report: dict, path: Path):
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def batches_of(items: list[TestQuestion], size: int) -> Iterator[list[TestQuestion]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -146,9 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=str(MODEL_DIR), help="saved folder or Hub name of a LLaVA")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--per-type", type=int, default=300, help="questions of a type")
-    parser.add_argument(
-        "--budgets", type=int, nargs="*", default=[144, 64, 36, 16, 9, 4], help="merged tokens an image"
-    )
+    parser.add_argument("--budgets", type=int, nargs="*", default=BUDGETS, help="merged tokens an image")
     parser.add_argument("--position-ids", choices=("packed", "source"), default="packed", help="of merged tokens")
     parser.add_argument("--attention-mass", type=float, default=0.0, help="weight of merged tokens, from 0 to 1")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -182,8 +198,7 @@ def main():
         processor = LlavaMergeProcessor.from_pretrained(args.model, num_merged_tokens=budget)
         results[f"average_pooling, {budget} tokens"] = measure(model, processor)
     report = {"split": "test", "models": results, "majority": majority_baseline(questions), **environment(device)}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, args.output)
 
 
 if __name__ == "__main__":

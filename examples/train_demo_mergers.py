@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from evaluate_demo_model import BUDGETS
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,6 @@ from llava_merge.token_placing import EncodedImages
 
 logger = logging.getLogger("train_demo_mergers")
 
-BUDGETS = [144, 64, 36, 16, 9, 4]
 PLACES = {
     "packed": {"position_ids": "packed"},
     "source": {"position_ids": "source"},

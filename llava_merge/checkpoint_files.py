@@ -11,6 +11,11 @@ from safetensors import SafetensorError, safe_open
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def hub_arguments(kwargs: dict) -> dict:
+    """Those of `kwargs` that say where on the Hub, or in its cache, a checkpoint is."""
+    return {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+
+
 def for_other_repo(hub_kwargs: dict) -> dict:
     """The Hub arguments that also hold for a second repo: token and cache, but not the revision of the first."""
     return {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
-from .checkpoint_files import HUB_KWARGS, naming_broken_files, refuse_missing_weights
+from .checkpoint_files import hub_arguments, naming_broken_files, refuse_missing_weights
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .hub import MERGER_USAGE, push_card_if_missing, push_folder
@@ -139,7 +139,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         finish_interrupted_save(path)
         config = kwargs.pop("config", None)
         if config is None:
-            config = MergerConfig.from_pretrained(path, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+            config = MergerConfig.from_pretrained(path, **hub_arguments(kwargs))
         wants_info = kwargs.pop("output_loading_info", False)
         if find_merging_method(config).training_free:  # transformers cannot load a model without weights
             return (cls(config), {}) if wants_info else cls(config)

@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """How many tokens each image of a call gets, and whether the prompts have as many placeholders. Pure functions."""
 
+from collections.abc import Callable
 from itertools import accumulate
 from operator import index
 
@@ -37,10 +38,23 @@ def budget_of_each_image(num_merged_tokens: int | str | list | tuple, num_images
     return [budget if budget == ALL_TOKENS else index(budget) for budget in budgets]
 
 
+def check_on_device(is_right: Tensor, message: str, explain: Callable[[], str]):
+    """Raises what `explain` says where `is_right` () is False.
+
+    Under torch.compile the check is an assertion on the device, with the `message` alone, so that it neither breaks the
+    graph nor waits.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_right, message)
+    elif not is_right:
+        raise ValueError(explain())
+
+
 def check_placeholders(image_mask: Tensor, num_tokens: list[int], num_patches: int | None = None):
     """Compares the placeholders (B, L) with images that get `num_tokens` each.
-
-    Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
 
     Args:
         num_patches: Visual tokens N of an image before merging, which a stock processor writes placeholders for.
@@ -50,10 +64,8 @@ def check_placeholders(image_mask: Tensor, num_tokens: list[int], num_patches: i
     """
     per_row = image_mask.sum(dim=1)
     fits = (per_row.sum() == sum(num_tokens)) & rows_hold_whole_images(per_row, num_tokens)
-    if torch.compiler.is_compiling():
-        torch._assert_async(fits, "Image placeholders and merged tokens do not match.")
-    elif not fits:
-        raise ValueError(explain_placeholders(per_row.tolist(), num_tokens, num_patches))
+    message = "Image placeholders and merged tokens do not match."
+    check_on_device(fits, message, lambda: explain_placeholders(per_row.tolist(), num_tokens, num_patches))
 
 
 def rows_hold_whole_images(per_row: Tensor, num_tokens: list[int]) -> Tensor:
@@ -95,15 +107,16 @@ def check_num_features(image_mask: Tensor, num_features: int):
     Raises:
         ValueError: There are more or fewer.
     """
-    fits = image_mask.sum() == num_features
-    if torch.compiler.is_compiling():
-        torch._assert_async(fits, "Image placeholders and image features do not match.")
-    elif not fits:
-        per_row = image_mask.sum(dim=1).tolist()
-        raise ValueError(
-            f"The prompts hold {sum(per_row)} image placeholders (per row: {per_row}) for {num_features} image "
-            f"features. Encode as many images as the prompts have, with the budget that they were made for."
-        )
+    message = "Image placeholders and image features do not match."
+    check_on_device(
+        image_mask.sum() == num_features,
+        message,
+        lambda: (
+            f"The prompts hold {int(image_mask.sum())} image placeholders (per row: {image_mask.sum(dim=1).tolist()}) "
+            f"for {num_features} image features. Encode as many images as the prompts have, with the budget that they "
+            f"were made for."
+        ),
+    )
 
 
 def repeat_rows_together(image_counts: Tensor, times: int) -> Tensor:

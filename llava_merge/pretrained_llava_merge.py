@@ -8,7 +8,7 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.utils import logging
 
 from .bypass import bypassing
-from .checkpoint_files import HUB_KWARGS, for_other_repo, naming_broken_files
+from .checkpoint_files import for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .loading import (
@@ -100,7 +100,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         if pretrained_model_name_or_path is None:  # a config and a state_dict
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         path = str(pretrained_model_name_or_path)
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        hub_kwargs = hub_arguments(kwargs)
         if finish_interrupted_save(path) and isinstance(config, PretrainedConfig) and config.name_or_path == path:
             config = None  # an Auto class read it before
         checkpoint = read_checkpoint(path, hub_kwargs)
@@ -204,7 +204,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         projector = None
         if merger.config.has_projector:
             check_no_adapters(self.headless_model.multi_modal_projector)
-            weights = read_projector(path, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+            weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
         self.config.set_merger_config(merger.config)
         self.config.merger_config.has_projector = False  # it is the model's now
@@ -227,7 +227,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             ValueError: The adapter is a pickle, or has parts that the installed transformers would not load.
         """
         if peft_model_id is not None:
-            check_adapter(peft_model_id, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+            check_adapter(peft_model_id, hub_arguments(kwargs))
         return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def push_merger_to_hub(self, repo_id: str, projector: bool = False, **kwargs):

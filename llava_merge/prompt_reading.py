@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from .placeholders import check_on_device
 from .question_turns import Prompt, Question, TurnMarks, question_of_images, split_turns
 
 
@@ -39,15 +40,14 @@ def as_row_mask(name: str, mask, shape: torch.Size) -> Tensor | None:
 def check_each_image(is_right: Tensor, rows: Tensor, message: str):
     """Raises `message` with the {rows} of the images that are not right; both (I,).
 
-    Under torch.compile the check is an assertion on the device, so that it neither breaks the graph nor waits.
-
     Raises:
         ValueError: There is one.
     """
-    if torch.compiler.is_compiling():
-        torch._assert_async(is_right.all(), message)
-    elif not is_right.all():
-        raise ValueError(message.format(rows=", ".join(map(str, rows[~is_right].unique().tolist()))))
+    check_on_device(
+        is_right.all(),
+        message,
+        lambda: message.format(rows=", ".join(map(str, rows[~is_right].unique().tolist()))),
+    )
 
 
 class ReadsPrompt:

@@ -114,13 +114,13 @@ class PlacesTokens:
         inputs = arguments["input_ids"] if inputs is None else inputs
         cache, attention_mask = find_cache(arguments), arguments.get("attention_mask")
         past, length, position_ids = cached_length(cache), inputs.shape[1], arguments.get("position_ids")
-        positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
         samples = None
         if position_ids is not None and attention_mask is None and is_empty(past):
-            samples = samples_of(positions).expand(len(inputs), -1)
+            samples = samples_of(position_ids[:, -length:]).expand(len(inputs), -1)
         image_mask = self.get_image_mask(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         layout = self.layout_of_prompt(image_mask, images, cache, samples)
         if not layout.is_packed:
+            positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
             arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
         return layout
 
@@ -136,8 +136,9 @@ class PlacesTokens:
         Raises:
             ValueError: The cache does not know where its images are, or is of other rows.
         """
-        new = TokenLayout.of_text(*image_mask.shape, image_mask.device)
-        if images is not None:
+        if images is None:
+            new = TokenLayout.of_text(*image_mask.shape, image_mask.device)
+        else:
             new = self._layout_of_images(image_mask, images, samples)
         past, kept = cached_length(cache), getattr(cache, "token_layout", None)
         if kept is None:
@@ -152,12 +153,11 @@ class PlacesTokens:
     def _layout_of_images(self, image_mask, images: BaseModelOutputWithPooling, samples) -> TokenLayout:
         num_tokens = [len(features) for features in images.pooler_output]
         check_num_features(image_mask, sum(num_tokens))
-        merger_config, num_patches = self.config.merger_config, self.config.num_patches
-        places = None
+        merger_config = self.config.merger_config
         if isinstance(images, EncodedImages):
             places, num_patches = images.token_places, images.num_patches
-        elif merger_config.position_ids == "source":
-            grid = self.config.patch_grid(self.config.image_shape)
+        else:  # made by others: of slots
+            grid, num_patches = self.config.patch_grid(self.config.image_shape), self.config.num_patches
             places = torch.cat([slot_places(grid, number, image_mask.device) for number in num_tokens])
         if merger_config.position_ids == "packed":
             places = None
