@@ -5,10 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .compat import AutoModelForVision2Seq, register_multimodal_model
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .merge_extras import MergeExtras
 from .merging_base import (
     MERGING_METHODS,
     MergeContext,
     MergeOutput,
+    MergerInfo,
     MergingMethod,
     list_mergers,
     register_merging_method,
@@ -37,8 +39,10 @@ __all__ = [
     "LlavaMergeModel",
     "LlavaMergeProcessor",
     "MergeContext",
+    "MergeExtras",
     "MergeOutput",
     "MergerConfig",
+    "MergerInfo",
     "MergingMethod",
     "Question",
     "TokenMerger",

@@ -21,7 +21,12 @@ BUDGET = ("num_merged_tokens", "merge_ratio")
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
+QUESTION_METHODS = ("cdpruner", "gumbel_topk_question")  # that are question-aware unless told otherwise
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_marks(name: str, marks):
@@ -49,11 +54,21 @@ class MergerConfig(PretrainedConfig):
         text_dim: Width of the language model's input embeddings, in which the question comes.
         internal_dim: Width of the pooling attention; default half of `vision_dim`.
         num_heads: Heads of the pooling attention; has to divide `internal_dim` and `vision_dim`.
-        question_aware: Whether the question steers the merging. Then an image has to be merged anew per question.
+        question_aware: Whether the question steers the merging. Then an image has to be merged anew per question. By
+            default only where the method is made for that, `cdpruner` and `gumbel_topk_question`.
         init: `"average_pooling"` starts `fixed_pooling` as exact average pooling of the patch grid, `"random"` as the
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
+        seed: Of `random`: which tokens are kept.
+        important_ratio: Of `vispruner` and `visionzip`: share of the M tokens that CLS attention chooses; default 0.5
+            and 54/64.
+        faithful: Of `visionzip`: add to a contextual token the mean of what merges into it, as the released code does,
+            which about doubles its norm, instead of taking the mean of both.
+        estimator: Of `gumbel_topk` and `gumbel_topk_question`, in training: `"gumbel"` samples the tokens, with
+            straight-through gradients; `"soft_topk"` takes the best, with noise where the choice was close.
+        initial_temperature: Of the same: at the start of training; their `set_progress` anneals it.
+        final_temperature: Of the same: at the end of training.
         position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,
             and the text behind an image as if all N tokens were there. `"packed"`: one behind the other, as in 0.1.0.
         attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
@@ -80,9 +95,15 @@ class MergerConfig(PretrainedConfig):
         text_dim: int = 4096,
         internal_dim: int | None = None,
         num_heads: int = 8,
-        question_aware: bool = False,
+        question_aware: bool | None = None,
         init: str = "average_pooling",
         query_grid: tuple[int, int] | None = None,
+        seed: int = 0,
+        important_ratio: float | None = None,
+        faithful: bool = False,
+        estimator: str = "gumbel",
+        initial_temperature: float = 1.0,
+        final_temperature: float = 0.1,
         position_ids: str = "source",
         attention_mass: float = 0.0,
         trained_num_tokens: list[int] | None = None,
@@ -98,9 +119,15 @@ class MergerConfig(PretrainedConfig):
         self.text_dim = text_dim
         self.internal_dim = internal_dim
         self.num_heads = num_heads
-        self.question_aware = question_aware
+        self.question_aware = merger_type in QUESTION_METHODS if question_aware is None else question_aware
         self.init = init
         self.query_grid = list(query_grid) if isinstance(query_grid, tuple) else query_grid
+        self.seed = seed
+        self.important_ratio = important_ratio
+        self.faithful = faithful
+        self.estimator = estimator
+        self.initial_temperature = initial_temperature
+        self.final_temperature = final_temperature
         self.position_ids = position_ids
         self.attention_mass = attention_mass
         self.trained_num_tokens = trained_num_tokens
@@ -121,7 +148,13 @@ class MergerConfig(PretrainedConfig):
         for name, size in sizes.items():
             if not is_whole_number(size) and not (size is None and name in OPTIONAL):
                 raise ValueError(f"{name}={size!r}: has to be a whole number of at least 1.")
-        for name, kind in (("merger_type", str), ("question_aware", bool), ("has_projector", bool)):
+        for name, kind in (
+            ("merger_type", str),
+            ("question_aware", bool),
+            ("has_projector", bool),
+            ("faithful", bool),
+            ("seed", int),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: has to be a {kind.__name__}.")
         if self.merger_type == "none" and (self.num_merged_tokens or self.merge_ratio):
@@ -130,10 +163,11 @@ class MergerConfig(PretrainedConfig):
                 f"merge_ratio={self.merge_ratio} ask for fewer: leave both out, or choose a merger."
             )
         ratio = self.merge_ratio
-        if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio <= 1):
+        if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
             raise ValueError(f"merge_ratio={ratio!r}: it is the share of tokens kept, above 0 and at most 1.")
+        self._check_options()
         mass = self.attention_mass
-        if not isinstance(mass, int | float) or isinstance(mass, bool) or not 0 <= mass <= 1:
+        if not is_number(mass) or not 0 <= mass <= 1:
             raise ValueError(
                 f"attention_mass={mass!r}: has to be a number from 0 (a merged token weighs as one token) to 1 (as all "
                 f"the patches that it stands for)."
@@ -149,6 +183,22 @@ class MergerConfig(PretrainedConfig):
             check_marks(name, getattr(self, name))
         if self.init not in ("average_pooling", "random"):
             raise ValueError(f"init={self.init!r}: has to be 'average_pooling' or 'random'.")
+
+    def _check_options(self):
+        """The fields that only some methods read."""
+        ratio = self.important_ratio
+        if ratio is not None and not (is_number(ratio) and 0 <= ratio <= 1):
+            raise ValueError(
+                f"important_ratio={ratio!r}: it is the share of tokens that CLS attention chooses, from 0 to 1."
+            )
+        if self.estimator not in ("gumbel", "soft_topk"):
+            raise ValueError(f"estimator={self.estimator!r}: has to be 'gumbel' or 'soft_topk'.")
+        low, high = self.final_temperature, self.initial_temperature
+        if not (is_number(low) and is_number(high) and 0 < low <= high):
+            raise ValueError(
+                f"initial_temperature={high!r}, final_temperature={low!r}: have to be numbers above 0, and the "
+                f"second no larger than the first, since training goes from one to the other."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -170,7 +170,8 @@ def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
     if find_merging_method(merger).training_free:
         state = "training-free"
     elif is_fresh:
-        state = "fresh: equals average pooling" if merger.init == "average_pooling" else "fresh: random"
+        pools = merger.merger_type == DEFAULT_MERGER_TYPE and merger.init == "average_pooling"
+        state = "fresh: equals average pooling" if pools else "fresh: random"
     else:
         budgets = merger.trained_num_tokens
         state = "trained" + (f" with {', '.join(map(str, budgets))} tokens" if budgets else "")

@@ -6,12 +6,13 @@ from .merging_base import MergeContext, MergeOutput, MergingMethod, as_source, r
 
 @register_merging_method("average_pooling")
 class AveragePooling(MergingMethod):
-    """Mean over equal windows of the patch grid, by area where M does not divide it. Training-free.
+    """Mean over equal windows of the patch grid, by area where M does not divide it.
 
-    DeCo (arXiv 2405.20985), but before the projector.
+    DeCo (arXiv 2405.20985), but before the projector. Training-free.
     """
 
     training_free = True
+    paper = "DeCo, 2405.20985"
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         weights = context.geometry.windows  # (M, N)

@@ -28,6 +28,11 @@ class MergeContext:
         question: What each image is merged for, or None.
         return_source: Whether `MergeOutput.source` is wanted.
         geometry: Where the slots lie on the grid; made once per grid, M and device.
+        cls_attention: (I, N) float32, see `MergeExtras`; this and the following only where the method `requires` it.
+        keys: (I, N, hidden size of the tower).
+        num_heads: Heads that the keys are of.
+        layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
+        relevance: (I, N) float32, how much each patch matters for its image's question.
     """
 
     grid: tuple[int, int]
@@ -35,6 +40,11 @@ class MergeContext:
     question: Question | None = None
     return_source: bool = False
     geometry: SlotGeometry | None = None
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    num_heads: int = 1
+    layers: tuple[Tensor, ...] = ()
+    relevance: Tensor | None = None
 
 
 @dataclass
@@ -46,11 +56,35 @@ class MergeOutput(ModelOutput):
         source: (I, M, N), how much of each token came from each patch; rows sum to 1. None unless asked for.
         positions: (I, M) int64, the place among the N patches that each token sits at, never falling. Where a method
             leaves it out, it is the patch nearest the centre of the token's slot.
+        sizes: (I, M) float32, how many patches each token stands for, which `attention_mass` counts. Where a method
+            leaves it out, N / M each.
     """
 
     merged_features: Tensor | None = None
     source: Tensor | None = None
     positions: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MergerInfo:
+    """What [`list_mergers`] tells about a method.
+
+    Attributes:
+        name: Value of `merger_type`.
+        trained: Whether it has parameters to train.
+        question_aware: Whether it can read the question.
+        requires: What it cannot do without: "cls_attention", "keys", "layers" of the tower, "relevance" for a question.
+        paper: Where it comes from, with arXiv ids; empty where it is nobody's.
+        summary: What it does, in one sentence.
+    """
+
+    name: str
+    trained: bool
+    question_aware: bool
+    requires: tuple[str, ...]
+    paper: str
+    summary: str
 
 
 class OwnInitialization:
@@ -70,6 +104,13 @@ class MergingMethod(nn.Module):
         uses_question: Whether it can read the question (`MergerConfig.question_aware`).
         needs_grid: Whether the features have to lie on a rows × columns grid.
         training_free: Whether it has no parameters.
+        requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"` and `"relevance"`: the model
+            then puts it into the [`MergeContext`].
+        extra_layers: Hidden states of the tower that `"layers"` means, as `vision_feature_layer` counts.
+        options: Fields of [`MergerConfig`] that only this method and some others read.
+        paper: Where the method comes from, with arXiv ids.
+
+    The first line of its docstring says what it does: [`list_mergers`] shows it.
 
     Parameters of the method itself are initialised by `reset_parameters()`, those of its parts by transformers, or by
     themselves where they are [`OwnInitialization`].
@@ -78,6 +119,10 @@ class MergingMethod(nn.Module):
     uses_question = False
     needs_grid = True
     training_free = False
+    requires: frozenset[str] = frozenset()
+    extra_layers: tuple[int, ...] = ()
+    options: tuple[str, ...] = ()
+    paper = ""
 
     def __init__(self, config: MergerConfig):
         super().__init__()
@@ -85,6 +130,9 @@ class MergingMethod(nn.Module):
 
     def reset_parameters(self):
         """Initialises the parameters that the method owns directly; nothing to do where it has none."""
+
+    def set_progress(self, progress: float):
+        """Says how much of the training is done, from 0 to 1; nothing to do where nothing is annealed."""
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         raise NotImplementedError
@@ -100,30 +148,65 @@ def register_merging_method(name: str):
     return register
 
 
-def list_mergers() -> list[str]:
-    """Names that `merger_type` can have."""
-    return sorted(MERGING_METHODS)
+def list_mergers() -> list[MergerInfo]:
+    """The methods that `merger_type` can name, by name."""
+    return [
+        MergerInfo(
+            name,
+            not method.training_free,
+            method.uses_question,
+            tuple(sorted(method.requires)),
+            method.paper,
+            inspect.getdoc(method).partition("\n")[0],
+        )
+        for name, method in sorted(MERGING_METHODS.items())
+    ]
 
 
 def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
     """The class of the method that `config` names.
 
     Raises:
-        ValueError: There is no such method, or it cannot read the question that `config` asks it to.
+        ValueError: There is no such method, it cannot read the question that `config` asks it to, it needs a question
+            that `config` denies it, or an option of another method is set.
     """
     if config.merger_type not in MERGING_METHODS:
         raise ValueError(
-            f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(list_mergers())}. A method "
-            f"of your own has to be imported before; its file is saved with its checkpoints."
+            f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(sorted(MERGING_METHODS))}. "
+            f"A method of your own has to be imported before; its file is saved with its checkpoints."
         )
     method = MERGING_METHODS[config.merger_type]
     if config.question_aware and not method.uses_question:
-        aware = ", ".join(name for name in list_mergers() if MERGING_METHODS[name].uses_question)
+        aware = ", ".join(sorted(name for name, method in MERGING_METHODS.items() if method.uses_question))
         raise ValueError(
             f"question_aware=True: merger_type={config.merger_type!r} does not read the question; set it to False or "
             f"choose one of {aware}."
         )
+    if "relevance" in method.requires and not config.question_aware:
+        raise ValueError(
+            f"question_aware=False: merger_type={config.merger_type!r} merges for a question; set it to True, or "
+            f"choose another method."
+        )
+    check_options(config, method)
     return method
+
+
+def check_options(config: MergerConfig, method: type[MergingMethod]):
+    """Refuses options that only other methods read, and which would be ignored.
+
+    Raises:
+        ValueError: One is set to another value than its default.
+    """
+    defaults = inspect.signature(MergerConfig.__init__).parameters
+    for option in sorted({name for other in MERGING_METHODS.values() for name in other.options} - {*method.options}):
+        default = defaults[option].default if option in defaults else None
+        value = vars(config).get(option, default)
+        if value != default:
+            owners = ", ".join(sorted(name for name, other in MERGING_METHODS.items() if option in other.options))
+            raise ValueError(
+                f"{option}={value!r}: merger_type={config.merger_type!r} does not read it, only {owners}. Leave it "
+                f"out, or choose one of these."
+            )
 
 
 def method_file(config: MergerConfig) -> Path | None:

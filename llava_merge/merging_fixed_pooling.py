@@ -89,7 +89,7 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Ten
 
 @register_merging_method("fixed_pooling")
 class FixedPooling(MergingMethod):
-    """V3: M learned queries, shifted by the question, cross-attend over all visual tokens. No sampling, M fixed.
+    """V3: M learned queries, shifted by the question, cross-attend over all visual tokens; starts as average pooling.
 
     Every token is the sum of two attentions with the same queries and keys. The first pools the raw features inside the
     slot's window of the grid; its logits start at the log of the window's area, so that it starts as average pooling
@@ -101,6 +101,8 @@ class FixedPooling(MergingMethod):
     """
 
     uses_question = True
+    options = ("init", "query_grid")
+    paper = "resampler 2103.03206, pooled start 2312.06742, one map for every M 2405.19315"
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)

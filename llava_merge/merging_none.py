@@ -7,7 +7,10 @@ from .merging_base import MergeContext, MergeOutput, MergingMethod, as_source, r
 
 @register_merging_method("none")
 class Identity(MergingMethod):
-    """Keeps every visual token: stock LLaVA, bit for bit. The baseline of every comparison."""
+    """Keeps every visual token: stock LLaVA, bit for bit.
+
+    The baseline of every comparison.
+    """
 
     needs_grid = False
     training_free = True

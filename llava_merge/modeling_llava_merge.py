@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel
@@ -22,11 +24,22 @@ from .configuration_llava_merge import LlavaMergeConfig
 from .generation_llava_merge import EncodesImagesBeforeForward
 from .hub import MODEL_USAGE, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
+from .merge_extras import MergeExtras, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MergeOutput
+from .merging_base import MergeOutput, find_merging_method
+from .merging_cdpruner import CDPruner  # noqa: F401
+from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry  # noqa: F401
+from .merging_gumbel_topk import GumbelTopK  # noqa: F401
+from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
 from .merging_none import Identity  # noqa: F401
+from .merging_random import RandomTokens  # noqa: F401
+from .merging_selection import keep_patches  # noqa: F401
+from .merging_strided import StridedTokens  # noqa: F401
+from .merging_tome import ToMe  # noqa: F401
+from .merging_visionzip import VisionZip  # noqa: F401
+from .merging_vispruner import VisPruner  # noqa: F401
 from .modeling_token_merger import TokenMerger
 from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders
 from .pretrained_llava_merge import LlavaMergePreTrainedModel
@@ -102,23 +115,77 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         """
         return self._run_tower(pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs)[0]
 
-    def _run_tower(self, pixel_values, layer=None, strategy=None, output_hidden_states=None, **kwargs):
-        """Unprojected features (I, N, vision_dim) and the tower's output."""
+    def get_merge_extras(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question: Question | Tensor | None = None,
+        **kwargs,
+    ) -> MergeExtras:
+        """What the merging method requires besides the features; the other arguments are of [`get_vision_features`].
+
+        `model.model.merger(features, extras=extras)` takes it; `forward` and `generate` fetch it in the same pass of
+        the tower as the features.
+
+        Args:
+            question: See [`get_image_features`].
+        """
+        features, _, extras = self._run_tower(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, with_extras=True, **kwargs
+        )
+        return self._with_relevance(extras, features, question)
+
+    def _with_relevance(self, extras: MergeExtras | None, features: Tensor, question) -> MergeExtras | None:
+        """The extras with the relevance of each patch, where the method asks for it.
+
+        Raises:
+            ValueError: There is no question.
+        """
+        merger_config = self.config.merger_config
+        if extras is None or "relevance" not in find_merging_method(merger_config).requires:
+            return extras
+        if question is None:
+            raise ValueError(
+                f"merger_type={merger_config.merger_type!r} merges each image for its question, and none is given. "
+                f"Pass question=..., or call forward or generate, which read it from the prompt."
+            )
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
+        device = device_of(self.multi_modal_projector.linear_1.weight, features)
+        features, question = features.to(device), question.to(device)
+        return replace(extras, relevance=projected_relevance(features, question, self.multi_modal_projector))
+
+    def _run_tower(
+        self, pixel_values, layer=None, strategy=None, output_hidden_states=None, with_extras=False, **kwargs
+    ):
+        """Unprojected features (I, N, vision_dim), the tower's output, and the extras of the method or None."""
         strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
         self._check_image_size(pixel_values, kwargs)
         layers = self._tower_layers(layer)
+        method = find_merging_method(self.config.merger_config)
+        extra_layers = self._tower_layers(list(method.extra_layers))
+        # keys and attention are of the layer that makes the last of the features, from its input
+        attention_layer = max(0, max(layers) - 1)
+        with_extras = with_extras and bool(method.requires)
+        kept = [*layers, *extra_layers, attention_layer] if with_extras else layers
         outputs = self.vision_tower(
             pixel_values,
-            output_hidden_states=hidden_states_to_keep(layers, output_hidden_states),
+            output_hidden_states=hidden_states_to_keep(kept, output_hidden_states),
             return_dict=True,
             **{name: value for name, value in kwargs.items() if value is not None},
         )
-        states = [outputs.hidden_states[index] for index in layers]
-        if strategy == "default":
-            states = [state[:, 1:] for state in states]
-        return states[0] if len(states) == 1 else torch.cat(states, dim=-1), outputs
+        first_patch = 1 if strategy == "default" else 0
+        states = [outputs.hidden_states[index][:, first_patch:] for index in layers]
+        features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        if not with_extras:
+            return features, outputs, None
+        extras = read_tower(
+            self.vision_tower, outputs.hidden_states, method.requires, extra_layers, attention_layer, first_patch
+        )
+        return features, outputs, extras
 
     def _tower_layers(self, layer: int | list[int] | None) -> list[int]:
         """Indices of hidden states, counted from the front."""
@@ -173,6 +240,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         question: Question | Tensor | None = None,
         grid: tuple[int, int] | None = None,
         num_merged_tokens: int | str | None = None,
+        extras: MergeExtras | None = None,
     ) -> MergeOutput:
         """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`.
 
@@ -180,15 +248,18 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             question: See [`get_image_features`].
             grid: Rows and columns of the patches, default a square.
             num_merged_tokens: M, or "all" to merge nothing; default the config's.
+            extras: What the method requires besides; see [`get_merge_extras`].
         """
         num_images, num_patches = features.shape[:2]
         budget = self.budgets(num_images, num_merged_tokens)[0]
         if budget == ALL_TOKENS:
-            places = torch.arange(num_patches, device=features.device)
-            return MergeOutput(merged_features=features, positions=places.expand(num_images, -1))
+            places = torch.arange(num_patches, device=features.device).expand(num_images, -1)
+            sizes = torch.ones(num_images, num_patches, device=features.device)
+            return MergeOutput(merged_features=features, positions=places, sizes=sizes)
         weight = next(self.merger.parameters(), features)
         # the budget of this config: PEFT copies the merger with a config of its own
-        output = self.merger(features.to(device_of(weight, features), weight.dtype), question, budget, grid)
+        features_there = features.to(device_of(weight, features), weight.dtype)
+        output = self.merger(features_there, question, budget, grid, extras=extras)
         output.merged_features = output.merged_features.to(features.dtype)
         return output
 
@@ -206,42 +277,49 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Its `pooler_output` is the list of I tensors (M, hidden). Pass it to `forward` or `generate` as
         `mm_encoder_outputs={"image": ...}` to ask an image several questions.
         """
-        features, outputs = self._run_tower(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        budgets = self.budgets(len(pixel_values), num_merged_tokens)
+        features, outputs, extras = self._run_tower(
+            pixel_values,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            with_extras=set(budgets) != {ALL_TOKENS},
+            **kwargs,
         )
-        budgets = self.budgets(len(features), num_merged_tokens)
-        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets)
+        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
 
-    def _merge_and_project(self, features, outputs, image_shape, question, budgets) -> EncodedImages:
+    def _merge_and_project(self, features, outputs, image_shape, question, budgets, extras) -> EncodedImages:
         """What [`encode_images`] returns; images of the same budget are merged together."""
         grid, num_patches = self.config.patch_grid(image_shape), features.shape[1]
         if isinstance(question, Tensor):
             question = Question.of_each_image(question)
+        extras = self._with_relevance(extras, features, question)
         if len(set(budgets)) == 1:
-            projected, places = self._merge_alike(features, question, grid, budgets[0])
-            outputs.pooler_output, places = list(projected), places.flatten()  # I × (M, hidden), (I·M,)
+            projected, places, sizes = self._merge_alike(features, question, grid, budgets[0], extras)
+            outputs.pooler_output = list(projected)  # I × (M, hidden)
         else:
-            outputs.pooler_output, places = self._merge_by_budget(features, question, grid, budgets)
-        return EncodedImages.of(outputs, places, num_patches) if self.places_tokens else outputs
+            tokens = self._merge_by_budget(features, question, grid, budgets, extras)
+            outputs.pooler_output, places, sizes = (tokens[0], *map(torch.cat, tokens[1:]))
+        if not self.places_tokens:
+            return outputs
+        return EncodedImages.of(outputs, places.flatten(), sizes.flatten(), num_patches)
 
-    def _merge_alike(self, features, question, grid, budget: int | str) -> tuple[Tensor, Tensor]:
-        """Projected features (I, M, hidden) and places (I, M) of images with the same budget."""
-        merged = self.merge_features(features, question, grid, budget)
+    def _merge_alike(self, features, question, grid, budget: int | str, extras) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected features (I, M, hidden), places and sizes (I, M) of images with the same budget."""
+        merged = self.merge_features(features, question, grid, budget, extras)
         device = device_of(self.multi_modal_projector.linear_1.weight, features)
-        return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions
+        return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions, merged.sizes
 
-    def _merge_by_budget(self, features, question, grid, budgets: list[int | str]) -> tuple[list[Tensor], Tensor]:
-        """Projected features, (M, hidden) of each image, and the places of all their tokens, (sum of M,)."""
-        projected, places = {}, {}
+    def _merge_by_budget(self, features, question, grid, budgets, extras) -> list[list[Tensor]]:
+        """What [`_merge_alike`] returns, as a list with one tensor (M, ...) for each image."""
+        of_image = {}
         for budget in dict.fromkeys(budgets):
             images = [image for image, asked in enumerate(budgets) if asked == budget]
             index = torch.tensor(images, device=features.device)
             about = None if question is None else question.of_images(index)
-            merged, merged_places = self._merge_alike(features[index], about, grid, budget)
-            projected |= zip(images, merged, strict=True)
-            places |= zip(images, merged_places, strict=True)
-        in_order = range(len(budgets))
-        return [projected[image] for image in in_order], torch.cat([places[image] for image in in_order])
+            extras_of_images = None if extras is None or budget == ALL_TOKENS else extras.of_images(index)
+            merged = self._merge_alike(features[index], about, grid, budget, extras_of_images)
+            of_image |= zip(images, zip(*merged, strict=True), strict=True)
+        return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
 
     def get_image_features(
         self,
@@ -302,18 +380,19 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
-        features, outputs = self._run_tower(
+        budgets = self.budgets(len(pixel_values), num_merged_tokens)
+        features, outputs, extras = self._run_tower(
             pixel_values,
             kwargs.pop("vision_feature_layer", None),
             kwargs.pop("vision_feature_select_strategy", None),
+            with_extras=set(budgets) != {ALL_TOKENS},
             **kwargs,
         )
-        num_images, num_patches = features.shape[:2]
-        budgets = self.budgets(num_images, num_merged_tokens)
+        num_patches = features.shape[1]
         num_tokens = [num_patches if budget == ALL_TOKENS else budget for budget in budgets]
         check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
         question = self.get_question(prompt, num_tokens)
-        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets)
+        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
 
     @takes_arguments_of(LlavaModel.forward)
     @can_return_tuple

@@ -14,11 +14,22 @@ from .checkpoint_files import hub_arguments, naming_broken_files, refuse_missing
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .hub import MERGER_USAGE, push_card_if_missing, push_folder
+from .merge_extras import MergeExtras
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, check_grid, find_merging_method
+from .merging_cdpruner import CDPruner  # noqa: F401
+from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
+from .merging_gumbel_topk import GumbelTopK  # noqa: F401
+from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
 from .merging_none import Identity  # noqa: F401
+from .merging_random import RandomTokens  # noqa: F401
+from .merging_selection import keep_patches  # noqa: F401
+from .merging_strided import StridedTokens  # noqa: F401
+from .merging_tome import ToMe  # noqa: F401
+from .merging_visionzip import VisionZip  # noqa: F401
+from .merging_vispruner import VisPruner  # noqa: F401
 from .placeholders import is_whole_number  # noqa: F401
 from .projector_files import save_projector
 from .question_turns import Question
@@ -71,6 +82,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         num_tokens: int | None = None,
         grid: tuple[int, int] | None = None,
         return_source: bool = False,
+        extras: MergeExtras | None = None,
     ) -> MergeOutput:
         """
         Args:
@@ -81,9 +93,11 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             num_tokens: M, default the config's.
             grid: Rows and columns of the patches, default a square.
             return_source: Also return which patches made each token, (I, M, N).
+            extras: What the method `requires` besides, as `model.model.get_merge_extras(pixel_values)` gives it.
 
         Raises:
-            ValueError: Shapes that do not fit the config, or M out of range.
+            ValueError: Shapes that do not fit the config, M out of range, or something that the method requires is
+                missing.
         """
         if features.ndim != 3 or features.shape[-1] != self.config.vision_dim:
             raise ValueError(
@@ -92,17 +106,34 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             )
         if question is not None:
             question = self._check_question(features, question) if self.config.question_aware else None
+        extras = self._check_required(features, extras)
         num_patches = features.shape[1]
         num_tokens = self._num_tokens(num_patches, num_tokens)
         geometry = None
         if self.method.needs_grid:
             grid = check_grid(grid, num_patches)
             geometry = slot_geometry(grid, num_tokens, features.device)
-        output = self.method(features, MergeContext(grid, num_tokens, question, return_source, geometry))
+        context = MergeContext(grid, num_tokens, question, return_source, geometry, **vars(extras))
+        output = self.method(features, context)
         if output.positions is None:
             places = torch.arange(num_tokens, device=features.device) if geometry is None else geometry.places
             output.positions = places.expand(len(features), -1)
+        if output.sizes is None:
+            output.sizes = features.new_full((len(features), num_tokens), num_patches / num_tokens, dtype=torch.float32)
         return output
+
+    def _check_required(self, features: Tensor, extras: MergeExtras | None) -> MergeExtras:
+        """The extras, of which the method gets no more than it asked for."""
+        requires = self.method.requires
+        extras = MergeExtras() if extras is None else extras.of_kinds(requires)
+        missing = ", ".join(sorted(requires - extras.kinds))
+        if missing:
+            raise ValueError(
+                f"merger_type={self.config.merger_type!r} needs {missing} besides the features. Call the model, which "
+                f"fetches it, or pass extras=MergeExtras(...) as model.model.get_merge_extras(pixel_values) makes it."
+            )
+        extras.check_shapes(features)
+        return extras.to(features.device)
 
     def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:
         if num_tokens is None or self.config.merger_type == "none":
@@ -127,6 +158,19 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
                 f"(rows, tokens, text_dim={self.config.text_dim}) for the {len(features)} images of the features."
             )
         return question.to(features.device, features.dtype)
+
+    def set_progress(self, progress: float):
+        """Says how much of the training is done, for methods that anneal something in its course. It is saved.
+
+        Args:
+            progress: From 0 to 1.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress={progress!r}: it is the share of the training that is done, from 0 to 1.")
+        self.method.set_progress(progress)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "TokenMerger":

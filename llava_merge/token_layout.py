@@ -84,6 +84,7 @@ def layout_of_images(
     num_tokens: list[int],
     num_patches: int,
     attention_mass: float = 0.0,
+    sizes: Tensor | None = None,
     samples: Tensor | None = None,
 ) -> TokenLayout:
     """The [`TokenLayout`] of prompts whose placeholders are those of images with `num_tokens` merged tokens each.
@@ -93,13 +94,14 @@ def layout_of_images(
         places: (sum of num_tokens,) int64, the patch of its image that each token sits at; None for packed positions.
         num_patches: N, patches of each image.
         attention_mass: Bias of a merged token, in logarithms of the patches that it stands for.
+        sizes: (sum of num_tokens,) float32, how many patches each token stands for; None for N / M each.
         samples: (B, L), number of the packed sample that each token is in, where rows hold several.
     """
     index, count = place_in_image(num_tokens, image_mask.device)
     offset = skip = torch.zeros_like(index)
     if places is not None:
         offset, skip = places.to(index.device) - index, torch.where(index == count - 1, num_patches - count, 0)
-    bias = attention_mass * (num_patches / count).log()
+    bias = attention_mass * (num_patches / count if sizes is None else sizes.to(count.device)).log()
     nothing = torch.zeros_like(image_mask, dtype=torch.long)
     skipped = pad_left(nothing.masked_scatter(image_mask, skip).cumsum(1))
     if samples is not None:

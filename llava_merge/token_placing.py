@@ -32,16 +32,20 @@ class EncodedImages(BaseModelOutputWithPooling):
 
     Attributes:
         token_places: (all merged tokens,) int64, the patch of its image that each token sits at.
+        token_sizes: (all merged tokens,) float32, the number of patches that each token stands for.
         num_patches: Patches N of an image.
     """
 
     token_places: Tensor | None = None
+    token_sizes: Tensor | None = None
     num_patches: int | None = None
 
     @classmethod
-    def of(cls, outputs: BaseModelOutputWithPooling, token_places: Tensor, num_patches: int) -> "EncodedImages":
+    def of(
+        cls, outputs: BaseModelOutputWithPooling, token_places: Tensor, token_sizes: Tensor, num_patches: int
+    ) -> "EncodedImages":
         names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-        return cls(*(outputs.get(name) for name in names), token_places, num_patches)
+        return cls(*(outputs.get(name) for name in names), token_places, token_sizes, num_patches)
 
 
 def find_cache(arguments: dict) -> Cache | None:
@@ -155,13 +159,15 @@ class PlacesTokens:
         check_num_features(image_mask, sum(num_tokens))
         merger_config = self.config.merger_config
         if isinstance(images, EncodedImages):
-            places, num_patches = images.token_places, images.num_patches
+            places, sizes, num_patches = images.token_places, images.token_sizes, images.num_patches
         else:  # made by others: of slots
             grid, num_patches = self.config.patch_grid(self.config.image_shape), self.config.num_patches
             places = torch.cat([slot_places(grid, number, image_mask.device) for number in num_tokens])
+            sizes = None
         if merger_config.position_ids == "packed":
             places = None
-        return layout_of_images(image_mask, places, num_tokens, num_patches, merger_config.attention_mass, samples)
+        mass = merger_config.attention_mass
+        return layout_of_images(image_mask, places, num_tokens, num_patches, mass, sizes, samples)
 
     def placed_arguments(
         self,

@@ -1,0 +1,148 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What merging methods may ask of the model besides the tower's features.
+
+The query of CLS and the keys of one layer are projected once more, from the input of that layer: no hook that calls of
+other threads would meet, no second pass of the tower, no attention implementation that returns its weights.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
+
+from .question_turns import Question
+
+
+KINDS = ("cls_attention", "keys", "layers", "relevance")
+HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # towers that can be asked
+
+
+@dataclass(frozen=True)
+class MergeExtras:
+    """What a method asked for; keys and attention are of the layer that makes the features.
+
+    Attributes:
+        cls_attention: (I, N) float32, attention of CLS to each patch, mean over the heads. CLS looks at itself too, so
+            that rows sum to less than 1. In a tower without CLS, the mean attention that a patch receives from all.
+        keys: (I, N, hidden size of the tower), of all heads side by side.
+        num_heads: Heads of the keys.
+        layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
+        relevance: (I, N) float32, how much each patch matters for its image's question.
+    """
+
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    num_heads: int = 1
+    layers: tuple[Tensor, ...] = ()
+    relevance: Tensor | None = None
+
+    @property
+    def kinds(self) -> set[str]:
+        """Names of what is there."""
+        return {name for name in KINDS if getattr(self, name) is not None and len(getattr(self, name))}
+
+    def of_kinds(self, kinds: frozenset[str]) -> "MergeExtras":
+        """Without what is not in `kinds`."""
+        return replace(self, **{name: getattr(MergeExtras, name) for name in self.kinds - kinds})
+
+    def of_images(self, images: Tensor) -> "MergeExtras":
+        """Those of some of the images, by index: (n,)."""
+        return self._each(lambda tensor: tensor[images.to(tensor.device)])
+
+    def to(self, device: torch.device) -> "MergeExtras":
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change) -> "MergeExtras":
+        tensors = {name: getattr(self, name) for name in KINDS if name != "layers"}
+        changed = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changed, layers=tuple(map(change, self.layers)))
+
+    def check_shapes(self, features: Tensor):
+        """Compares them with `features` (I, N, vision_dim).
+
+        Raises:
+            ValueError: They are of another number of images or patches.
+        """
+        named = {"cls_attention": self.cls_attention, "keys": self.keys, "relevance": self.relevance}
+        named |= {f"layers[{index}]": layer for index, layer in enumerate(self.layers)}
+        for name, tensor in named.items():
+            if tensor is not None and tensor.shape[:2] != features.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; for features of shape {tuple(features.shape)} it has to "
+                    f"begin with {tuple(features.shape[:2])}. Take both from the same images."
+                )
+
+
+def read_tower(
+    tower: nn.Module,
+    hidden_states: tuple[Tensor, ...],
+    requires: frozenset[str],
+    extra_layers: list[int],
+    attention_layer: int,
+    first_patch: int,
+) -> MergeExtras:
+    """The extras that `requires` names, of a tower's `hidden_states` (I, first_patch + N, hidden size).
+
+    Args:
+        attention_layer: Layer of keys and attention; its input is the hidden state of that number.
+        first_patch: Tokens before the patches: 1 where the first is CLS.
+
+    Raises:
+        ValueError: Keys and attention of such a tower are not known.
+    """
+    layers = tuple(hidden_states[index][:, first_patch:] for index in extra_layers)
+    if not requires & {"cls_attention", "keys"}:
+        return MergeExtras(layers=layers)
+    kind = tower.config.model_type
+    if kind not in HAS_CLS:
+        raise ValueError(
+            f"The merging method needs keys or attention of the vision tower, which are known of "
+            f"{' and '.join(HAS_CLS)} only, not of {kind!r}. Choose a method that does without: see "
+            f"`llava-merge mergers`."
+        )
+    layer, num_heads = find_layer(tower, attention_layer), tower.config.num_attention_heads
+    states = layer.layer_norm1(hidden_states[attention_layer])
+    keys = layer.self_attn.k_proj(states)
+    attention = None
+    if "cls_attention" in requires:
+        queries = layer.self_attn.q_proj(states[:, :1] if HAS_CLS[kind] else states)
+        attention = mean_attention(queries, keys, num_heads)[:, first_patch:]
+    return MergeExtras(attention, keys[:, first_patch:] if "keys" in requires else None, num_heads, layers)
+
+
+def find_layer(tower: nn.Module, index: int) -> nn.Module:
+    """Layer `index` of a CLIP or SigLIP tower; how deep it lies differs between transformers releases."""
+    path = f"encoder.layers.{index}"
+    return next(module for name, module in tower.named_modules() if name == path or name.endswith(f".{path}"))
+
+
+def mean_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+    """Attention that each key gets, mean over heads and queries: (I, keys) float32.
+
+    Args:
+        queries: (I, queries, heads × head_dim), not scaled.
+        keys: (I, keys, heads × head_dim).
+    """
+    queries, keys = (
+        tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2).float() for tensor in (queries, keys)
+    )  # (I, heads, tokens, head_dim)
+    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+    return scores.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def projected_relevance(features: Tensor, question: Question, projector: nn.Module) -> Tensor:
+    """Relevance of each patch of `features` (I, N, vision_dim) for its question: (I, N) float32, a cosine.
+
+    Between the patch, seen from the mean of its image, and the direction in which `projector` leads from that mean to
+    the mean embedding of the question: its gradient there. It costs the projection of one token and its way back; to
+    project all patches would say nearly the same. 0 where there is no question.
+    """
+    mask = question.mask.float()  # (I, B·T)
+    words = normalize(question.embeds.flatten(0, 1).float(), dim=-1)
+    wanted = mask @ words / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (I, text_dim)
+    mean = features.mean(dim=1, keepdim=True)  # (I, 1, vision_dim)
+    with torch.no_grad():
+        projected, lead_back = torch.func.vjp(projector, mean)
+        (direction,) = lead_back(wanted[:, None].to(projected.dtype))
+    return cosine_similarity(direction.float(), (features - mean).float(), dim=-1)

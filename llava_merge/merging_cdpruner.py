@@ -1,0 +1,60 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import torch
+from torch import Tensor
+
+from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
+from .merging_selection import cosine_similarity, keep_patches
+
+
+def cdpruner(features: Tensor, relevance: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
+    """Keeps M = `num_tokens` patches (I, N, dim) that are unlike each other and of high `relevance` (I, N)."""
+    picks = conditional_dpp_picks(features, relevance, num_tokens)
+    return keep_patches(features, picks.sort(dim=1).values, return_source)
+
+
+def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) -> Tensor:
+    """Greedy picks of a determinantal point process, in their order: (I, M), the earlier of equal ones.
+
+    Each makes the determinant of the kernel of the picks, relevance × similarity × relevance, as large as it can be;
+    patches that are a mixture of earlier picks come last, by relevance. `relevance` (I, N) is scaled to its range in
+    each image.
+    """
+    low, high = relevance.aminmax(dim=1, keepdim=True)
+    weight = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+    kernel = weight[:, :, None] * cosine_similarity(features, features) * weight[:, None]  # (I, N, N)
+    alone = kernel.diagonal(dim1=1, dim2=2)
+    gain = alone  # by how much each patch would multiply the determinant
+    is_left = torch.ones_like(gain, dtype=torch.bool)
+    rows = kernel.new_zeros(len(kernel), num_tokens, kernel.shape[1])  # of the Cholesky factor of the picks
+    picks = []
+    for step in range(num_tokens):
+        is_new = gain > 1e-5 * alone  # float32 tells no less from a mixture
+        pick = gain.where(is_new, weight - 2).where(is_left, -torch.inf).argmax(dim=1, keepdim=True)  # (I, 1)
+        picks.append(pick)
+        column = pick[:, :, None]
+        known = (rows[:, :step] * rows[:, :step].take_along_dim(column, dim=2)).sum(dim=1)  # (I, N)
+        row = (kernel.take_along_dim(column, dim=1)[:, 0] - known) * gain.gather(1, pick).clamp(min=1e-12).rsqrt()
+        row = row * is_new.gather(1, pick)
+        rows[:, step] = row
+        gain = gain - row.square()
+        is_left = is_left.scatter(1, pick, False)
+    return torch.cat(picks, dim=1)
+
+
+@register_merging_method("cdpruner")
+class CDPruner(MergingMethod):
+    """Keeps patches that are unlike each other and matter for the question (conditional DPP); the others are lost.
+
+    CDPruner (arXiv 2506.10967), on the tower's features. Training-free. How much a patch matters is its cosine, seen
+    from the mean of its image, with the direction in which the *projector* leads to the embeddings of the question: its
+    gradient, taken once for each image, so that no text tower is needed and the N patches are not projected.
+    """
+
+    needs_grid = False
+    training_free = True
+    uses_question = True
+    requires = frozenset({"relevance"})
+    paper = "CDPruner, 2506.10967"
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        return cdpruner(features, context.relevance, context.num_tokens, context.return_source)

@@ -1,0 +1,43 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import torch
+from torch import Tensor
+
+from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
+from .merging_selection import cosine_similarity, keep_patches
+
+
+def divprune(features: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
+    """Keeps M = `num_tokens` of the patches (I, N, dim) so that the least distance between two of them is large."""
+    return keep_patches(features, max_min_picks(features, num_tokens).sort(dim=1).values, return_source)
+
+
+def max_min_picks(features: Tensor, num_tokens: int) -> Tensor:
+    """Greedy picks of max-min diversity by 1 - cosine, in their order: (I, M), the earlier of equal ones.
+
+    The first is the patch whose nearest neighbour is farthest, each other the one farthest from all before.
+    """
+    distance = 1 - cosine_similarity(features, features)  # (I, N, N)
+    nearest = distance.diagonal_scatter(torch.full_like(distance[:, 0], torch.inf), dim1=1, dim2=2).amin(dim=1)
+    picks = [nearest.argmax(dim=1, keepdim=True)]
+    to_chosen = torch.full_like(nearest, torch.inf)
+    for _ in range(num_tokens - 1):
+        last = picks[-1]
+        to_chosen = torch.minimum(to_chosen, distance.take_along_dim(last[:, :, None], dim=1)[:, 0])
+        to_chosen = to_chosen.scatter(1, last, -torch.inf)  # stays: nothing is below
+        picks.append(to_chosen.argmax(dim=1, keepdim=True))
+    return torch.cat(picks, dim=1)
+
+
+@register_merging_method("divprune")
+class DivPrune(MergingMethod):
+    """Keeps the patches that are farthest from each other (max-min diversity); the others are lost.
+
+    DivPrune (arXiv 2503.02175), on the tower's features instead of the projected ones. Training-free.
+    """
+
+    needs_grid = False
+    training_free = True
+    paper = "DivPrune, 2503.02175"
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        return divprune(features, context.num_tokens, context.return_source)

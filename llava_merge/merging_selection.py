@@ -1,0 +1,68 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What methods share that keep some of the patches: choosing, gathering, merging into the nearest. Pure functions.
+
+Indices of patches are int64 and in raster order. Similarities are float32. Nothing here waits for the device.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .merging_base import MergeOutput
+
+
+def top_patches(scores: Tensor, num_tokens: int) -> Tensor:
+    """The M patches with the highest `scores` (I, N), the earlier of equal ones: (I, M)."""
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :num_tokens]
+    return best.sort(dim=1).values
+
+
+def other_patches(chosen: Tensor, num_patches: int) -> Tensor:
+    """The patches that are not among the `chosen` (I, n), each of them once there: (I, N - n)."""
+    is_chosen = torch.zeros(len(chosen), num_patches, dtype=torch.long, device=chosen.device).scatter(1, chosen, 1)
+    return is_chosen.argsort(dim=1, stable=True)[:, : num_patches - chosen.shape[1]]
+
+
+def one_hot(indices: Tensor, size: int) -> Tensor:
+    """(I, n) → (I, n, size) float32."""
+    return (indices[:, :, None] == torch.arange(size, device=indices.device)).float()
+
+
+def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Of each vector of `first` (I, n, dim) with each of `second` (I, m, dim): (I, n, m) float32; 0 of zero vectors."""
+    return normalize(first.float(), dim=-1) @ normalize(second.float(), dim=-1).transpose(-1, -2)
+
+
+def keep_patches(features: Tensor, indices: Tensor, return_source: bool) -> MergeOutput:
+    """The patches (I, M) as they are; the others are lost."""
+    kept = features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
+    source = one_hot(indices, features.shape[1]) if return_source else None
+    return MergeOutput(merged_features=kept, source=source, positions=indices)
+
+
+def owners(similarity: Tensor, anchors: Tensor) -> Tensor:
+    """Which of M anchors each patch belongs to, by highest `similarity` (I, M, N): (I, N) from 0 to M - 1.
+
+    Of equal ones the earlier, and each of the `anchors` (I, M) to itself.
+    """
+    order = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
+    return similarity.argmax(dim=1).scatter(1, anchors, order)
+
+
+def members(owner: Tensor, num_tokens: int) -> Tensor:
+    """Which patches belong to each token, of the `owner` (I, N) of each patch: (I, M, N) float32, 0 or 1."""
+    return (owner[:, None] == torch.arange(num_tokens, device=owner.device)[:, None]).float()
+
+
+def weighted_mean(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (I, M, dim) of `features` (I, N, dim), in their dtype, by `weights` (I, M, N); the weights as shares."""
+    shares = weights / weights.sum(dim=-1, keepdim=True)
+    return (shares @ features.float()).to(features.dtype), shares
+
+
+def merge_into_nearest(features: Tensor, anchors: Tensor, metric: Tensor, return_source: bool) -> MergeOutput:
+    """Each patch merges into the one of the `anchors` (I, M) that is nearest by the cosine of `metric` (I, N, any)."""
+    anchor_metric = metric.gather(1, anchors[:, :, None].expand(-1, -1, metric.shape[-1]))
+    weights = members(owners(cosine_similarity(anchor_metric, metric), anchors), anchors.shape[1])
+    merged, source = weighted_mean(features, weights)
+    return MergeOutput(merged, source if return_source else None, anchors, weights.sum(dim=-1))
