@@ -56,9 +56,14 @@ def make_batches(questions: list[TestQuestion], processor, batch_size: int, devi
     return batches
 
 
-@torch.inference_mode()
 def accuracy(model, processor, batches: list[Batch], num_merged_tokens: int | str) -> dict:
     """Of greedy answers, for each type and over all, with n and the 95 % interval."""
+    return summarize_types(count_right(model, processor, batches, num_merged_tokens))
+
+
+@torch.inference_mode()
+def count_right(model, processor, batches: list[Batch], num_merged_tokens: int | str) -> dict[str, list[bool]]:
+    """Of each question type, which greedy answers are right."""
     num_tokens = model.config.num_patches if num_merged_tokens == "all" else num_merged_tokens
     right = {name: [] for name in QUESTION_TYPES}
     for batch in batches:
@@ -76,7 +81,7 @@ def accuracy(model, processor, batches: list[Batch], num_merged_tokens: int | st
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for item, answer in zip(batch.questions, answers, strict=True):
             right[item.question.type].append(is_right(answer, item.question.answer))
-    return summarize_types(right)
+    return right
 
 
 def load(device: str, **kwargs) -> LlavaMergeForConditionalGeneration:

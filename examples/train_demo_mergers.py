@@ -1,11 +1,12 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Trains V3 mergers for the embedded demo model, one for each way of placing merged tokens: minutes on one GPU.
+"""Trains mergers for the embedded demo model: V3 for each way of placing merged tokens, alone and with the projector;
+V1, V2 and V3 that reads the question for one way. A minute each on one GPU.
 
-    python examples/train_demo_mergers.py --output demo_mergers --minutes 1.25
+    python examples/train_demo_mergers.py --output demo_mergers --minutes 1.0
 
 The tower and the language model stay as they are. Each step merges to another budget: one checkpoint serves them all.
 Loss: half the cross-entropy on the answers, and the divergence from what the same model answers with all its tokens.
-Every merger is saved twice, trained alone and with the projector. `compare_positions.py` measures them.
+`compare_positions.py` and `compare_mergers.py` measure them.
 """
 
 import argparse
@@ -38,10 +39,24 @@ PLACES = {
     "source": {"position_ids": "source"},
     "source_mass": {"position_ids": "source", "attention_mass": 1.0},
 }
+SOFT = {"estimator": "soft_topk"}
+TRAINED = {  # for "source_mass"
+    "gumbel_topk": {"merger_type": "gumbel_topk"},
+    "gumbel_topk_soft": {"merger_type": "gumbel_topk", **SOFT},
+    "gumbel_topk_question": {"merger_type": "gumbel_topk_question"},
+    "gumbel_topk_question_soft": {"merger_type": "gumbel_topk_question", **SOFT},
+    "fixed_pooling_question": {"merger_type": "fixed_pooling", "question_aware": True},
+}
+# merger_config of each, and whether the projector is trained with it
+JOBS = {
+    **{name: (places, False) for name, places in PLACES.items()},
+    **{f"{name}_projector": (places, True) for name, places in PLACES.items()},
+    **{name: ({**PLACES["source_mass"], **fields}, False) for name, fields in TRAINED.items()},
+}
 
 
-def load_model(places: dict, device: str) -> LlavaMergeForConditionalGeneration:
-    merger_config = {"num_merged_tokens": 64, "trained_num_tokens": BUDGETS, **places}
+def load_model(fields: dict, device: str) -> LlavaMergeForConditionalGeneration:
+    merger_config = {"num_merged_tokens": 64, "trained_num_tokens": BUDGETS, **fields}
     model = LlavaMergeForConditionalGeneration.from_pretrained(
         MODEL_DIR, merger_config=merger_config, dtype=torch.float32
     )
@@ -60,17 +75,22 @@ def tower_features(model, pictures: Tensor) -> Tensor:
 
 def answer_logits(model, features: Tensor, tokens: Tensor, labels: Tensor, num_merged_tokens: int | str) -> Tensor:
     """Logits (answer tokens, vocabulary) behind images merged from unprojected `features` (B, N, vision_dim)."""
-    merged = model.model.merge_features(features, num_merged_tokens=num_merged_tokens)
-    projector = model.untrained_projector[0] if num_merged_tokens == "all" else model.model.multi_modal_projector
-    projected = projector(merged.merged_features)  # (B, M, hidden)
-    images = EncodedImages(
-        pooler_output=list(projected), token_places=merged.positions.flatten(), num_patches=features.shape[1]
-    )
-    num_rows, num_tokens = projected.shape[:2]
+    num_rows, num_tokens = len(tokens), features.shape[1] if num_merged_tokens == "all" else num_merged_tokens
     image_ids = tokens.new_full((num_rows, num_tokens), model.config.image_token_id)
-    prefix = tokens.new_tensor(model.prefix).expand(num_rows, -1)
-    ids = torch.cat((prefix, image_ids, tokens), dim=1)
-    mask = torch.cat((torch.ones_like(prefix), torch.ones_like(image_ids), (tokens != PAD).long()), dim=1)
+    before = torch.cat((tokens.new_tensor(model.prefix).expand(num_rows, -1), image_ids), dim=1)
+    ids = torch.cat((before, tokens), dim=1)
+    mask = torch.cat((torch.ones_like(before), (tokens != PAD).long()), dim=1)
+    is_answer = torch.cat((torch.zeros_like(before), (labels != IGNORED).long()), dim=1)
+    prompt = model.model.read_prompt(ids, None, attention_mask=mask, answer_mask=is_answer)
+    question = model.model.get_question(prompt, [num_tokens] * num_rows)
+    merged = model.model.merge_features(features, question, num_merged_tokens=num_merged_tokens)
+    projector = model.untrained_projector[0] if num_merged_tokens == "all" else model.model.multi_modal_projector
+    images = EncodedImages(
+        pooler_output=list(projector(merged.merged_features)),  # B × (M, hidden)
+        token_places=merged.positions.flatten(),
+        token_sizes=merged.sizes.flatten(),
+        num_patches=features.shape[1],
+    )
     outputs = model.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": images}, use_cache=False)
     hidden = outputs.last_hidden_state[:, -tokens.shape[1] - 1 : -1]
     return model.lm_head(hidden[labels != IGNORED])
@@ -90,12 +110,14 @@ def train(model, features: Tensor, loader: TextLoader, with_projector: bool, arg
     if with_projector:
         trained["projector"] = (model.model.multi_modal_projector, args.learning_rate / 2)
     groups = [{"params": list(part.requires_grad_().parameters()), "peak": rate} for part, rate in trained.values()]
+    model.model.merger.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=0.01)
     rng, losses = random.Random(0), []
     start = time.monotonic()
     bar = tqdm(total=100, unit="%")
     while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        model.model.merger.set_progress(progress)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (len(losses) + 1) / 100) * (1 - progress)
         batch = loader.next(0.1)
@@ -115,7 +137,8 @@ def train(model, features: Tensor, loader: TextLoader, with_projector: bool, arg
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the merger checkpoints")
-    parser.add_argument("--minutes", type=float, default=1.25, help="of training, for each merger")
+    parser.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), help="which mergers; default all")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training, for each merger")
     parser.add_argument("--num-scenes", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the merger; half of it for the projector")
@@ -134,16 +157,15 @@ def main():
         pictures = draw_all(pool, args.num_scenes, 336, args.device)
         features = tower_features(load_model({}, args.device), pictures)
         del pictures
-        for name, places in PLACES.items():
-            for with_projector in (False, True):
-                model = load_model(places, args.device)
-                model.prefix = builder.prefix
-                loader = TextLoader(pool, builder, args.num_scenes, args.batch_size, seed="mergers")
-                directory = args.output / (f"{name}_projector" if with_projector else name)
-                report[directory.name] = train(model, features, loader, with_projector, args)
-                logger.info("%s: %s", directory.name, report[directory.name])
-                model.save_merger(directory, projector=with_projector)
-    (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+        for name in args.only:
+            fields, with_projector = JOBS[name]
+            model = load_model(fields, args.device)
+            model.prefix = builder.prefix
+            loader = TextLoader(pool, builder, args.num_scenes, args.batch_size, seed="mergers")
+            report[name] = train(model, features, loader, with_projector, args)
+            logger.info("%s: %s", name, report[name])
+            model.save_merger(args.output / name, projector=with_projector)
+            (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ class MergeOutput(ModelOutput):
         source: (I, M, N), how much of each token came from each patch; rows sum to 1. None unless asked for.
         positions: (I, M) int64, the place among the N patches that each token sits at, never falling. Where a method
             leaves it out, it is the patch nearest the centre of the token's slot.
-        sizes: (I, M) float32, how many patches each token stands for, which `attention_mass` counts. Where a method
-            leaves it out, N / M each.
+        sizes: (I, M) float32, how many patches each token stands for, which `attention_mass` counts: those that merged
+            into it, or, where they are lost, those nearest to it. Where a method leaves it out, N / M each.
     """
 
     merged_features: Tensor | None = None

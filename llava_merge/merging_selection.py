@@ -34,10 +34,15 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def keep_patches(features: Tensor, indices: Tensor, return_source: bool) -> MergeOutput:
-    """The patches (I, M) as they are; the others are lost."""
-    kept = features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
-    source = one_hot(indices, features.shape[1]) if return_source else None
-    return MergeOutput(merged_features=kept, source=source, positions=indices)
+    """The patches (I, M) as they are; the others are lost, but each counts for the size of the nearest by cosine."""
+    kept = gather_patches(features, indices)
+    sizes = members(owners(cosine_similarity(kept, features), indices), indices.shape[1]).sum(dim=-1)
+    return MergeOutput(kept, one_hot(indices, features.shape[1]) if return_source else None, indices, sizes)
+
+
+def gather_patches(features: Tensor, indices: Tensor) -> Tensor:
+    """The vectors of `features` (I, N, dim) at `indices` (I, M): (I, M, dim)."""
+    return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
 
 
 def owners(similarity: Tensor, anchors: Tensor) -> Tensor:
@@ -62,7 +67,6 @@ def weighted_mean(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_into_nearest(features: Tensor, anchors: Tensor, metric: Tensor, return_source: bool) -> MergeOutput:
     """Each patch merges into the one of the `anchors` (I, M) that is nearest by the cosine of `metric` (I, N, any)."""
-    anchor_metric = metric.gather(1, anchors[:, :, None].expand(-1, -1, metric.shape[-1]))
-    weights = members(owners(cosine_similarity(anchor_metric, metric), anchors), anchors.shape[1])
+    weights = members(owners(cosine_similarity(gather_patches(metric, anchors), metric), anchors), anchors.shape[1])
     merged, source = weighted_mean(features, weights)
     return MergeOutput(merged, source if return_source else None, anchors, weights.sum(dim=-1))

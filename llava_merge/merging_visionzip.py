@@ -5,6 +5,7 @@ from torch import Tensor
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
 from .merging_selection import (
     cosine_similarity,
+    gather_patches,
     keep_patches,
     members,
     one_hot,
@@ -48,8 +49,7 @@ def visionzip(
     stride = rest.shape[1] // num_merged
     targets = rest[:, : stride * num_merged : stride]  # (I, M - dominant)
     metric = keys.float().unflatten(-1, (num_heads, -1)).mean(dim=-2)
-    target_metric = metric.gather(1, targets[:, :, None].expand(-1, -1, metric.shape[-1]))
-    owner = owners(cosine_similarity(target_metric, metric), targets)
+    owner = owners(cosine_similarity(gather_patches(metric, targets), metric), targets)
     own = one_hot(targets, num_patches)  # (I, M - dominant, N)
     assigned = members(owner.scatter(1, dominant, -1), num_merged) - own
     count = assigned.sum(dim=-1, keepdim=True)

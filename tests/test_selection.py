@@ -52,14 +52,19 @@ def check_kept(output, features, expected: list[list[int]]):
     for image, indices in enumerate(expected):
         assert torch.equal(output.merged_features[image], features[image, indices])
         assert torch.equal(output.source[image], torch.eye(N)[indices])
+        similarity, sizes = similarities(features[image]), dict.fromkeys(indices, 0)
+        for patch in range(N):  # the lost ones count for the nearest
+            nearest = max(indices, key=lambda kept: (similarity[kept][patch], -kept))  # noqa: B023
+            sizes[patch if patch in sizes else nearest] += 1
+        assert output.sizes[image].tolist() == list(sizes.values())
 
 
 def check_merged(output, expected: list[list[tuple[int, dict[int, float], int]]], features, scale=None):
     """Tokens given by place, the share of each patch, and size."""
     for image, tokens in enumerate(expected):
         assert output.positions[image].tolist() == [place for place, _, _ in tokens]
-        sizes = torch.ones(3, len(tokens)) if output.sizes is None else output.sizes  # nothing merged
-        assert sizes[image].tolist() == [size for _, _, size in tokens]
+        if any(size > 1 for _, _, size in tokens):  # else the lost ones count for the nearest
+            assert output.sizes[image].tolist() == [size for _, _, size in tokens]
         shares = torch.zeros(len(tokens), N)
         for row, (_, weights, _) in enumerate(tokens):
             for patch, weight in weights.items():
