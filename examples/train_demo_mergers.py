@@ -152,7 +152,8 @@ def main():
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)
     builder = builder_of(Tokenizer.from_file(str(Path(MODEL_DIR) / "tokenizer.json")).to_str())
-    report = {}
+    written = args.output / "training.json"
+    report = json.loads(written.read_text()) if written.exists() else {}  # of mergers that were trained before
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         pictures = draw_all(pool, args.num_scenes, 336, args.device)
         features = tower_features(load_model({}, args.device), pictures)
@@ -165,7 +166,7 @@ def main():
             report[name] = train(model, features, loader, with_projector, args)
             logger.info("%s: %s", name, report[name])
             model.save_merger(args.output / name, projector=with_projector)
-            (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+            written.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

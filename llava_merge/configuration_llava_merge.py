@@ -65,8 +65,8 @@ class MergerConfig(PretrainedConfig):
             and 54/64.
         faithful: Of `visionzip`: add to a contextual token the mean of what merges into it, as the released code does,
             which about doubles its norm, instead of taking the mean of both.
-        estimator: Of `gumbel_topk` and `gumbel_topk_question`, in training: `"gumbel"` samples the tokens, with
-            straight-through gradients; `"soft_topk"` takes the best, with noise where the choice was close.
+        estimator: Of `gumbel_topk` and `gumbel_topk_question`, which draw tokens in training: `"gumbel"` passes the
+            gradients straight through, `"soft_topk"` mixes noise into tokens whose choice was close.
         initial_temperature: Of the same: at the start of training; their `set_progress` anneals it.
         final_temperature: Of the same: at the end of training.
         position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,

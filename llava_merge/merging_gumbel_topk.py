@@ -33,13 +33,13 @@ def sampled_tokens(
     Args:
         features: (I, N, dim).
         scores: (I, N).
-        temperature: The lower, the nearer to [`best_tokens`].
+        temperature: Of the scores with mean 0 and deviation 1; the lower, the nearer to [`best_tokens`].
         estimator: `"gumbel"` draws the M tokens without replacement, by softmax(scores / temperature), and passes the
-            gradients straight through to the soft top-k of the draw. `"soft_topk"` takes the best M and mixes each with
-            as much noise, of equal variance, as its share in the soft top-k lacks (DiffPrune): a token that was chosen
-            by a hair can hardly be read, so that the scores have to decide.
+            gradients straight through to the soft top-k of the draw. `"soft_topk"` draws too, and mixes each token with
+            as much noise, of equal variance, as its share in the soft top-k of the scores lacks (after DiffPrune): what
+            was chosen by a hair can hardly be read, so that the scores have to decide.
     """
-    logits = scores.float() / temperature
+    logits = standardized(scores.float()) / temperature
     draw = logits - torch.empty_like(logits).exponential_().log()  # plus Gumbel noise
     shares = soft_topk(draw if estimator == "gumbel" else logits, num_tokens)
     straight_through = 1 + shares - shares.detach()  # 1, with the gradient of the shares
@@ -51,6 +51,12 @@ def sampled_tokens(
     else:
         merged = drowned(merged, shares.gather(1, anchors)[:, :, None])
     return MergeOutput(merged, source.detach() if return_source else None, anchors, belongs.sum(dim=-1))
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """`scores` (I, N) with mean 0 and deviation 1 in each image, so that a temperature means the same for all."""
+    deviation = scores.std(dim=1, keepdim=True) if scores.shape[1] > 1 else torch.ones_like(scores)
+    return (scores - scores.mean(dim=1, keepdim=True)) / deviation.clamp(min=1e-6)
 
 
 def drowned(tokens: Tensor, shares: Tensor) -> Tensor:
@@ -89,8 +95,9 @@ def soft_topk(logits: Tensor, num_tokens: int) -> Tensor:
 class GumbelTopK(MergingMethod):
     """V1: a learned score of each token chooses M of them, and the others merge into the nearest of these.
 
-    Training draws them by Gumbel-top-k (arXiv 1903.06059), or takes the best with noise (`estimator="soft_topk"`, after
-    DiffPrune and VisionSelector); evaluation takes the best. The comparison for V3: fresh, its choice is arbitrary.
+    Training draws them by Gumbel-top-k (arXiv 1903.06059), with straight-through gradients or with noise in doubtful
+    tokens (`estimator="soft_topk"`, after DiffPrune and VisionSelector); evaluation takes the best. The comparison for
+    V3: fresh, its choice is arbitrary.
     """
 
     needs_grid = False

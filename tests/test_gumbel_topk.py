@@ -70,8 +70,9 @@ class TestSoftTopK:
 class TestDrawing:
     def test_draws_follow_the_softmax_of_the_scores(self):
         scores = torch.tensor([0.0, 1.0, 2.0, -1.0])
+        scores = (scores - scores.mean()) / scores.std()
         features = torch.eye(4)[None].expand(20000, -1, -1)
-        drawn = sampled_tokens(features, scores.expand(20000, -1), 1, temperature=2.0).positions[:, 0]
+        drawn = sampled_tokens(features, 7 * scores.expand(20000, -1) + 3, 1, temperature=2.0).positions[:, 0]
         share = torch.bincount(drawn, minlength=4) / 20000
         assert (share - (scores / 2).softmax(0)).abs().max() < 0.015
 
@@ -119,10 +120,8 @@ class TestDrawing:
 
 
 class TestLearning:
-    @pytest.mark.parametrize(
-        "merger_type, estimator",
-        [("gumbel_topk", "gumbel"), ("gumbel_topk", "soft_topk"), ("gumbel_topk_question", "gumbel")],
-    )
+    @ESTIMATORS
+    @pytest.mark.parametrize("merger_type", ["gumbel_topk", "gumbel_topk_question"])
     def test_it_learns_which_tokens_matter(self, merger_type, estimator):
         """Five of the tokens are marked, for V2 by what the question names; only they help to tell the answer."""
         merger = make(merger_type, estimator=estimator, internal_dim=32).train()
