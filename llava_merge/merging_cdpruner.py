@@ -22,22 +22,21 @@ def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) 
     low, high = relevance.aminmax(dim=1, keepdim=True)
     weight = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
     kernel = weight[:, :, None] * cosine_similarity(features, features) * weight[:, None]  # (I, N, N)
-    alone = kernel.diagonal(dim1=1, dim2=2)
-    gain = alone  # by how much each patch would multiply the determinant
-    is_left = torch.ones_like(gain, dtype=torch.bool)
+    gain = kernel.diagonal(dim1=1, dim2=2)  # by how much each patch would multiply the determinant
+    least = 1e-5 * gain  # float32 tells no less from a mixture
+    last = weight - 2  # order of the mixtures, below every gain
     rows = kernel.new_zeros(len(kernel), num_tokens, kernel.shape[1])  # of the Cholesky factor of the picks
     picks = []
     for step in range(num_tokens):
-        is_new = gain > 1e-5 * alone  # float32 tells no less from a mixture
-        pick = gain.where(is_new, weight - 2).where(is_left, -torch.inf).argmax(dim=1, keepdim=True)  # (I, 1)
+        pick = gain.where(gain > least, last).argmax(dim=1, keepdim=True)  # (I, 1)
         picks.append(pick)
-        column = pick[:, :, None]
-        known = (rows[:, :step] * rows[:, :step].take_along_dim(column, dim=2)).sum(dim=1)  # (I, N)
-        row = (kernel.take_along_dim(column, dim=1)[:, 0] - known) * gain.gather(1, pick).clamp(min=1e-12).rsqrt()
-        row = row * is_new.gather(1, pick)
+        known = (rows[:, :step] * rows[:, :step].take_along_dim(pick[:, :, None], dim=2)).sum(dim=1)  # (I, N)
+        row = kernel.take_along_dim(pick[:, :, None], dim=1)[:, 0] - known
+        square = gain.gather(1, pick)
+        row = row * square.rsqrt().where(square > least.gather(1, pick), 0)
         rows[:, step] = row
         gain = gain - row.square()
-        is_left = is_left.scatter(1, pick, False)
+        gain, last = (tensor.scatter(1, pick, -torch.inf) for tensor in (gain, last))
     return torch.cat(picks, dim=1)
 
 

@@ -113,7 +113,18 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         if self.method.needs_grid:
             grid = check_grid(grid, num_patches)
             geometry = slot_geometry(grid, num_tokens, features.device)
-        context = MergeContext(grid, num_tokens, question, return_source, geometry, **vars(extras))
+        context = MergeContext(
+            grid,
+            num_tokens,
+            question,
+            return_source,
+            geometry,
+            cls_attention=extras.cls_attention,
+            keys=extras.keys,
+            num_heads=extras.num_heads,
+            layers=extras.layers,
+            relevance=extras.relevance,
+        )
         output = self.method(features, context)
         if output.positions is None:
             places = torch.arange(num_tokens, device=features.device) if geometry is None else geometry.places
