@@ -16,12 +16,16 @@ def random_tokens(features: Tensor, num_tokens: int, seed: int = 0, return_sourc
 
 
 def scrambled(numbers: Tensor, seed: int) -> Tensor:
-    """A number from 0 to 2³² - 1 for each of `numbers`, int64, without an order that could be seen."""
-    mixed = (numbers + 1) * 0x9E3779B1 + (seed % 2**31) * 0x85EBCA6B
+    """A number from 0 to 2³¹ - 1 for each of `numbers`, int64, without an order that could be seen; no two are equal.
+
+    Constants fit 31 bits, or Triton would take them for unsigned.
+    """
+    mixed = (numbers + 1) * 0x1E3779B1 + (seed % 2**31) * 0x45EBCA6B
     for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
-        mixed = mixed & 0xFFFFFFFF
+        mixed = mixed & 0x7FFFFFFF
         mixed = (mixed ^ (mixed >> shift)) * factor
-    return (mixed & 0xFFFFFFFF) ^ ((mixed & 0xFFFFFFFF) >> 16)
+    mixed = mixed & 0x7FFFFFFF
+    return mixed ^ (mixed >> 16)
 
 
 @register_merging_method("random")

@@ -90,7 +90,7 @@ class TestBaselines:
     def test_the_seed_decides_and_draws_evenly(self):
         features = torch.zeros(1, 576, 1)
         drawn = torch.stack([random_tokens(features, 144, seed=seed).positions[0] for seed in range(200)])
-        assert random_tokens(features, 4, seed=0).positions.tolist() == [[54, 80, 315, 358]]  # on any device
+        assert random_tokens(features, 4, seed=0).positions.tolist() == [[80, 97, 415, 574]]  # on any device
         share = torch.bincount(drawn.flatten(), minlength=576) / 200  # 0.25 each, deviation 0.031
         assert share.min() > 0.1 and share.max() < 0.4
         both = (drawn[:100, :, None] == drawn[100:, None]).any(dim=2).float().mean()
