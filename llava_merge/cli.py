@@ -4,6 +4,7 @@
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 
@@ -29,29 +30,58 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")
     ] = None,
-    merger: Annotated[str | None, typer.Option(help="Directory or Hub repo of a merger for it.")] = None,
+    merger: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method (see `llava-merge mergers`), or directory or Hub repo of a merger; several to compare."
+        ),
+    ] = None,
+    attention_mass: Annotated[
+        float | None, typer.Option(help="Weight of merged tokens, from 0 (one token) to 1 (all their patches).")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("llava_merge_demo.png"),
 ):
-    """Answers questions about a picture with all visual tokens and with merged ones, and draws what was merged."""
+    """Answers questions about a picture with all visual tokens and with merged ones, and draws what was merged.
+
+    A baseline that keeps tokens at random stands beside every merger.
+    """
     from transformers.utils import logging
 
     from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
     from llava_merge.pictures import open_picture
+    from llava_merge.visualization import side_by_side
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
-    questions = question or list(QUESTIONS)
+    questions, mergers = question or list(QUESTIONS), merger or [None]
     with one_line_errors():
         picture = open_picture(image or PICTURE)
-        comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, merger)
-        answers = [
-            (text, comparison.with_all_tokens(picture, text), comparison.with_merged_tokens(picture, text))
-            for text in questions
-        ]
-        print_answers(answers)
-        comparison.picture(picture, questions[0]).save(output)
+        comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
+        columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
+        drawn = []
+        for name in [*mergers, *(["random"] if "random" not in mergers else [])]:
+            if columns.keys() - {""}:
+                comparison.use(name)
+            columns[name or comparison.name] = [comparison.with_merged_tokens(picture, text) for text in questions]
+            if name in mergers:
+                drawn += comparison.pictures(picture, questions[0])[1 if drawn else 0 :]
+        print_answers(questions, columns)
+        side_by_side(drawn).save(output)
     typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
+
+
+@app.command()
+def mergers():
+    """Lists the merging methods: what each does, whether it is trained, and what it needs."""
+    from llava_merge import list_mergers
+
+    for method in list_mergers():
+        kind = "trained" if method.trained else "training-free"
+        needs = [f"needs {', '.join(method.requires)}"] if method.requires else []
+        question = ["reads the question"] if method.question_aware else []
+        typer.echo(f"{method.name}: {method.summary}")
+        typer.echo(f"    {'; '.join([kind, *question, *needs, *([method.paper] if method.paper else [])])}")
 
 
 @contextmanager
@@ -64,16 +94,19 @@ def one_line_errors():
         raise typer.Exit(2) from error
 
 
-def print_answers(answers):
-    """A table: each question, then answer and milliseconds with all tokens and with merged ones."""
-    _, full, merged = answers[0]
-    width = max(len(question) for question, _, _ in answers)
-    columns = [max(len(pair[i].text) for pair in answers) for i in (1, 2)]
-    columns = [max(length, 11) for length in columns]
-    heads = [f"{answer.num_image_tokens} tokens" for answer in (full, merged)]
-    typer.echo(f"{'':{width}}  {heads[0]:{columns[0] + 10}}  {heads[1]}")
-    for question, full, merged in answers:
+def print_answers(questions: list[str], columns: dict[str, list]):
+    """A table: each question, then answer and milliseconds with all tokens and with those of each merger."""
+    rows = [[shorten(answer.text, 32, placeholder=" …") for answer in answers] for answers in columns.values()]
+    heads = [
+        f"{answers[0].num_image_tokens} tokens{', ' if name else ''}{Path(name).name}"
+        for name, answers in columns.items()
+    ]
+    widths = [max(len(head) - 10, 11, *map(len, texts)) for head, texts in zip(heads, rows, strict=True)]
+    first = max(map(len, questions))
+    typer.echo("  ".join([" " * first, *(f"{head:{width + 10}}" for head, width in zip(heads, widths, strict=True))]))
+    for index, question in enumerate(questions):
         cells = [
-            f"{a.text:{column}} {a.milliseconds:6.0f} ms" for a, column in zip((full, merged), columns, strict=True)
+            f"{texts[index]:{width}} {answers[index].milliseconds:6.0f} ms"
+            for texts, answers, width in zip(rows, columns.values(), widths, strict=True)
         ]
-        typer.echo(f"{question:{width}}  {cells[0]}  {cells[1]}")
+        typer.echo("  ".join([f"{question:{first}}", *cells]))

@@ -352,6 +352,16 @@ class LlavaMergeConfig(LlavaConfig):
 
     def set_merger_config(self, merger_config: MergerConfig | dict):
         """Fits `merger_config` to this model and makes it the merger's; the config is unchanged where it raises."""
+        self.merger_config = self.fit_merger_config(merger_config)
+        if self.merger_config.merger_type != "none":
+            self.image_seq_length = self.merger_config.num_merged_tokens
+
+    def fit_merger_config(self, merger_config: MergerConfig | dict) -> MergerConfig:
+        """`merger_config` with the widths, the budget and the question marks of this model.
+
+        Raises:
+            ValueError: It is for other widths, or its budget does not fit the image.
+        """
         widths = {"vision_dim": self.merged_vision_dim, "text_dim": self.text_config.hidden_size}
         if isinstance(merger_config, dict):
             check_merger_fields(merger_config)
@@ -371,9 +381,9 @@ class LlavaMergeConfig(LlavaConfig):
             for name in QUESTION_MARKS:  # of the tokenizer, which stays the same
                 setattr(merger_config, name, getattr(self.merger_config, name))
         merger_config._attn_implementation = self._attn_implementation
-        self.merger_config = merger_config
         if merger_config.merger_type != "none":
-            merger_config.num_merged_tokens = self.image_seq_length = num_tokens
+            merger_config.num_merged_tokens = num_tokens
+        return merger_config
 
 
 def height_and_width(name: str, size) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .bypass import bypassing
 from .checkpoint_files import for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
-from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig
 from .loading import (
     as_merge_config,
     check_adapter,
@@ -211,6 +211,33 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         if projector is not None:
             replace_projectors(self.headless_model, projector, self.dtype)
             logger.info(f"{path} replaced the projector too, which was trained with its merger.")
+        self._put_merger(merger)
+
+    def set_merger(self, merger_config: MergerConfig | dict):
+        """Puts a fresh merger in the place of the present one: `model.set_merger({"merger_type": "tome"})`.
+
+        Args:
+            merger_config: Its configuration. Budget, `position_ids` and `attention_mass` that a dict leaves out stay as
+                they are.
+
+        Raises:
+            ValueError: It does not fit the model; the model is as before then.
+        """
+        present = self.config.merger_config
+        if isinstance(merger_config, dict):
+            kept = {name: getattr(present, name) for name in ("position_ids", "attention_mass")}
+            if not {*BUDGET} & {*merger_config} and "none" not in (
+                merger_config.get("merger_type"),
+                present.merger_type,
+            ):
+                kept["num_merged_tokens"] = present.num_merged_tokens
+            merger_config = {**kept, **merger_config}
+        merger = TokenMerger(self.config.fit_merger_config(merger_config)).to(self.dtype)
+        self.config.set_merger_config(merger.config)
+        self._put_merger(merger)
+
+    def _put_merger(self, merger: TokenMerger):
+        """Puts `merger`, which `self.config` is of already, in the place of the present one."""
         device = self.headless_model.multi_modal_projector.linear_1.weight.device
         merger = merger.to("cpu" if device.type == "meta" else device)
         for name, old in list(self.headless_model.named_modules()):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.cli import app
 from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
 from llava_merge.demo.compare import Comparison
@@ -72,6 +72,10 @@ class TestEmbeddedModel:
             cells = " | ".join([*cells, f"{row['seconds']:.1f}"])
             assert re.search(rf"^\| {row['image_tokens']} \([^|]*\) \| {re.escape(cells)} \|$", readme, re.MULTILINE)
         assert all(measured[name] in readme for name in ("torch", "transformers", "command"))
+
+    def test_the_tables_of_mergers_in_the_readme_are_generated(self):
+        text = README.read_text(encoding="utf-8")
+        assert load_example("update_readme").updated(text) == text
 
     def test_the_readme_says_what_was_measured_of_positions(self):
         """Each row of the JSON is one of the table, and the table has no other."""
@@ -147,9 +151,9 @@ class TestComparison:
         assert answer.num_image_tokens == 36 and answer.text
 
     def test_the_picture_shows_the_question_and_what_is_left(self, comparison):
-        drawn = comparison.picture(Image.open(PICTURE), QUESTIONS[0])
-        assert drawn.size == (336 * 2 + 8, 336)
-        seen = torch.tensor(list(drawn.crop((0, 0, 336, 336)).tobytes())).float()
+        seen, merged = comparison.pictures(Image.open(PICTURE), QUESTIONS[0])
+        assert seen.size == merged.size == (336, 336)
+        seen = torch.tensor(list(seen.tobytes())).float()
         given = torch.tensor(list(Image.open(PICTURE).convert("RGB").tobytes())).float()
         assert (seen - given).abs().mean() < 4  # it went through the size of the tower
 
@@ -163,8 +167,9 @@ class TestCommand:
     def test_demo_answers_with_both_token_counts_and_writes_a_picture(self, tmp_path):
         output = self.run("--output", tmp_path / "demo.png")
         num_patches = LlavaMergeForConditionalGeneration.from_pretrained(MODEL_DIR).config.num_patches
-        assert f"{num_patches} tokens" in output and f"{num_patches // 4} tokens" in output
-        assert all(question in output for question in QUESTIONS) and output.count(" ms") == 2 * len(QUESTIONS)
+        heads = ["576 tokens", f"{num_patches // 4} tokens, fixed_pooling", f"{num_patches // 4} tokens, random"]
+        assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == heads and num_patches == 576
+        assert all(question in output for question in QUESTIONS) and output.count(" ms") == 3 * len(QUESTIONS)
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
             line = next(line for line in output.splitlines() if line.startswith(question))
             assert line.removeprefix(question).split()[0] == answer
@@ -178,6 +183,40 @@ class TestCommand:
             *("--num-merged-tokens", 9, "--output", tmp_path / "out.png"),
         )
         assert "How many shapes are there?" in output and " 9 tokens" in output
+
+    def test_several_mergers_with_random_beside_them(self, tmp_path):
+        output = self.run(
+            *("--merger", "visionzip", "--merger", "cdpruner", "--num-merged-tokens", 36, "--attention-mass", 1),
+            *("--question", "What color is the star?", "--output", tmp_path / "out.png"),
+        )
+        heads = [f"36 tokens, {name}" for name in ("visionzip", "cdpruner", "random")]
+        assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == ["576 tokens", *heads]
+        assert Image.open(tmp_path / "out.png").size == (3 * 336 + 2 * 8, 336)
+
+    def test_random_alone_is_shown_once(self, tmp_path):
+        arguments = ("--merger", "random", "--question", "What color is the star?", "--output", tmp_path / "out.png")
+        assert self.run(*arguments).splitlines()[0].count("tokens, random") == 1
+
+    def test_a_merger_checkpoint_beside_a_method(self, tmp_path):
+        LlavaMergeForConditionalGeneration.from_pretrained(
+            MODEL_DIR, merger_config={"merger_type": "tome", "num_merged_tokens": 9}
+        ).save_merger(tmp_path / "mine")
+        arguments = ("--question", "What color is the star?", "--output", tmp_path / "out.png")
+        output = self.run("--merger", tmp_path / "mine", *arguments)
+        assert "9 tokens, mine" in output and "9 tokens, random" in output
+        assert "16 tokens, mine" in self.run("--merger", tmp_path / "mine", "--num-merged-tokens", 16, *arguments)
+
+    def test_long_answers_are_cut(self, tmp_path):
+        arguments = ("--merger", "visionzip", "--num-merged-tokens", 36, "--question", "How many shapes are there?")
+        output = self.run(*arguments, "--output", tmp_path / "out.png")
+        assert " …" in output and max(map(len, output.splitlines()[:2])) < 150
+
+    def test_mergers_lists_all_of_them(self):
+        result = CliRunner().invoke(app, ["mergers"])
+        assert result.exit_code == 0
+        for merger in list_mergers():
+            assert f"{merger.name}: {merger.summary}" in result.output and merger.paper in result.output
+        assert "training-free; needs cls_attention, keys; VisionZip, 2412.04467" in result.output
 
     def test_another_model(self, tmp_path):
         tiny_stock().save_pretrained(tmp_path / "model")
@@ -213,6 +252,8 @@ class TestCommand:
             (("--model", "{}"), "no file named"),
             (("--merger", "/nowhere/at/all"), "/nowhere/at/all"),
             (("--merger", str(MODEL_DIR)), "not of a merger"),
+            (("--merger", "visionzp"), "merger='visionzp' is neither a method (average_pooling, cdpruner"),
+            (("--attention-mass", "2"), "attention_mass=2.0: has to be a number from 0"),
             (
                 ("--output", "/nowhere/at/all/out.png", "--question", "What color is the star?"),
                 "/nowhere/at/all/out.png",
@@ -231,7 +272,10 @@ class TestCommand:
         assert not (tmp_path / "out.png").exists()
 
     def test_every_command_is_in_the_table(self):
-        assert [command.name or command.callback.__name__ for command in app.registered_commands] == ["demo"]
+        assert [command.name or command.callback.__name__ for command in app.registered_commands] == [
+            "demo",
+            "mergers",
+        ]
 
 
 class TestPictures:

@@ -527,3 +527,44 @@ class TestBadInput:
         stock.pop("model_type")
         with pytest.raises(ValueError, match="vision_dim=1024, this model needs vision_dim=32"):
             LlavaMergeConfig(merger_config=MergerConfig(num_merged_tokens=4), **stock)
+
+
+class TestSetMerger:
+    def test_another_method_on_the_same_model(self):
+        model = tiny_model(agnostic(9, attention_mass=0.5, position_ids="packed"), train_merger=True)
+        batch = {**prompts([1, 1], 9), "pixel_values": pixels(2)}
+        for merger_type in ("tome", "visionzip"):
+            model.set_merger({"merger_type": merger_type})
+            config = model.config.merger_config
+            assert config is model.model.merger.config is model.model.merger.method.config
+            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (9, 0.5, "packed")
+            fields = {"merger_type": merger_type, "num_merged_tokens": 9, "attention_mass": 0.5}
+            expected = tiny_model({**fields, "position_ids": "packed"})
+            torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
+
+    def test_budget_dtype_and_mode_are_those_of_the_model(self):
+        model = tiny_model(agnostic(9)).to(torch.bfloat16).train().requires_grad_(False)
+        model.set_merger({"merger_type": "gumbel_topk", "num_merged_tokens": 4})
+        merger = model.model.merger
+        assert merger.training and model.config.image_seq_length == 4
+        assert {(p.dtype, p.requires_grad) for p in merger.parameters()} == {(torch.bfloat16, False)}
+        model.set_merger({"merger_type": "none"})
+        assert model.config.merger_config.num_merged_tokens is None
+        model.set_merger({"merger_type": "strided"})
+        assert model.config.merger_config.num_merged_tokens == 9  # a quarter
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"merger_type": "nonsense"}, "'nonsense' does not exist"),
+            ({"merger_type": "tome", "num_merged_tokens": 100}, "num_merged_tokens=100 is more than"),
+            ({"merger_type": "tome", "faithful": True}, "faithful=True"),
+            ({"merger_typ": "tome"}, "no field merger_typ"),
+        ],
+    )
+    def test_what_does_not_fit_changes_nothing(self, fields, message):
+        model = tiny_model(agnostic(9))
+        before, config = model.model.merger, model.config.to_dict()
+        with pytest.raises(ValueError, match=message):
+            model.set_merger(fields)
+        assert model.model.merger is before and model.config.to_dict() == config

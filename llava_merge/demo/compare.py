@@ -4,13 +4,14 @@
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.demo import MODEL_DIR
-from llava_merge.visualization import draw_merged_tokens, side_by_side, to_image
+from llava_merge.visualization import draw_merged_tokens, to_image
 
 
 @dataclass(frozen=True)
@@ -23,27 +24,61 @@ class Answer:
 
 
 class Comparison:
-    """A LLaVA with its merger and, by the budget of a call, without: the same weights answer twice.
+    """A LLaVA that answers with one merger after the other and, by the budget of a call, without: the same weights.
 
     Args:
         model_dir: Directory or Hub repo of a LLaVA; default the embedded one.
         num_merged_tokens: Tokens per image after merging.
-        merger: Directory or Hub repo of a merger checkpoint; default a fresh one, which pools averages.
+        attention_mass: What merged tokens weigh, see [`MergerConfig`].
+        merger: The first merger, see [`use`]; default the model's own, which in a stock LLaVA pools averages.
     """
 
     def __init__(
-        self, model_dir: str = str(MODEL_DIR), num_merged_tokens: int | None = None, merger: str | None = None
+        self,
+        model_dir: str = str(MODEL_DIR),
+        num_merged_tokens: int | None = None,
+        merger: str | None = None,
+        attention_mass: float | None = None,
     ):
-        budget = {} if num_merged_tokens is None else {"num_merged_tokens": num_merged_tokens}
-        kwargs = {"merger": merger} if merger else {"merger_config": budget}
+        given = {"num_merged_tokens": num_merged_tokens, "attention_mass": attention_mass}
+        self.given = {name: value for name, value in given.items() if value is not None}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if self.device == "cuda" else torch.float32
-        self.model = LlavaMergeForConditionalGeneration.from_pretrained(model_dir, dtype=dtype, **kwargs).to(
-            self.device
-        )
+        self.model = LlavaMergeForConditionalGeneration.from_pretrained(
+            model_dir, dtype=dtype, merger_config=self.given
+        ).to(self.device)
         self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
-        if merger and num_merged_tokens is not None:
-            self.model.set_num_merged_tokens(num_merged_tokens)
+        if merger is not None:
+            self.use(merger)
+
+    def use(self, merger: str):
+        """Answers with another merger from now on.
+
+        Args:
+            merger: Name of a method, or directory or Hub repo of a merger checkpoint.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        methods = [method.name for method in list_mergers() if method.name != "none"]
+        if merger in methods:
+            self.model.set_merger({"merger_type": merger})
+            if self.model.config.merger_config.question_aware:
+                self.model.set_question_marks(self.processor)
+            return
+        if "/" not in merger and not Path(merger).is_dir():
+            raise ValueError(
+                f"merger={merger!r} is neither a method ({', '.join(methods)}) nor a folder or Hub repo of a merger."
+            )
+        self.model.load_merger(merger)
+        if "num_merged_tokens" in self.given:
+            self.model.set_num_merged_tokens(self.given["num_merged_tokens"])
+        if "attention_mass" in self.given:
+            self.model.config.merger_config.attention_mass = self.given["attention_mass"]
+
+    @property
+    def name(self) -> str:
+        return self.model.config.merger_config.merger_type
 
     @property
     def num_merged_tokens(self) -> int:
@@ -81,17 +116,18 @@ class Comparison:
         return Answer(text, num_image_tokens, statistics.median(times[1:]))
 
     @torch.no_grad()
-    def picture(self, image: Image.Image, question: str) -> Image.Image:
-        """What the model sees of the picture, and what its merged tokens keep of it."""
+    def pictures(self, image: Image.Image, question: str) -> list[Image.Image]:
+        """What the model sees of the picture, and what the present merger's tokens keep of it."""
         inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)  # (1, 3, H, W)
         words = self.processor.tokenizer(question, return_tensors="pt")["input_ids"].to(self.device)
         question_embeds = self.model.get_input_embeddings()(words)  # (1, T, text_dim)
         features = self.model.get_vision_features(pixel_values)
-        source = self.model.model.merger(features, question_embeds, return_source=True).source[0]  # (M, N)
+        extras = self.model.model.get_merge_extras(pixel_values, question=question_embeds)
+        merged = self.model.model.merger(features, question_embeds, return_source=True, extras=extras)
         grid = self.model.config.patch_grid(pixel_values.shape[-2:])
         seen = self.undo_normalization(pixel_values[0].float().cpu()).resize((336, 336), Image.Resampling.BICUBIC)
-        return side_by_side([seen, draw_merged_tokens(seen, source, grid)])
+        return [seen, draw_merged_tokens(seen, merged.source[0], grid)]
 
     def undo_normalization(self, pixel_values: torch.Tensor) -> Image.Image:
         """(3, H, W) as the tower gets it → picture."""
