@@ -216,6 +216,28 @@ def test_budgets_of_one_batch_take_the_extras_of_their_images():
         assert torch.equal(sizes[image], alone.token_sizes)
 
 
+@pytest.mark.parametrize("merger_type", ["tome", "visionzip", "divprune"])
+def test_attention_mass_counts_the_size_of_each_token(merger_type):
+    """Against the language model alone, with the bias in a mask written out and positions by hand."""
+    model = tiny_model({"merger_type": merger_type, "num_merged_tokens": M, "attention_mass": 0.7})
+    batch, start = prompts([1], M), 1  # <s>, then the image
+    with torch.no_grad():
+        images = model.model.encode_images(pixels(1))
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        embeds[0, start : start + M] = images.pooler_output[0]
+        length = embeds.shape[1]
+        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+        mask[:, start : start + M] += 0.7 * images.token_sizes.log()
+        positions = torch.arange(length)
+        positions[start : start + M] = start + images.token_places
+        positions[start + M :] += N - M
+        arguments = {"attention_mask": mask.clamp(min=torch.finfo(torch.float32).min)[None, None]}
+        states = model.model.language_model(inputs_embeds=embeds, position_ids=positions[None], **arguments)
+        logits = model(**batch, pixel_values=pixels(1)).logits
+    assert images.token_sizes.unique().numel() > 1
+    torch.testing.assert_close(logits, model.lm_head(states.last_hidden_state), atol=1e-4, rtol=1e-4)
+
+
 def test_attention_in_half_precision_is_summed_in_float32():
     queries, keys = torch.randn(2, 1, 32).half() * 20, torch.randn(2, 600, 32).half() * 20
     attention = mean_attention(queries, keys, 4)

@@ -531,14 +531,14 @@ class TestBadInput:
 
 class TestSetMerger:
     def test_another_method_on_the_same_model(self):
-        model = tiny_model(agnostic(9, attention_mass=0.5, position_ids="packed"), train_merger=True)
-        batch = {**prompts([1, 1], 9), "pixel_values": pixels(2)}
+        model = tiny_model(agnostic(4, attention_mass=0.5, position_ids="packed"), train_merger=True)
+        batch = {**prompts([1, 1], 4), "pixel_values": pixels(2)}
         for merger_type in ("tome", "visionzip"):
             model.set_merger({"merger_type": merger_type})
             config = model.config.merger_config
             assert config is model.model.merger.config is model.model.merger.method.config
-            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (9, 0.5, "packed")
-            fields = {"merger_type": merger_type, "num_merged_tokens": 9, "attention_mass": 0.5}
+            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (4, 0.5, "packed")
+            fields = {"merger_type": merger_type, "num_merged_tokens": 4, "attention_mass": 0.5}
             expected = tiny_model({**fields, "position_ids": "packed"})
             torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
 
