@@ -142,7 +142,19 @@ def projected_relevance(features: Tensor, question: Question, projector: nn.Modu
     words = normalize(question.embeds.flatten(0, 1).float(), dim=-1)
     wanted = mask @ words / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (I, text_dim)
     mean = features.mean(dim=1, keepdim=True)  # (I, 1, vision_dim)
-    with torch.no_grad():
-        projected, lead_back = torch.func.vjp(projector, mean)
-        (direction,) = lead_back(wanted[:, None].to(projected.dtype))
+    direction = lead_back(projector, mean, wanted[:, None])
     return cosine_similarity(direction.float(), (features - mean).float(), dim=-1)
+
+
+def lead_back(projector: nn.Module, tokens: Tensor, wanted: Tensor) -> Tensor:
+    """Gradient of the product of `projector(tokens)` with `wanted`: (I, n, vision_dim), of tokens (I, n, vision_dim).
+
+    Without a graph behind it, and also inside `torch.inference_mode()`.
+    """
+    if torch.compiler.is_compiling():  # which cannot trace autograd.grad; vjp crashes on quantised layers
+        projected, pull = torch.func.vjp(projector, tokens.detach())
+        return pull(wanted.to(projected.dtype))[0].detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens, wanted = tokens.detach().clone().requires_grad_(), wanted.detach().clone()
+        product = (projector(tokens) * wanted).sum()
+        return torch.autograd.grad(product, tokens)[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ANSWER_ID, aware, pixels, prompts, tiny_config, tiny_model
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoModel
+from transformers import AutoModel, BitsAndBytesConfig
 
 from llava_merge import (
     MERGING_METHODS,
@@ -140,7 +140,7 @@ def test_image_features_compile_as_one_graph(merger_type):
 
     features(pixels(2))  # transformers 5 installs hooks at the first call, under a lock
     torch._dynamo.reset()
-    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(features, fullgraph=True, backend="eager")
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
             torch.testing.assert_close(compiled(pixels(2)), features(pixels(2)), atol=1e-5, rtol=1e-5)
@@ -277,6 +277,22 @@ class TestRelevance:
             together = self.relevance(model, words)
             other = self.relevance(model, torch.cat((words[:1], torch.randn(1, 5, 64))))
         assert torch.equal(together[0], other[0]) and not torch.equal(together[1], other[1])
+
+    @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+    def test_a_quantised_projector(self, bits, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        model, words = self.model(), torch.randn(2, 5, 64)
+        model.save_pretrained(tmp_path)
+        quantised = type(model).from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True}), device_map={"": "cpu"}
+        )
+        assert "bitsandbytes" in type(quantised.model.multi_modal_projector.linear_1).__module__
+        with torch.inference_mode():
+            relevance = quantised.model.get_merge_extras(
+                pixels(2).to(quantised.dtype), question=words.to(quantised.dtype)
+            ).relevance
+        expected = self.relevance(model, words)
+        assert torch.corrcoef(torch.stack((relevance.flatten(), expected.flatten())))[0, 1] > 0.9
 
     def test_forward_and_generate_take_the_question_from_the_prompt(self):
         model, seen = self.model(), []
