@@ -8,13 +8,12 @@ Methods that need no training are measured in all four ways of placing tokens, t
 trained for. `random` is the mean of three seeds.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
 
 import torch
-from compare_positions import Batch, count_right, load, make_batches
+from compare_positions import Batch, count_right, load, make_batches, make_parser
 from evaluate_demo_model import collect_questions, environment, summarize_types, write_report
 from train_demo_mergers import JOBS, PLACES, TRAINED
 
@@ -63,20 +62,11 @@ def rows(mergers: Path | None, device: str):
         yield f"{name}, trained", "source_mass", [load(device, merger=mergers / name)]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--mergers", type=Path, help="folder that train_demo_mergers.py wrote; default none")
-    parser.add_argument("--per-type", type=int, default=300, help="questions of a type")
-    parser.add_argument("--budgets", type=int, nargs="*", default=BUDGETS, help="merged tokens an image")
-    parser.add_argument("--batch-size", type=int, default=300)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
-
-
 def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args = parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--budgets", type=int, nargs="*", default=BUDGETS, help="merged tokens an image")
+    args = parser.parse_args()
     processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
     batches = make_batches(collect_questions(args.per_type), processor, args.batch_size, args.device)
     report = {"split": "test", "models": {}, "training": None, **environment(torch.device(args.device))}

@@ -98,19 +98,19 @@ def models(mergers: Path | None, device: str):
         yield f"fixed_pooling and projector, {name}", load(device, merger=mergers / f"{name}_projector")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--mergers", type=Path, help="folder that train_demo_mergers.py wrote; default none")
     parser.add_argument("--per-type", type=int, default=300, help="questions of a type")
     parser.add_argument("--batch-size", type=int, default=300)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser
 
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args = parse_args()
+    args = make_parser(__doc__).parse_args()
     processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
     batches = make_batches(collect_questions(args.per_type), processor, args.batch_size, args.device)
     results = {}

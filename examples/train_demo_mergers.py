@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from evaluate_demo_model import BUDGETS
+from evaluate_demo_model import BUDGETS, write_report
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -166,7 +166,7 @@ def main():
             report[name] = train(model, features, loader, with_projector, args)
             logger.info("%s: %s", name, report[name])
             model.save_merger(args.output / name, projector=with_projector)
-            written.write_text(json.dumps(report, indent=2) + "\n")
+            write_report(report, written)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def demo(
         comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
         columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
         drawn = []
-        for name in [*mergers, *(["random"] if "random" not in mergers else [])]:
-            if columns.keys() - {""}:
+        for index, name in enumerate([*mergers, *(["random"] if "random" not in mergers else [])]):
+            if index:
                 comparison.use(name)
             columns[name or comparison.name] = [comparison.with_merged_tokens(picture, text) for text in questions]
             if name in mergers:

@@ -167,10 +167,11 @@ def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
     if merger.merger_type == "none":
         logger.info(f"{path}: {config.num_patches} tokens, none merged")
         return
-    if find_merging_method(merger).training_free:
+    method = find_merging_method(merger)
+    if method.training_free:
         state = "training-free"
     elif is_fresh:
-        pools = merger.merger_type == DEFAULT_MERGER_TYPE and merger.init == "average_pooling"
+        pools = "init" in method.options and merger.init == "average_pooling"
         state = "fresh: equals average pooling" if pools else "fresh: random"
     else:
         budgets = merger.trained_num_tokens

@@ -4,15 +4,7 @@ from torch import Tensor, nn
 
 from .configuration_llava_merge import MergerConfig
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import (
-    cosine_similarity,
-    gather_patches,
-    members,
-    merge_into_nearest,
-    owners,
-    top_patches,
-    weighted_mean,
-)
+from .merging_selection import merge_into_nearest, nearest_members, top_patches, weighted_mean
 
 
 def best_tokens(features: Tensor, scores: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -44,7 +36,7 @@ def sampled_tokens(
     shares = soft_topk(draw if estimator == "gumbel" else logits, num_tokens)
     straight_through = 1 + shares - shares.detach()  # 1, with the gradient of the shares
     anchors = top_patches(draw, num_tokens)
-    belongs = members(owners(cosine_similarity(gather_patches(features, anchors), features), anchors), num_tokens)
+    belongs = nearest_members(features, anchors)
     merged, source = weighted_mean(features, belongs * straight_through[:, None])
     if estimator == "gumbel":
         merged = merged * straight_through.gather(1, anchors)[:, :, None].to(merged.dtype)

@@ -35,9 +35,9 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 def keep_patches(features: Tensor, indices: Tensor, return_source: bool) -> MergeOutput:
     """The patches (I, M) as they are; the others are lost, but each counts for the size of the nearest by cosine."""
-    kept = gather_patches(features, indices)
-    sizes = members(owners(cosine_similarity(kept, features), indices), indices.shape[1]).sum(dim=-1)
-    return MergeOutput(kept, one_hot(indices, features.shape[1]) if return_source else None, indices, sizes)
+    source = one_hot(indices, features.shape[1]) if return_source else None
+    sizes = nearest_members(features, indices).sum(dim=-1)
+    return MergeOutput(gather_patches(features, indices), source, indices, sizes)
 
 
 def gather_patches(features: Tensor, indices: Tensor) -> Tensor:
@@ -45,18 +45,19 @@ def gather_patches(features: Tensor, indices: Tensor) -> Tensor:
     return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
 
 
-def owners(similarity: Tensor, anchors: Tensor) -> Tensor:
-    """Which of M anchors each patch belongs to, by highest `similarity` (I, M, N): (I, N) from 0 to M - 1.
-
-    Of equal ones the earlier, and each of the `anchors` (I, M) to itself.
-    """
-    order = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
-    return similarity.argmax(dim=1).scatter(1, anchors, order)
-
-
 def members(owner: Tensor, num_tokens: int) -> Tensor:
     """Which patches belong to each token, of the `owner` (I, N) of each patch: (I, M, N) float32, 0 or 1."""
     return (owner[:, None] == torch.arange(num_tokens, device=owner.device)[:, None]).float()
+
+
+def nearest_members(metric: Tensor, anchors: Tensor) -> Tensor:
+    """[`members`] of each of the `anchors` (I, M), by the highest cosine of `metric` (I, N, any): (I, M, N) float32.
+
+    Of equally near ones the earlier, and each anchor belongs to itself.
+    """
+    order = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
+    owner = cosine_similarity(gather_patches(metric, anchors), metric).argmax(dim=1).scatter(1, anchors, order)
+    return members(owner, anchors.shape[1])
 
 
 def weighted_mean(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,6 @@ def weighted_mean(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_into_nearest(features: Tensor, anchors: Tensor, metric: Tensor, return_source: bool) -> MergeOutput:
     """Each patch merges into the one of the `anchors` (I, M) that is nearest by the cosine of `metric` (I, N, any)."""
-    weights = members(owners(cosine_similarity(gather_patches(metric, anchors), metric), anchors), anchors.shape[1])
+    weights = nearest_members(metric, anchors)
     merged, source = weighted_mean(features, weights)
     return MergeOutput(merged, source if return_source else None, anchors, weights.sum(dim=-1))

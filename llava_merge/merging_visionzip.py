@@ -3,17 +3,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import (
-    cosine_similarity,
-    gather_patches,
-    keep_patches,
-    members,
-    one_hot,
-    other_patches,
-    owners,
-    top_patches,
-    weighted_mean,
-)
+from .merging_selection import keep_patches, nearest_members, one_hot, other_patches, top_patches, weighted_mean
 
 
 DOMINANT_RATIO = 54 / 64  # of the released settings
@@ -49,9 +39,9 @@ def visionzip(
     stride = rest.shape[1] // num_merged
     targets = rest[:, : stride * num_merged : stride]  # (I, M - dominant)
     metric = keys.float().unflatten(-1, (num_heads, -1)).mean(dim=-2)
-    owner = owners(cosine_similarity(gather_patches(metric, targets), metric), targets)
     own = one_hot(targets, num_patches)  # (I, M - dominant, N)
-    assigned = members(owner.scatter(1, dominant, -1), num_merged) - own
+    assigned = nearest_members(metric, targets) - own
+    assigned = assigned.scatter(2, dominant[:, None].expand(-1, num_merged, -1), 0.0)
     count = assigned.sum(dim=-1, keepdim=True)
 
     anchors, order = torch.cat((dominant, targets), dim=1).sort(dim=1)

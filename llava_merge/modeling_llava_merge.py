@@ -26,7 +26,7 @@ from .hub import MODEL_USAGE, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import MergeExtras, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MergeOutput, find_merging_method
+from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
@@ -99,6 +99,11 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
     def headless_model(self) -> "LlavaMergeModel":
         return self
 
+    @property
+    def merging_method(self) -> type[MergingMethod]:
+        """The merger's, whose configuration was checked when the merger was made."""
+        return MERGING_METHODS[self.config.merger_config.merger_type]
+
     def get_vision_features(
         self,
         pixel_values: Tensor,
@@ -131,27 +136,30 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Args:
             question: See [`get_image_features`].
         """
+        if not self.merging_method.requires:
+            return MergeExtras()
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
         features, _, extras = self._run_tower(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, with_extras=True, **kwargs
         )
         return self._with_relevance(extras, features, question)
 
-    def _with_relevance(self, extras: MergeExtras | None, features: Tensor, question) -> MergeExtras | None:
+    def _with_relevance(
+        self, extras: MergeExtras | None, features: Tensor, question: Question | None
+    ) -> MergeExtras | None:
         """The extras with the relevance of each patch, where the method asks for it.
 
         Raises:
             ValueError: There is no question.
         """
-        merger_config = self.config.merger_config
-        if extras is None or "relevance" not in find_merging_method(merger_config).requires:
+        if extras is None or "relevance" not in self.merging_method.requires:
             return extras
         if question is None:
             raise ValueError(
-                f"merger_type={merger_config.merger_type!r} merges each image for its question, and none is given. "
-                f"Pass question=..., or call forward or generate, which read it from the prompt."
+                f"merger_type={self.config.merger_config.merger_type!r} merges each image for its question, and none "
+                f"is given. Pass question=..., or call forward or generate, which read it from the prompt."
             )
-        if isinstance(question, Tensor):
-            question = Question.of_each_image(question)
         device = device_of(self.multi_modal_projector.linear_1.weight, features)
         features, question = features.to(device), question.to(device)
         return replace(extras, relevance=projected_relevance(features, question, self.multi_modal_projector))
@@ -165,23 +173,22 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
         self._check_image_size(pixel_values, kwargs)
         layers = self._tower_layers(layer)
-        method = find_merging_method(self.config.merger_config)
-        extra_layers = self._tower_layers(list(method.extra_layers))
-        # keys and attention are of the layer that makes the last of the features, from its input
-        attention_layer = max(0, max(layers) - 1)
-        with_extras = with_extras and bool(method.requires)
-        kept = [*layers, *extra_layers, attention_layer] if with_extras else layers
+        method, extra_layers = self.merging_method, []
+        if with_extras and method.requires:
+            # the last: what the layer that makes the last of the features, with its keys and attention, makes them from
+            extra_layers = [*self._tower_layers(list(method.extra_layers)), max(0, max(layers) - 1)]
         outputs = self.vision_tower(
             pixel_values,
-            output_hidden_states=hidden_states_to_keep(kept, output_hidden_states),
+            output_hidden_states=hidden_states_to_keep([*layers, *extra_layers], output_hidden_states),
             return_dict=True,
             **{name: value for name, value in kwargs.items() if value is not None},
         )
         first_patch = 1 if strategy == "default" else 0
         states = [outputs.hidden_states[index][:, first_patch:] for index in layers]
         features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        if not with_extras:
+        if not extra_layers:
             return features, outputs, None
+        *extra_layers, attention_layer = extra_layers
         extras = read_tower(
             self.vision_tower, outputs.hidden_states, method.requires, extra_layers, attention_layer, first_patch
         )
