@@ -69,6 +69,9 @@ class MergerConfig(PretrainedConfig):
             gradients straight through, `"soft_topk"` mixes noise into tokens whose choice was close.
         initial_temperature: Of the same: at the start of training; their `set_progress` anneals it.
         final_temperature: Of the same: at the end of training.
+        text_tower: Of `cdpruner`: directory or Hub repo of the CLIP whose vision tower the model has, such as
+            "openai/clip-vit-large-patch14-336". Its text tower then says how much a patch matters for the question,
+            instead of the model's own projector. 0.5 GB more to load; the question is read as text, on the CPU.
         position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,
             and the text behind an image as if all N tokens were there. `"packed"`: one behind the other, as in 0.1.0.
         attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
@@ -104,6 +107,7 @@ class MergerConfig(PretrainedConfig):
         estimator: str = "gumbel",
         initial_temperature: float = 1.0,
         final_temperature: float = 0.1,
+        text_tower: str | None = None,
         position_ids: str = "source",
         attention_mass: float = 0.0,
         trained_num_tokens: list[int] | None = None,
@@ -128,6 +132,7 @@ class MergerConfig(PretrainedConfig):
         self.estimator = estimator
         self.initial_temperature = initial_temperature
         self.final_temperature = final_temperature
+        self.text_tower = text_tower
         self.position_ids = position_ids
         self.attention_mass = attention_mass
         self.trained_num_tokens = trained_num_tokens
@@ -191,6 +196,8 @@ class MergerConfig(PretrainedConfig):
             raise ValueError(
                 f"important_ratio={ratio!r}: it is the share of tokens that CLS attention chooses, from 0 to 1."
             )
+        if not isinstance(self.text_tower, str | None):
+            raise ValueError(f"text_tower={self.text_tower!r}: has to be a directory or Hub repo, or None.")
         if self.estimator not in ("gumbel", "soft_topk"):
             raise ValueError(f"estimator={self.estimator!r}: has to be 'gumbel' or 'soft_topk'.")
         low, high = self.final_temperature, self.initial_temperature

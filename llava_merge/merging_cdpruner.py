@@ -46,13 +46,15 @@ class CDPruner(MergingMethod):
 
     CDPruner (arXiv 2506.10967), on the tower's features. Training-free. How much a patch matters is its cosine, seen
     from the mean of its image, with the direction in which the *projector* leads to the embeddings of the question: its
-    gradient, taken once for each image, so that no text tower is needed and the N patches are not projected.
+    gradient, taken once for each image, so that no text tower is needed and the N patches are not projected. With
+    `MergerConfig.text_tower` it is what CLIP's text tower says of the patch, as in the paper.
     """
 
     needs_grid = False
     training_free = True
     uses_question = True
     requires = frozenset({"relevance"})
+    options = ("text_tower",)
     paper = "CDPruner, 2506.10967"
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:

@@ -20,7 +20,7 @@ from .compat import (
     register_llava_key_mapping,
 )
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
-from .configuration_llava_merge import LlavaMergeConfig
+from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation_llava_merge import EncodesImagesBeforeForward
 from .hub import MODEL_USAGE, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
@@ -49,6 +49,7 @@ from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
 from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
+from .text_tower import TextTower
 from .token_layout import TokenLayout  # noqa: F401
 from .token_placing import EncodedImages, PlacesTokens, find_cache, keep_layout
 
@@ -89,6 +90,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
         self._prepare_loading(fresh_merger)
+        self.text_tower: TextTower | None = None  # no module: it is neither trained nor saved
+        self.question_tokenizer = None  # for the text tower, which reads questions as text
         self.vision_tower = AutoModel.from_config(config.used_vision_config)
         self.merger = TokenMerger(config.merger_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
@@ -160,9 +163,23 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
                 f"merger_type={self.config.merger_config.merger_type!r} merges each image for its question, and none "
                 f"is given. Pass question=..., or call forward or generate, which read it from the prompt."
             )
+        if self.config.merger_config.text_tower is not None:
+            tower = self.find_text_tower(self.config.merger_config)
+            return replace(extras, relevance=tower.relevance(features, question, self.question_tokenizer))
         device = device_of(self.multi_modal_projector.linear_1.weight, features)
         features, question = features.to(device), question.to(device)
         return replace(extras, relevance=projected_relevance(features, question, self.multi_modal_projector))
+
+    def find_text_tower(self, merger_config: MergerConfig, **hub_kwargs) -> TextTower | None:
+        """The text tower that `merger_config` asks for, if it does; loaded once.
+
+        Raises:
+            ValueError: It cannot be loaded, or is of another vision tower.
+        """
+        name = merger_config.text_tower
+        if name is not None and (self.text_tower is None or self.text_tower.name != name):
+            self.text_tower = TextTower(name, merger_config.vision_dim, hub_kwargs)
+        return self.text_tower if name is not None else None
 
     def _run_tower(
         self, pixel_values, layer=None, strategy=None, output_hidden_states=None, with_extras=False, **kwargs

@@ -34,6 +34,7 @@ from .placeholders import is_whole_number  # noqa: F401
 from .projector_files import save_projector
 from .question_turns import Question
 from .saving import PROJECTOR, SavesAtOnce, finish_interrupted_save, offloaded_weights
+from .text_tower import TextTower  # noqa: F401
 
 
 logger = logging.get_logger(__name__)

@@ -25,6 +25,7 @@ from .modeling_token_merger import TokenMerger
 from .projector_files import check_no_adapters, make_projector, read_projector, replace_projectors
 from .question_marks import find_question_marks, set_marks_of_folder
 from .saving import SavesAtOnce, finish_interrupted_save
+from .text_tower import tokenizer_at
 
 
 logger = logging.get_logger(__name__)
@@ -126,6 +127,9 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         if merger is not None:
             model.load_merger(merger, **for_other_repo(hub_kwargs))
         log_merger(path, model.config, fresh_merger and merger is None)
+        if model.config.merger_config.text_tower is not None:
+            model.headless_model.find_text_tower(model.config.merger_config, **for_other_repo(hub_kwargs))
+            model.headless_model.question_tokenizer = tokenizer_at(checkpoint.adapter_base or path, hub_kwargs)
         if model.config.merger_config.question_aware and model.config.merger_config.question_end_token_ids is None:
             set_marks_of_folder(model.config.merger_config, checkpoint.adapter_base or path, hub_kwargs)
         return (model, info) if wants_info else model
@@ -172,12 +176,13 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
     def set_question_marks(self, processor):
         """Learns from the processor's chat template which ids stand between question and answer.
 
-        Loading does the same where the checkpoint has a chat template.
+        Its tokenizer is kept too, for a `text_tower`. Loading does the same where the checkpoint has a chat template.
 
         Raises:
             ValueError: There is no chat template, or it writes nothing between the two.
         """
         self.config.merger_config.update(find_question_marks(processor))
+        self.headless_model.question_tokenizer = processor.tokenizer
 
     def save_merger(self, save_directory: str, projector: bool = False):
         """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all.
@@ -206,6 +211,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             check_no_adapters(self.headless_model.multi_modal_projector)
             weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
+        self.headless_model.find_text_tower(merger.config, **for_other_repo(hub_arguments(kwargs)))
         self.config.set_merger_config(merger.config)
         self.config.merger_config.has_projector = False  # it is the model's now
         if projector is not None:
@@ -233,6 +239,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
                 kept["num_merged_tokens"] = present.num_merged_tokens
             merger_config = {**kept, **merger_config}
         merger = TokenMerger(self.config.fit_merger_config(merger_config)).to(self.dtype)
+        self.headless_model.find_text_tower(merger.config)
         self.config.set_merger_config(merger.config)
         self._put_merger(merger)
 

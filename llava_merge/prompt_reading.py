@@ -106,7 +106,7 @@ class ReadsPrompt:
         turns = split_turns(prompt.ids, prompt.image_mask, self.turn_marks, attention_mask, answer_mask, positions)
         images = prompt.first_placeholders(num_tokens)
         embeds = self.get_input_embeddings()(prompt.ids) if prompt.embeds is None else prompt.embeds
-        question = question_of_images(embeds, turns, images)
+        question = question_of_images(embeds, turns, images, prompt.ids if prompt.embeds is None else None)
         if question_mask is not None:
             return question.narrowed(question_mask)
         rows = images // shape[1]

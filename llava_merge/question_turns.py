@@ -6,7 +6,7 @@ is the one rule that training rows, single turns, later turns of a chat and a KV
 turn saw it, can all keep. Placeholders, padding, answers and the marks between turns are no question.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -117,28 +117,36 @@ class Question:
         token_turns: (B, T) int64, whose question a token is: the index of the first image of its turn, or I where it is
             no image's.
         image_turns: (I,) int64, the index of the first image of the turn that each image is in.
+        ids: (B, T) int64, the ids that the embeddings are of; None where they are not known.
     """
 
     embeds: Tensor
     token_turns: Tensor
     image_turns: Tensor
+    ids: Tensor | None = None
 
     @classmethod
-    def of_each_image(cls, embeds: Tensor, mask: Tensor | None = None) -> "Question":
-        """Of embeddings (I, T, text_dim) and a mask (I, T) that is True where they are question, one row an image."""
+    def of_each_image(cls, embeds: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> "Question":
+        """Of embeddings (I, T, text_dim), one row an image.
+
+        Args:
+            mask: (I, T), True where they are question; default all.
+            ids: (I, T) int64, the ids that they are of, which `MergerConfig.text_tower` needs.
+        """
         num_images, num_tokens = embeds.shape[:2]
         images = torch.arange(num_images, device=embeds.device)
-        question = cls(embeds, images[:, None].expand(num_images, num_tokens), images)
+        question = cls(embeds, images[:, None].expand(num_images, num_tokens), images, ids)
         return question if mask is None else question.narrowed(mask)
 
     def to(self, device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Question":
         embeds = self.embeds.to(device, dtype or self.embeds.dtype, non_blocking=non_blocking)
-        return Question(embeds, self.token_turns.to(device), self.image_turns.to(device))
+        ids = None if self.ids is None else self.ids.to(device)
+        return Question(embeds, self.token_turns.to(device), self.image_turns.to(device), ids)
 
     def narrowed(self, mask: Tensor) -> "Question":
         """Only the tokens in `mask` (B, T) of it."""
         outside = ~mask.to(self.token_turns.device).bool()
-        return Question(self.embeds, self.token_turns.masked_fill(outside, len(self.image_turns)), self.image_turns)
+        return replace(self, token_turns=self.token_turns.masked_fill(outside, len(self.image_turns)))
 
     def of_images(self, images: Tensor) -> "Question":
         """That of some of the images, by index and in rising order: (n,)."""
@@ -146,7 +154,7 @@ class Question:
         order = torch.arange(len(images), device=turns.device)
         outside = turns.new_full((len(self.image_turns) + 1,), len(images))
         new_number = outside.scatter_reduce(0, turns, order, "amin")  # a turn is called by its first image
-        return Question(self.embeds, new_number[self.token_turns], new_number[turns])
+        return replace(self, token_turns=new_number[self.token_turns], image_turns=new_number[turns])
 
     @property
     def mask(self) -> Tensor:
@@ -193,15 +201,19 @@ def split_turns(
     return Turns(new_turn.flatten().cumsum(0).view_as(ids), is_text, ends)
 
 
-def question_of_images(embeds: Tensor, turns: Turns, images: Tensor) -> Question:
-    """The question of each image, from `embeds` (B, L, text_dim) and where the `images` (I,) begin, rows on end."""
+def question_of_images(embeds: Tensor, turns: Turns, images: Tensor, ids: Tensor | None = None) -> Question:
+    """The question of each image, from `embeds` (B, L, text_dim) and where the `images` (I,) begin, rows on end.
+
+    Args:
+        ids: (B, L), what the embeddings are of, if that is known.
+    """
     tokens = turns.number.flatten()
     turn_of_image, num_images = tokens[images], len(images)
     image = torch.searchsorted(turn_of_image, tokens)  # the first of the turn, if the turn has any
     is_question = (turn_of_image[image.clamp(max=num_images - 1)] == tokens) & turns.is_text.flatten()
     token_turns = image.where(is_question, num_images).view_as(turns.number)
-    device = embeds.device
-    return Question(embeds, token_turns.to(device), torch.searchsorted(turn_of_image, turn_of_image).to(device))
+    question = Question(embeds, token_turns, torch.searchsorted(turn_of_image, turn_of_image), ids)
+    return question.to(embeds.device)
 
 
 def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def scale_up(model: torch.nn.Module, merger: bool = False) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if "norm" in name or "merger" in name and not merger:
                 continue
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter.shape[-1]) ** 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max([1, *parameter.shape[-1:]]) ** 0.5)
     return model.eval()
 
 

@@ -1,0 +1,120 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""CLIP's text tower, which says how much each patch matters for a question."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, LlavaProcessor, PreTrainedTokenizerBase
+
+from .checkpoint_files import naming_broken_files, refuse_missing_weights
+from .question_turns import Question
+
+
+NO_TOKENIZER = (
+    "text_tower={name!r} reads questions as text, and the tokenizer that made their ids is not known. Call "
+    "model.set_question_marks(processor) before, or load the model from a folder or repo with its processor."
+)
+NO_IDS = (
+    "text_tower={name!r} reads questions as text, and this one is given as embeddings alone. Pass input_ids instead of "
+    "inputs_embeds, or question=Question.of_each_image(embeds, ids=input_ids), or leave text_tower out."
+)
+
+
+class CLIPWithoutVision(CLIPModel):
+    """CLIP without the layers of its vision tower, of which only the last norm and the projection are needed."""
+
+    _keys_to_ignore_on_load_unexpected = [r"vision_model\.encoder\."]
+
+
+class TextTower:
+    """CLIP's text tower; no module, so that it is neither trained nor saved with a model that has one.
+
+    Args:
+        name: Directory or Hub repo of a CLIP, such as "openai/clip-vit-large-patch14-336".
+        vision_dim: Width of the features that it is to judge.
+        hub_kwargs: Arguments of `from_pretrained` that say how the Hub is reached.
+
+    Raises:
+        ValueError: It cannot be loaded, or is of another vision tower.
+    """
+
+    def __init__(self, name: str, vision_dim: int, hub_kwargs: dict | None = None):
+        hub_kwargs = hub_kwargs or {}
+        try:
+            config = CLIPConfig.from_pretrained(name, **hub_kwargs)
+            config.vision_config.num_hidden_layers = 0
+            with naming_broken_files(name):
+                clip, info = CLIPWithoutVision.from_pretrained(
+                    name,
+                    config=config,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    **hub_kwargs,
+                )
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"text_tower={name!r} cannot be loaded: {reason} Give a directory or Hub repo of a CLIP with "
+                f"model.safetensors and its tokenizer, or leave text_tower out: then the projector says how "
+                f"much a patch matters."
+            ) from error
+        refuse_missing_weights(name, info["missing_keys"])
+        if config.vision_config.hidden_size != vision_dim:
+            raise ValueError(
+                f"text_tower={name!r} judges features {config.vision_config.hidden_size} wide, and this model's are "
+                f"{vision_dim} wide. Give the CLIP whose vision tower the model has, with one vision_feature_layer."
+            )
+        self.name, self.clip = name, clip.eval().requires_grad_(False)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def relevance(self, features: Tensor, question: Question, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+        """Relevance of each patch of `features` (I, N, vision_dim) for its question: (I, N) float32.
+
+        The negative of the mean cosine with the question's segments, as CDPruner has it (arXiv 2506.10967): patches of
+        CLIP that belong to a text are *unlike* it. 0 where there is no question. Reads the ids, so it waits for them.
+
+        Args:
+            tokenizer: That of the language model, which made the ids.
+
+        Raises:
+            ValueError: The question is known as embeddings only, or there is no tokenizer.
+        """
+        if question.ids is None:
+            raise ValueError(NO_IDS.format(name=self.name))
+        if tokenizer is None:
+            raise ValueError(NO_TOKENIZER.format(name=self.name))
+        ids, clip = question.ids.flatten().to(features.device), self.clip.to(features.device)
+        masks = question.mask.to(features.device)
+        directions = self.mean_directions([tokenizer.decode(ids[mask], skip_special_tokens=True) for mask in masks])
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(features.float()))
+        return -(normalize(patches, dim=-1) @ directions[:, :, None])[:, :, 0]
+
+    def mean_directions(self, texts: list[str]) -> Tensor:
+        """Mean of the normed embeddings of the segments of each text: (texts, projection_dim), 0 where it is empty."""
+        length = self.clip.config.text_config.max_position_embeddings - 2
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        segments, text_of_segment = [], []
+        for index, text in enumerate(texts):
+            pieces = self.tokenizer(text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+            segments += [[start, *pieces[at : at + length], end] for at in range(0, len(pieces), length)]
+            text_of_segment += [index] * (len(segments) - len(text_of_segment))
+        device = self.clip.device
+        if not segments:
+            return torch.zeros(len(texts), self.clip.config.projection_dim, device=device)
+        longest = max(map(len, segments))  # behind the end nothing is read, for attention is causal
+        ids = torch.tensor([segment + [end] * (longest - len(segment)) for segment in segments], device=device)
+        embeds = normalize(self.clip.text_projection(self.clip.text_model(ids).pooler_output), dim=-1)
+        owners = torch.tensor(text_of_segment, device=device)
+        share = (owners == torch.arange(len(texts), device=device)[:, None]).float()  # (texts, segments)
+        return share / share.sum(dim=1, keepdim=True).clamp(min=1) @ embeds
+
+
+def tokenizer_at(path: str, hub_kwargs: dict) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the processor at `path`, if there is one."""
+    try:
+        return LlavaProcessor.from_pretrained(path, **hub_kwargs).tokenizer
+    except (OSError, ValueError, ImportError):
+        return None
