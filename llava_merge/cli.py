@@ -84,6 +84,28 @@ def mergers():
         typer.echo(f"    {'; '.join([kind, *question, *needs, *([method.paper] if method.paper else [])])}")
 
 
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see examples/configs.")],
+    set: Annotated[
+        list[str] | None, typer.Option(help="Another value for a key, such as training.max_steps=100.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint of training.output_dir.")] = False,
+):
+    """Trains a merger, on one GPU, or on many under torchrun or accelerate: `torchrun -m llava_merge train ...`."""
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llava_merge").setLevel(logging.INFO)
+    with one_line_errors():
+        try:
+            from llava_merge.training import load_settings
+            from llava_merge.training import train as run
+        except ModuleNotFoundError as error:
+            raise ValueError(f"Training needs {error.name}: pip install 'llava-merge[train]'") from error
+        run(load_settings(config, set or []), resume)
+
+
 @contextmanager
 def one_line_errors():
     """Ends the command with one line and exit code 2 where something the user gave cannot be used."""

@@ -30,7 +30,13 @@ once, on the merged tokens.
 {{ usage }}
 ```
 
-Made with `llava_merge`.
+{% if run %}## Training
+
+| | |
+|---|---|
+{% for name, value in run.items() %}| {{ name }} | {{ value }} |
+{% endfor %}
+{% endif %}Made with `llava_merge`.
 """
 
 MODEL_USAGE = """from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -81,8 +87,12 @@ def push_folder(
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **where, **kwargs)
 
 
-def make_card(model, repo_id: str, usage: str) -> ModelCard:
-    """Model card of a merger, or of a LLaVA with one, that is called `repo_id` on the Hub."""
+def make_card(model, repo_id: str, usage: str, run: dict[str, str] | None = None) -> ModelCard:
+    """Model card of a merger, or of a LLaVA with one, that is called `repo_id` on the Hub.
+
+    Args:
+        run: What there is to say about its training, by name.
+    """
     is_merger = model.config.model_type == "llava_merger"
     merger = model.config if is_merger else model.config.merger_config
     card_data = ModelCardData(
@@ -97,4 +107,5 @@ def make_card(model, repo_id: str, usage: str) -> ModelCard:
         kind="token merger for LLaVA" if is_merger else "LLaVA with a token merger",
         merger=merger,
         usage=usage.format(repo_id=repo_id),
+        run=run,
     )

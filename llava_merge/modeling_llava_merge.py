@@ -547,6 +547,7 @@ class LlavaMergeForConditionalGeneration(
         self,
         *,
         labels: Tensor | None = None,
+        answer_mask: Tensor | None = None,
         question_mask: Tensor | None = None,
         num_merged_tokens: int | str | list | None = None,
         **kwargs,
@@ -555,6 +556,7 @@ class LlavaMergeForConditionalGeneration(
         Args:
             labels: (B, L), -100 where no loss is taken. Tokens with another label are answer, which a question-aware
                 merger never reads.
+            answer_mask: (B, L) bool, tokens that are answer, where there are no labels.
             question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
             num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
                 the config's. `processor(..., num_merged_tokens=...)` returns it.
@@ -562,7 +564,8 @@ class LlavaMergeForConditionalGeneration(
         The other arguments, and the result, are those of [`~transformers.LlavaForConditionalGeneration`].
         """
         ours = {"question_mask": question_mask, "num_merged_tokens": num_merged_tokens}
-        answer_mask = None if labels is None else labels != -100
+        if labels is not None:
+            answer_mask = labels != -100
         return super().forward(labels=labels, answer_mask=answer_mask, **ours, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):

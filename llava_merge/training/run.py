@@ -1,0 +1,192 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""A whole training run, from settings to a merger checkpoint with a card."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
+from llava_merge.training.budgets import BudgetSchedule
+from llava_merge.training.checkpoints import last_whole_checkpoint
+from llava_merge.training.collator import MergerCollator
+from llava_merge.training.curves import draw_curves
+from llava_merge.training.data import ChatDataset, ChatStream, read_dataset
+from llava_merge.training.parts import describe_parts
+from llava_merge.training.settings import Settings, training_arguments
+from llava_merge.training.trainer import MergerTrainer
+from llava_merge.training.validation import AnswerScorer
+
+
+logger = logging.get_logger(__name__)
+
+BUDGET_FIELDS = {"num_merged_tokens", "merge_ratio"}
+
+
+def train(settings: Settings, resume: bool = False) -> dict[str, float]:
+    """Trains a merger and writes it, its card, curves and metrics to `training.output_dir`.
+
+    Args:
+        resume: Go on from the last checkpoint in there that is whole, if there is one.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        ValueError: A setting, a file or a sample cannot be used; it is named. Nothing has been trained then.
+    """
+    args = training_arguments(settings)
+    set_seed(args.seed)
+    datasets = read_datasets(settings, args)
+    model, processor = load_model(settings, args)
+    trainer = make_trainer(settings, args, model, processor, *datasets)
+    if args.should_save:
+        logger.info(describe_parts(trainer.model))
+    checkpoint = last_whole_checkpoint(args.output_dir) if resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= last_evaluation(trainer) or trainer.evaluate()
+    trainer.save_model()
+    if args.should_save:
+        write_report(settings, trainer, metrics)
+    return metrics
+
+
+def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatDataset | ChatStream, ChatDataset | None]:
+    """The datasets of training and validation, checked.
+
+    Raises:
+        ValueError: One cannot be read, or a sample cannot be trained on.
+    """
+    data = settings.data
+    if data.train is None:
+        raise ValueError(
+            "data.train is missing: the dataset to train on. Set it in the file, or with --set data.train=..."
+        )
+    if data.streaming and args.max_steps <= 0:
+        raise ValueError("data.streaming=true: the length of the dataset is not known; set training.max_steps.")
+    train_set = read_dataset(data.train, data.split, data.image_folder, data.streaming, data.on_broken_image)
+    is_main = args.process_index == 0
+    if isinstance(train_set, ChatDataset):
+        train_set.check(progress=is_main)
+    if data.validation is None:
+        return train_set, None
+    validation = read_dataset(
+        data.validation, data.validation_split, data.image_folder, on_broken_image=data.on_broken_image
+    ).first(data.num_validation)
+    validation.check(progress=is_main)
+    return train_set, validation
+
+
+def load_model(
+    settings: Settings, args: TrainingArguments
+) -> tuple[LlavaMergeForConditionalGeneration, LlavaMergeProcessor]:
+    """The LLaVA with the merger of `settings`, and its processor.
+
+    Raises:
+        ValueError: Its widths are not those of the settings, or the merger does not fit it.
+    """
+    mllm = settings.backbone_settings.mllm_settings
+    method = dict(settings.method_settings)
+    budgets = settings.budgets.train
+    if budgets and not BUDGET_FIELDS & {*method} and method.get("merger_type") != "none":
+        method["num_merged_tokens"] = max(BudgetSchedule(budgets).values)
+    dtype = mllm.dtype or ("bfloat16" if args.bf16 else "float32")
+    options = {"dtype": dtype, "attn_implementation": mllm.attn_implementation}
+    options |= {"merger": mllm.merger} if mllm.merger else {"merger_config": method}
+    if mllm.merger and method:
+        raise ValueError(
+            f"backbone_settings.mllm_settings.merger={mllm.merger!r} brings its own configuration; leave out "
+            f"method_settings ({', '.join(method)})."
+        )
+    model = LlavaMergeForConditionalGeneration.from_pretrained(mllm.model, **options)
+    widths = {"vision_dim": model.config.merged_vision_dim, "hidden_dim": model.config.text_config.hidden_size}
+    for name, width in widths.items():
+        if getattr(mllm, name) not in (None, width):
+            raise ValueError(
+                f"backbone_settings.mllm_settings.{name}={getattr(mllm, name)}, but {mllm.model} has {name}={width}. "
+                f"Set that, or leave it out."
+            )
+    processor = LlavaMergeProcessor.from_pretrained(mllm.model)
+    processor.num_merged_tokens = model.config.merger_config.num_merged_tokens
+    return model, processor
+
+
+def make_trainer(settings, args, model, processor, train_set, validation) -> MergerTrainer:
+    """The trainer of a run."""
+    budgets, data = settings.budgets, settings.data
+    collator = MergerCollator(processor, model.config.num_patches)
+    schedule = None
+    if budgets.train:
+        schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed)
+    if data.max_length is not None:
+        for dataset in filter(None, (train_set, validation)):
+            dataset.accepts = lambda sample: collator.length(sample) <= data.max_length
+    scorer = None
+    if validation is not None:
+        scorer = AnswerScorer(validation, processor, data.num_validation, args.per_device_eval_batch_size)
+    return MergerTrainer(
+        model,
+        args,
+        budgets=schedule,
+        loss_settings=settings.losses,
+        trained=settings.trained,
+        question_dropout=budgets.question_dropout,
+        validation_budgets=budgets.validation,
+        scorer=scorer,
+        data_collator=collator,
+        train_dataset=train_set,
+        eval_dataset=validation,
+        processing_class=processor,
+    )
+
+
+def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]):
+    """Writes metrics.json, curves.png and the model card beside the checkpoint."""
+    folder = Path(trainer.args.output_dir)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    draw_curves(trainer.state.log_history, folder / "curves.png")
+    mllm = settings.backbone_settings.mllm_settings
+    usage = MERGER_USAGE.replace("llava-hf/llava-1.5-7b-hf", mllm.model) if trainer.saves_parts else MODEL_USAGE
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    described = model.headless_model.merger if trainer.saves_parts else model
+    card = make_card(described, folder.resolve().name, usage, run=run_facts(settings, trainer, metrics))
+    write_text(folder / "README.md", str(card))
+
+
+def last_evaluation(trainer: MergerTrainer) -> dict[str, float]:
+    """What was validated after the last step; empty where nothing was."""
+    entries = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.global_step]
+    values = {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
+    return values if "eval_loss" in values else {}
+
+
+def run_facts(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]) -> dict[str, str]:
+    """What a card says about a run."""
+    args, losses = trainer.args, settings.losses
+    weights = {name: getattr(losses, name) for name in ("cross_entropy", "distillation", "reconstruction")}
+    facts = {
+        "base model": settings.backbone_settings.mllm_settings.model,
+        "data": settings.data.train,
+        "trained": settings.trained.parts,
+        "steps": str(trainer.state.global_step),
+        "samples a step": str(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "losses": ", ".join(f"{weight:g} × {name}" for name, weight in weights.items() if weight),
+        "budgets": str(settings.budgets.train or trainer.schedule.listed),
+        "seed": str(args.seed),
+        "torch": torch.__version__,
+    }
+    wanted = [name for name in metrics if name.startswith("eval_") and name.endswith(("_accuracy", "_loss"))]
+    return facts | {name.removeprefix("eval_").replace("_", " "): f"{metrics[name]:.4g}" for name in wanted}
+
+
+def write_text(path: Path, text: str):
+    """Writes a file all at once."""
+    written = path.with_name(f".{path.name}.new")
+    written.write_text(text, encoding="utf-8")
+    os.replace(written, path)

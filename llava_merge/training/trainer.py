@@ -1,0 +1,339 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""transformers' Trainer for mergers."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from llava_merge import LlavaMergeForConditionalGeneration
+from llava_merge.training import losses
+from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget
+from llava_merge.training.checkpoints import load_parts, save_parts
+from llava_merge.training.parts import (
+    PROJECTOR,
+    TRAINED,
+    has_finite_gradients,
+    parameter_groups,
+    prepare_parts,
+    set_modes,
+)
+from llava_merge.training.settings import LossSettings, TrainedSettings
+from llava_merge.training.teacher import LogitsCache, Teacher
+from llava_merge.training.validation import AnswerScorer
+
+
+logger = logging.get_logger(__name__)
+
+MAX_BAD_STEPS = 10  # in a row
+
+
+class MergerTrainer(Trainer):
+    """Trains a merger, with a budget of its own in each step, on what the frozen model answers without it.
+
+    Args:
+        model: A [`LlavaMergeForConditionalGeneration`], with a fresh merger or one to go on from.
+        args: As [`training_arguments`] makes them: `remove_unused_columns=False`, `prediction_loss_only=True`,
+            `label_names=["labels"]`.
+        budgets: Budgets M of the steps; default the merger's own alone.
+        loss_settings: Weights of the losses.
+        trained: What is trained.
+        question_dropout: Share of samples whose question is dropped.
+        validation_budgets: Budgets of `evaluate`; default those of the schedule.
+        scorer: Counts right answers in `evaluate`, and, once, those with all visual tokens.
+        kwargs: As for `Trainer`: datasets, `data_collator` (a [`MergerCollator`] for all visual tokens), callbacks.
+
+    Raises:
+        ValueError: There is nothing to train, or a budget is above the visual tokens of an image.
+    """
+
+    def __init__(
+        self,
+        model: LlavaMergeForConditionalGeneration,
+        args: TrainingArguments,
+        *,
+        budgets: BudgetSchedule | None = None,
+        loss_settings: LossSettings | None = None,
+        trained: TrainedSettings | None = None,
+        question_dropout: float = 0.0,
+        validation_budgets: list[int] | None = None,
+        scorer: AnswerScorer | None = None,
+        **kwargs,
+    ):
+        self.trained, self.loss_settings = trained or TrainedSettings(), loss_settings or LossSettings()
+        self.llava_config = config = model.config
+        merges = config.merger_config.merger_type != "none"
+        own_budget = config.merger_config.num_merged_tokens if merges else config.num_patches
+        self.schedule = budgets or BudgetSchedule([own_budget], seed=args.seed)
+        self.validation_budgets = validation_budgets or self.schedule.listed
+        check_budgets([*self.schedule.values, *self.validation_budgets], config)
+        if merges:
+            config.merger_config.trained_num_tokens = self.schedule.listed
+        self.question_dropout = question_dropout if config.merger_config.question_aware else 0.0
+        self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
+        self.teacher = Teacher(model, PROJECTOR in TRAINED[self.trained.parts])
+        self.cache = LogitsCache() if self.loss_settings.cache_teacher or self.teacher_changes else None
+        self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
+        self.sums: dict[str, Tensor] = {}
+        super().__init__(model=prepare_parts(model, self.trained), args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch
+        self.add_callback(StepCallback(self))
+
+    @property
+    def teacher_changes(self) -> bool:
+        """Whether the teacher's weights are trained too, so that it has to be asked before."""
+        return self.trained.parts == "all" and self.loss_settings.distillation > 0
+
+    @property
+    def saves_parts(self) -> bool:
+        """Whether checkpoints hold the merger and projector alone."""
+        return self.trained.parts in ("merger", "merger_projector")
+
+    @property
+    def merger(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model).headless_model.merger
+
+    def train(self, *args, **kwargs):
+        """As in transformers; where the language model is trained, the teacher answers all samples first."""
+        if self.teacher_changes:
+            self._fill_cache()
+        return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """As in transformers, with a learning rate for each part."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(parameter_groups(model, self.trained, self.args.weight_decay), **options)
+        return self.optimizer
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Weighted losses of a batch, each a mean over the answer tokens of the whole step on all ranks."""
+        training = model.training
+        if training:
+            set_modes(model)
+        budget = self.schedule.at(self.state.global_step, self.state.max_steps) if training else self.eval_budget
+        student = with_budget(inputs, *self._ids, self.llava_config.num_patches, budget)
+        sums, count = self._losses(model, inputs, student, budget)
+        weighted = sum(getattr(self.loss_settings, name) * value for name, value in sums.items())
+        if training:
+            name = f"loss_at_{self.schedule.name(budget)}"
+            self._keep_for_log({**sums, name: weighted}, count)
+            self.num_skipped_samples += int(inputs["num_skipped"].sum())
+        if num_items_in_batch is None:
+            loss = weighted / count
+        else:
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = weighted * ranks / num_items_in_batch
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @property
+    def _ids(self) -> tuple[int, int]:
+        """Ids of image placeholders and padding."""
+        padding = self.data_collator.tokenizer.pad_token_id
+        return self.llava_config.image_token_id, 0 if padding is None else padding
+
+    def _losses(self, model, inputs: dict, student: dict, budget: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Each loss of a batch, summed over its answer tokens, and their number."""
+        weights, pixel_values = self.loss_settings, inputs.get("pixel_values")
+        images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        if images and self.llava_config.merger_config.merger_type != "none":
+            images["num_merged_tokens"] = budget
+        if model.training and self.question_dropout:
+            seed = f"{self.args.seed}-{self.state.global_step}"
+            dropped = dropped_questions(inputs["sample_ids"], self.question_dropout, seed)
+            images["question_mask"] = (~dropped[:, None]).expand_as(student["input_ids"])
+        with self._watched_merger(bool(weights.reconstruction) and pixel_values is not None) as seen:
+            logits = answer_logits(model, student, **images)
+        targets = student["labels"][:, 1:]
+        targets = targets[targets != IGNORED]
+        count, sums = torch.tensor(len(targets), device=targets.device), {}
+        if weights.cross_entropy:
+            sums["cross_entropy"] = losses.answer_cross_entropy(logits, targets)
+        if weights.distillation:
+            wanted = self._teacher_logits(model, inputs)
+            sums["distillation"] = losses.distillation(logits, wanted, weights.temperature)
+        if weights.reconstruction:
+            lost = losses.reconstruction(*seen) / len(seen[0]) if seen else 0 * logits.sum()
+            sums["reconstruction"] = lost * count
+        return sums, count
+
+    @contextmanager
+    def _watched_merger(self, wanted: bool):
+        """A list that, where `wanted`, gets features, merged features and source of the merger's call inside."""
+        seen: list[Tensor] = []
+        if not wanted:
+            yield seen
+            return
+
+        def ask(module, args, kwargs):
+            return args, {**kwargs, "return_source": True}
+
+        def keep(module, args, kwargs, output):
+            seen[:] = args[0], output.merged_features, output.source
+
+        handles = [self.merger.register_forward_pre_hook(ask, with_kwargs=True)]
+        handles.append(self.merger.register_forward_hook(keep, with_kwargs=True))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _teacher_logits(self, model, inputs: dict) -> Tensor:
+        """(A, vocabulary): what the model as it was answers with all visual tokens, from the cache if it is there."""
+        sample_ids = inputs["sample_ids"]
+        if self.cache is not None and self.cache.has(sample_ids):
+            return self.cache.get(sample_ids, sample_ids.device)
+        images = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+        with self.teacher.answering(self.accelerator.unwrap_model(self.model)):
+            logits = answer_logits(model, inputs, **images)
+        if self.cache is not None:
+            self.cache.put(sample_ids, logits, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist())
+            return self.cache.get(sample_ids, sample_ids.device)  # rounded, as it will be next time
+        return logits
+
+    def _fill_cache(self):
+        """Asks the teacher about every sample, before its weights change."""
+        self.model.to(self.args.device).eval()
+        for inputs in self.get_eval_dataloader(self.train_dataset):
+            with self.compute_loss_context_manager():
+                self._teacher_logits(self.model, self._prepare_inputs(inputs))
+
+    # --- log and validation -------------------------------------------------------------------------------------------
+
+    def _keep_for_log(self, sums: dict[str, Tensor], count: Tensor):
+        for name, value in sums.items():
+            pair = torch.stack((value.detach().float(), count.float()))
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        """As in transformers, with each loss by itself and by budget, and what was skipped."""
+        if "loss" in logs and self.sums:
+            means = {name: self.accelerator.reduce(pair) for name, pair in self.sums.items()}
+            logs |= {name: round((total / count).item(), 4) for name, (total, count) in sorted(means.items())}
+            logs |= {"skipped_steps": self.num_bad_steps, "skipped_samples": self.num_skipped_samples}
+            self.sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and accuracy at each validation budget, `eval_64_loss` and so on; `eval_loss` is the mean loss."""
+        metrics = {}
+        for budget in self.validation_budgets:
+            self.eval_budget = budget
+            metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{budget}")
+        found = [metrics[f"{metric_key_prefix}_{budget}_loss"] for budget in self.validation_budgets]
+        ours = {f"{metric_key_prefix}_loss": sum(found) / len(found)}
+        if self.scorer is not None:
+            ours |= self._accuracies(metric_key_prefix)
+        self.log(ours)
+        return metrics | ours
+
+    def _accuracies(self, prefix: str) -> dict[str, float]:
+        """Share of right answers at each validation budget, and with all visual tokens."""
+        if self.is_fsdp_enabled:
+            logger.warning_once("No accuracy is validated under FSDP, whose shards cannot generate; losses are.")
+            return {}
+        if not self.unmerged_accuracy:
+            with self.teacher.answering(self.accelerator.unwrap_model(self.model)):
+                self.unmerged_accuracy = {f"{prefix}_all_accuracy": self._accuracy("all")}
+        merged = {f"{prefix}_{budget}_accuracy": self._accuracy(budget) for budget in self.validation_budgets}
+        return self.unmerged_accuracy | merged
+
+    def _accuracy(self, budget: int | str) -> float:
+        model = self.accelerator.unwrap_model(self.model)
+        budget = "all" if budget == self.llava_config.num_patches else budget
+        with self.compute_loss_context_manager():
+            counts = self.scorer.count(model, budget, self.args.process_index, self.args.world_size)
+        right, asked = self.accelerator.reduce(torch.tensor(counts, device=self.args.device)).tolist()
+        return right / asked
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.saves_parts:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            with_projector = PROJECTOR in TRAINED[self.trained.parts]
+            model = self.accelerator.unwrap_model(self.model)
+            save_parts(model, output_dir or self.args.output_dir, with_projector, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        if not self.saves_parts or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_parts(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class StepCallback(TrainerCallback):
+    """Tells the merger how far the training is, and leaves out steps whose gradients are not finite."""
+
+    def __init__(self, trainer: MergerTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.merger.set_progress(min(1.0, state.global_step / max(1, state.max_steps)))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trainer = self.trainer
+        if has_finite_gradients(model):
+            trainer.num_bad_steps_in_a_row = 0
+            return
+        trainer.num_bad_steps += 1
+        trainer.num_bad_steps_in_a_row += 1
+        optimizer.zero_grad(set_to_none=True)  # so that the step does nothing
+        logger.warning(f"Step {state.global_step} has a gradient that is not finite, and is skipped.")
+        if trainer.num_bad_steps_in_a_row == MAX_BAD_STEPS:
+            trainer.save_model()
+            raise FloatingPointError(
+                f"{MAX_BAD_STEPS} steps in a row, up to {state.global_step}, had gradients that are not finite. The "
+                f"last good weights are in {args.output_dir}. Lower trained.merger_learning_rate, or train in float32 "
+                f"(training.bf16=false)."
+            )
+
+
+def answer_logits(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> Tensor:
+    """Logits (A, vocabulary) at the A tokens of a batch (B, L) that have labels, row by row.
+
+    Raises:
+        ValueError: None has.
+    """
+    is_target = batch["labels"][:, 1:] != IGNORED  # of the token before
+    columns = is_target.any(dim=0).nonzero()
+    if not len(columns):
+        raise ValueError("labels are -100 everywhere in a batch, so that there is nothing to learn from it.")
+    first = int(columns[0])
+    outputs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        answer_mask=batch["labels"] != IGNORED,
+        logits_to_keep=batch["labels"].shape[1] - first,
+        use_cache=False,
+        **kwargs,
+    )
+    return outputs.logits[:, :-1][is_target[:, first:]]
+
+
+def check_budgets(budgets: list[int], config):
+    """Refuses budgets above the number N of visual tokens, or others than N where nothing is merged.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if max(budgets) > config.num_patches or min(budgets) < 1:
+        raise ValueError(
+            f"budgets={sorted(set(budgets))}: each has to be from 1 to the {config.num_patches} visual tokens of an "
+            f"image."
+        )
+    if config.merger_config.merger_type == "none" and {*budgets} != {config.num_patches}:
+        raise ValueError(
+            f"budgets={sorted(set(budgets))}: merger_type='none' keeps all {config.num_patches} tokens; leave budgets "
+            f"out, or choose a merger."
+        )

@@ -1,0 +1,63 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Accuracy of written answers during training, on short answers that can be compared word for word."""
+
+import re
+
+import torch
+from torch import nn
+
+from llava_merge.training.data import ChatDataset
+
+
+def same_answer(written: str, expected: str) -> bool:
+    """Whether two answers are the same but for case, spaces, and punctuation at the end."""
+    first, second = (re.sub(r"\s+", " ", text).strip().rstrip(".!").lower() for text in (written, expected))
+    return first == second
+
+
+class AnswerScorer:
+    """Counts the samples whose first answer the model writes as it is in the data.
+
+    Args:
+        dataset: Of validation.
+        processor: A [`LlavaMergeProcessor`].
+        num_samples: How many of them, from the first, are asked.
+        batch_size: Prompts of one call of `generate`.
+        max_new_tokens: Of an answer.
+    """
+
+    def __init__(
+        self, dataset: ChatDataset, processor, num_samples: int = 500, batch_size: int = 16, max_new_tokens: int = 32
+    ):
+        self.dataset, self.processor = dataset, processor
+        self.num_samples, self.batch_size = min(num_samples, len(dataset)), batch_size
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def count(self, model: nn.Module, budget: int | str, rank: int = 0, num_ranks: int = 1) -> tuple[int, int]:
+        """Right answers with M = `budget` tokens an image, and those asked for, of the samples of a rank."""
+        indices = range(rank, self.num_samples, num_ranks)
+        num_right = 0
+        for start in range(0, len(indices), self.batch_size):
+            num_right += self._count_batch(model, budget, indices[start : start + self.batch_size])
+        return num_right, len(indices)
+
+    def _count_batch(self, model, budget, indices) -> int:
+        prompts, expected, pictures = [], [], []
+        for item in map(self.dataset.__getitem__, indices):
+            messages = item["sample"].messages
+            first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+            prompts.append(self.processor.apply_chat_template(messages[:first], add_generation_prompt=True))
+            expected.append("".join(part["text"] for part in messages[first]["content"]))
+            pictures += item["pictures"]
+        inputs = self.processor(
+            images=pictures or None,
+            text=prompts,
+            num_merged_tokens=budget,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        written = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return sum(map(same_answer, written, expected))
