@@ -99,11 +99,13 @@ def train(
     logging.getLogger("llava_merge").setLevel(logging.INFO)
     with one_line_errors():
         try:
-            from llava_merge.training import load_settings
-            from llava_merge.training import train as run
+            from llava_merge.training.settings import load_settings
+
+            settings = load_settings(config, set or [])
+            from llava_merge.training.run import train as run
         except ModuleNotFoundError as error:
             raise ValueError(f"Training needs {error.name}: pip install 'llava-merge[train]'") from error
-        run(load_settings(config, set or []), resume)
+        run(settings, resume)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
+from .merging_base import full_precision
 from .question_turns import Question
 
 
@@ -127,7 +128,8 @@ def mean_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
     queries, keys = (
         tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2).float() for tensor in (queries, keys)
     )  # (I, heads, tokens, head_dim)
-    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+    with full_precision(queries.device):
+        scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
     return scores.softmax(dim=-1).mean(dim=(1, 2))
 
 

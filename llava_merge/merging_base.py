@@ -3,6 +3,7 @@
 
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,6 +259,13 @@ def explain_grid(surplus: int) -> str:
             f"registers have no place on the grid. "
         )
     return ""
+
+
+def full_precision(device: torch.device):
+    """Context in which torch.autocast leaves alone what is float32 on purpose."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def as_source(weights: Tensor, num_images: int) -> Tensor:

@@ -282,7 +282,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             return MergeOutput(merged_features=features, positions=places, sizes=sizes)
         weight = next(self.merger.parameters(), features)
         # the budget of this config: PEFT copies the merger with a config of its own
-        features_there = features.to(device_of(weight, features), weight.dtype)
+        features_there = features.to(device_of(weight, features))
         output = self.merger(features_there, question, budget, grid, extras=extras)
         output.merged_features = output.merged_features.to(features.dtype)
         return output

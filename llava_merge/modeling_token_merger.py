@@ -16,7 +16,15 @@ from .configuration_llava_merge import MergerConfig
 from .hub import MERGER_USAGE, push_card_if_missing, push_folder
 from .merge_extras import MergeExtras
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, check_grid, find_merging_method
+from .merging_base import (
+    MergeContext,
+    MergeOutput,
+    MergingMethod,
+    OwnInitialization,
+    check_grid,
+    find_merging_method,
+    full_precision,
+)
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
@@ -87,7 +95,8 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
     ) -> MergeOutput:
         """
         Args:
-            features: (I, N, vision_dim), the tower's features without CLS.
+            features: (I, N, vision_dim), the tower's features without CLS; a method with weights merges in the dtype of
+                these, whatever torch.autocast says.
             question: What each image is merged for: the language model's input embeddings of each image's question,
                 (I, T, text_dim), or a [`Question`], which can mask some of them and be shared by images. Read by
                 question-aware mergers only; without it they merge as if there were no question.
@@ -105,6 +114,11 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
                 f"features have shape {tuple(features.shape)}; this merger takes (images, patches, vision_dim="
                 f"{self.config.vision_dim}), the output of the vision tower before the projector."
             )
+        with full_precision(features.device):
+            features = features.to(next(self.parameters(), features).dtype)
+            return self._merge(features, question, num_tokens, grid, return_source, extras)
+
+    def _merge(self, features, question, num_tokens, grid, return_source, extras) -> MergeOutput:
         if question is not None:
             question = self._check_question(features, question) if self.config.question_aware else None
         extras = self._check_required(features, extras)

@@ -244,6 +244,8 @@ def test_attention_in_half_precision_is_summed_in_float32():
     assert attention.dtype == torch.float32
     torch.testing.assert_close(attention, mean_attention(queries.double(), keys.double(), 4).float())
     torch.testing.assert_close(attention.sum(dim=1), torch.ones(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mean_attention(queries, keys, 4), attention)
 
 
 class TestRelevance:

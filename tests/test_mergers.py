@@ -134,6 +134,18 @@ def test_learned_scores_in_half_precision_are_near_those_in_full_precision(name)
 
 
 @ALL
+def test_autocast_changes_nothing(name):
+    """Similarities, sizes and weights that are float32 stay so in mixed precision."""
+    merger = make(name)
+    expected = merger(**inputs(), return_source=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = merger(**inputs(), return_source=True)
+    for key in ("merged_features", "source", "positions", "sizes"):
+        found, wanted = getattr(output, key), getattr(expected, key)
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype, key
+
+
+@ALL
 def test_source_is_row_stochastic(name):
     source = make(name)(**inputs(), return_source=True).source
     assert source.shape == (3, 36 if name == "none" else 9, 36)

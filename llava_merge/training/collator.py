@@ -35,7 +35,7 @@ class MergerCollator:
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (B, L), `sample_ids` (B,), `num_skipped` (), and, where there are
+        """`input_ids`, `attention_mask`, `labels` (B, L), `sample_ids` and `num_skipped` (B,), and, where there are
         pictures, `pixel_values` (I, 3, H, W)."""
         encoded = [self.encode(item["sample"]) for item in items]
         ids, labels = zip(*encoded, strict=True)
@@ -45,7 +45,7 @@ class MergerCollator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "sample_ids": torch.tensor([item["index"] for item in items]),
-            "num_skipped": torch.tensor(sum(item["num_skipped"] for item in items)),
+            "num_skipped": torch.tensor([item["num_skipped"] for item in items]),
         }
         pictures = [picture for item in items for picture in item["pictures"]]
         if pictures:

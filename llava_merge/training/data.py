@@ -5,11 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from datasets import Dataset as TableDataset
-from datasets import Image as ImageFeature
-from datasets import IterableDataset as TableStream
-from datasets import Sequence as SequenceFeature
-from datasets import load_dataset
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers.utils import logging
@@ -78,9 +73,7 @@ class ChatDataset(Dataset):
 
     def first(self, count: int) -> "ChatDataset":
         """The first `count` samples, or all where there are fewer."""
-        rows = (
-            self.rows.select(range(min(count, len(self)))) if isinstance(self.rows, TableDataset) else self.rows[:count]
-        )
+        rows = [self.rows[index] for index in range(min(count, len(self)))]
         return ChatDataset(rows, self.source, self.image_folder, self.on_broken_image, self.accepts)
 
 
@@ -151,6 +144,8 @@ def read_dataset(
         if streaming:
             raise ValueError(f"data.streaming: {path} is one JSON list, which is read whole; use JSONL or parquet.")
         return ChatDataset(read_json(file), path, folder, on_broken_image)
+    from datasets import load_dataset  # slow to import
+
     try:
         if file.suffix in LOADERS:
             if not file.is_file():
@@ -184,11 +179,13 @@ def read_json(file: Path) -> list[dict]:
     return rows
 
 
-def without_decoding(rows: TableDataset | TableStream) -> TableDataset | TableStream:
-    """The rows with image columns as bytes or paths, so that a broken picture does not end the iteration."""
+def without_decoding(rows):
+    """A table of the datasets library with its images as bytes or paths, so that a broken one does not end a loop."""
+    from datasets import Image, Sequence
+
     for name, feature in (rows.features or {}).items():
-        inner = feature.feature if isinstance(feature, SequenceFeature) else getattr(feature, "feature", feature)
-        if isinstance(inner, ImageFeature):
-            plain = ImageFeature(decode=False)
+        inner = feature.feature if isinstance(feature, Sequence) else getattr(feature, "feature", feature)
+        if isinstance(inner, Image):
+            plain = Image(decode=False)
             rows = rows.cast_column(name, plain if inner is feature else type(feature)(plain))
     return rows

@@ -14,7 +14,6 @@ from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
-from llava_merge.training.curves import draw_curves
 from llava_merge.training.data import ChatDataset, ChatStream, read_dataset
 from llava_merge.training.parts import describe_parts
 from llava_merge.training.settings import Settings, training_arguments
@@ -94,8 +93,9 @@ def load_model(
     mllm = settings.backbone_settings.mllm_settings
     method = dict(settings.method_settings)
     budgets = settings.budgets.train
-    if budgets and not BUDGET_FIELDS & {*method} and method.get("merger_type") != "none":
-        method["num_merged_tokens"] = max(BudgetSchedule(budgets).values)
+    largest = max(BudgetSchedule(budgets).values) if budgets else None
+    if largest and not mllm.merger and not BUDGET_FIELDS & {*method} and method.get("merger_type") != "none":
+        method["num_merged_tokens"] = largest
     dtype = mllm.dtype or ("bfloat16" if args.bf16 else "float32")
     options = {"dtype": dtype, "attn_implementation": mllm.attn_implementation}
     options |= {"merger": mllm.merger} if mllm.merger else {"merger_config": method}
@@ -105,6 +105,8 @@ def load_model(
             f"method_settings ({', '.join(method)})."
         )
     model = LlavaMergeForConditionalGeneration.from_pretrained(mllm.model, **options)
+    if largest and mllm.merger:
+        model.set_num_merged_tokens(largest)
     widths = {"vision_dim": model.config.merged_vision_dim, "hidden_dim": model.config.text_config.hidden_size}
     for name, width in widths.items():
         if getattr(mllm, name) not in (None, width):
@@ -150,6 +152,8 @@ def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, 
     """Writes metrics.json, curves.png and the model card beside the checkpoint."""
     folder = Path(trainer.args.output_dir)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    from llava_merge.training.curves import draw_curves  # matplotlib is slow to import
+
     draw_curves(trainer.state.log_history, folder / "curves.png")
     mllm = settings.backbone_settings.mllm_settings
     usage = MERGER_USAGE.replace("llava-hf/llava-1.5-7b-hf", mllm.model) if trainer.saves_parts else MODEL_USAGE

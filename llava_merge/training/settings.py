@@ -182,7 +182,9 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
         ValueError: There is no such file, it is no YAML, or a key or value is none of a training run's; it is named.
     """
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.load(path)
+        if OmegaConf.is_dict(given):
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(given, resolve=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}. Give the path of a YAML file.") from error
@@ -264,6 +266,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     fields = {**TRAINING_DEFAULTS, **settings.training}
     fields |= {"remove_unused_columns": False, "prediction_loss_only": True, "label_names": ["labels"]}
     fields.setdefault("learning_rate", settings.trained.merger_learning_rate)
+    if settings.data.streaming:
+        fields.setdefault("accelerator_config", {"dispatch_batches": False})  # batches differ in length
     if settings.data.validation is not None:
         fields.setdefault("eval_strategy", "steps" if "eval_steps" in fields else "epoch")
     try:

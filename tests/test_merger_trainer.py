@@ -1,0 +1,647 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Training runs: what trains, what the teacher says, budgets, bad gradients, breaks, and ranks."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import NUM_PATCHES, agnostic, aware, make_processor, tiny_model, tiny_stock
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
+from llava_merge.cli import app
+from llava_merge.training.budgets import BudgetSchedule
+from llava_merge.training.checkpoints import last_whole_checkpoint
+from llava_merge.training.collator import MergerCollator
+from llava_merge.training.data import ChatDataset
+from llava_merge.training.parts import set_modes
+from llava_merge.training.run import train
+from llava_merge.training.settings import LossSettings, Settings, TrainedSettings, settings_of, training_arguments
+from llava_merge.training.trainer import MAX_BAD_STEPS, MergerTrainer
+
+
+NUM_SAMPLES = 8
+WIDTHS = {"vision_dim": 32, "hidden_dim": 64}
+
+
+@pytest.fixture(autouse=True)
+def leave_no_state():
+    """TrainingArguments of mixed precision say so in the environment and to all of accelerate."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    AcceleratorState._reset_state(True)
+
+
+def rows(num_samples: int = NUM_SAMPLES) -> list[dict]:
+    """Conversations of one to three turns, most with a picture, in the words of the tiny tokenizer."""
+    generator = torch.Generator().manual_seed(7)
+    colors, made = ["red", "blue", "star", "circles"], []
+    for index in range(num_samples):
+        turns = []
+        for turn in range(1 + index % 3):
+            answer = " ".join(colors[i] for i in torch.randint(4, (1 + index % 2,), generator=generator).tolist())
+            image = "<image>\n" if turn == 0 and index != 3 else ""
+            turns += [{"from": "human", "value": f"{image}what color is the star ?"}, {"from": "gpt", "value": answer}]
+        pixels = torch.randint(0, 255, (90, 90, 3), dtype=torch.uint8, generator=generator).numpy()
+        images = [] if index == 3 else [Image.fromarray(pixels)]
+        made.append({"id": f"s{index}", "images": images, "conversations": turns})
+    return made
+
+
+def arguments(folder, **fields):
+    fields = {"max_steps": 4, "per_device_train_batch_size": 2, "warmup_steps": 0, "use_cpu": True, **fields}
+    fields |= {"output_dir": str(folder), "report_to": [], "logging_steps": 1, "dataloader_num_workers": 0}
+    return training_arguments(Settings(training={"save_strategy": "no", "disable_tqdm": True, **fields}))
+
+
+def trainer_of(
+    folder, merger_config=None, parts="merger_projector", budgets=None, losses=None, train_merger=False, **fields
+):
+    torch.manual_seed(0)  # of a fresh merger
+    model = tiny_model(agnostic() if merger_config is None else merger_config, train_merger=train_merger)
+    return MergerTrainer(
+        model,
+        arguments(folder, **{name: fields.pop(name) for name in list(fields) if name in TRAINING_FIELDS}),
+        budgets=budgets and BudgetSchedule(budgets),
+        loss_settings=LossSettings(**(losses or {})),
+        trained=TrainedSettings(parts=parts, lora_rank=2),
+        data_collator=MergerCollator(make_processor(), NUM_PATCHES),
+        train_dataset=ChatDataset(rows(), "rows"),
+        **fields,
+    )
+
+
+TRAINING_FIELDS = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "save_strategy",
+    "save_steps",
+    "num_train_epochs",
+    "bf16",
+    "learning_rate",
+    "optim",
+)
+
+
+def logged(trainer: MergerTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class TestWhatTrains:
+    @pytest.mark.parametrize(
+        "parts, trained",
+        [
+            ("merger", {"merger"}),
+            ("merger_projector", {"merger", "multi_modal_projector"}),
+            ("all", {"merger", "multi_modal_projector", "language_model", "lm_head"}),
+        ],
+    )
+    def test_only_that_moves_has_state_and_is_in_training_mode(self, parts, trained, tmp_path):
+        trainer = trainer_of(tmp_path, parts=parts)
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        modes = {}
+
+        def look(module, args, kwargs):
+            modes.update({name: module.training for name, module in trainer.model.named_modules()})
+
+        trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+        trainer.train()
+        moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+        parts_moved = {part for part in (*trained, "vision_tower", "language_model") if any(part in n for n in moved)}
+        assert parts_moved == trained
+        wanted = {parameter for parameter in trainer.model.parameters() if parameter.requires_grad}
+        assert {*trainer.optimizer.state} == wanted
+        assert modes["model.merger"] and not modes["model.vision_tower"]
+        assert modes["model.language_model.layers.0.mlp"] == (parts == "all")
+
+    def test_what_trains_is_float32_beside_a_model_in_half_precision(self, tmp_path):
+        model = tiny_model(agnostic()).to(torch.bfloat16)
+        args = arguments(tmp_path, bf16=True)
+        collator = MergerCollator(make_processor(), NUM_PATCHES)
+        trainer = MergerTrainer(model, args, data_collator=collator, train_dataset=ChatDataset(rows(), "rows"))
+        trainer.train()
+        dtypes = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
+        assert dtypes == {True: torch.float32, False: torch.bfloat16}
+        assert all(map(math.isfinite, logged(trainer, "loss"))) and len(logged(trainer, "loss")) == 4
+
+    def test_each_part_has_its_learning_rate(self, tmp_path):
+        trainer = trainer_of(tmp_path, parts="all")
+        trainer.create_optimizer()
+        rates = {}
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        for group in trainer.optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[names[parameter].split(".")[1]] = group["lr"]
+                assert (group["weight_decay"] > 0) == (parameter.ndim == 2 and "norm" not in names[parameter])
+        assert rates["merger"] == 1e-3 and rates["multi_modal_projector"] == 5e-4 and rates["language_model"] == 2.5e-4
+
+    def test_frozen_layers_recompute_their_activations_where_that_is_asked_for(self, tmp_path):
+        plain = trainer_of(tmp_path / "a", max_steps=2)
+        plain.train()
+        saving = trainer_of(tmp_path / "b", max_steps=2, gradient_checkpointing=True)
+        calls = []
+        mlp = saving.model.model.language_model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda module, *_: calls.append((torch.is_grad_enabled(), module.training)))
+        saving.train()
+        # of each step: student without graph, teacher, and the student's layer once more with graph
+        assert len(calls) == 6 and not any(training for _, training in calls)
+        assert logged(plain, "loss") == pytest.approx(logged(saving, "loss"), abs=1e-5)
+
+    def test_nothing_to_train_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="merger_type='tome' has no parameters, and trained.parts='merger' trains"):
+            trainer_of(tmp_path, {"merger_type": "tome", "num_merged_tokens": 9}, parts="merger")
+
+    def test_a_training_free_method_may_train_its_projector(self, tmp_path):
+        trainer = trainer_of(tmp_path, {"merger_type": "tome", "num_merged_tokens": 9})
+        trainer.train()
+        trainer.save_model()
+        model = tiny_model({"merger_type": "none"})
+        model.load_merger(tmp_path)
+        weights = trainer.model.model.multi_modal_projector.state_dict()
+        loaded = model.model.multi_modal_projector.state_dict()
+        assert all(torch.equal(weights[name], loaded[name]) for name in weights)
+
+
+class TestTeacher:
+    def test_with_nothing_merged_the_distillation_is_exactly_zero(self, tmp_path):
+        trainer = trainer_of(tmp_path, {"merger_type": "none"}, losses={"cross_entropy": 0.0})
+        inputs = trainer.data_collator([trainer.train_dataset[index] for index in range(NUM_SAMPLES)])
+        for model in (trainer.model.train(), trainer.model.eval()):
+            assert trainer.compute_loss(model, inputs) == 0
+
+    @pytest.mark.parametrize("parts", ["merger_projector", "merger_lora"])
+    def test_it_stays_as_it_was(self, parts, tmp_path):
+        trainer = trainer_of(tmp_path, parts=parts, max_steps=3, losses={"cross_entropy": 1.0})
+        inputs = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+        stock = tiny_model({"merger_type": "none"})
+        keys = ("input_ids", "attention_mask", "pixel_values")
+        with torch.no_grad():
+            expected = stock(**{key: inputs[key] for key in keys}).logits[:, :-1][inputs["labels"][:, 1:] != -100]
+        trainer.train()
+        logits = trainer._teacher_logits(trainer.model, inputs)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        student = trainer.model.eval()
+        with student.merger_bypassed(), torch.no_grad():
+            trained = student(**{key: inputs[key] for key in keys}).logits[:, :-1][inputs["labels"][:, 1:] != -100]
+        assert (trained - expected).abs().max() > 1e-4  # that of the trained projector is another
+
+    def test_no_second_copy_of_the_weights_is_kept(self, tmp_path):
+        trainer = trainer_of(tmp_path)
+        kept = sum(parameter.numel() for parameter in trainer.teacher.projector.parameters())
+        assert kept == sum(p.numel() for p in trainer.model.model.multi_modal_projector.parameters())
+        assert trainer_of(tmp_path, parts="merger").teacher.projector is None
+
+    def test_hooks_are_removed(self, tmp_path):
+        trainer = trainer_of(tmp_path, max_steps=2, losses={"reconstruction": 0.1})
+        trainer.train()
+        for module in (trainer.model.model.multi_modal_projector, trainer.model.model.merger):
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+    def test_its_answers_are_computed_once_where_they_are_cached(self, tmp_path):
+        calls, losses = {}, {}
+        for cached in (False, True):
+            trainer = trainer_of(tmp_path, max_steps=12, losses={"cache_teacher": cached})
+            answering, calls[cached] = trainer.teacher.answering, []
+
+            def counting(model, answering=answering, made=calls[cached]):
+                made.append(model)
+                return answering(model)
+
+            trainer.teacher.answering = counting
+            trainer.train()
+            losses[cached] = logged(trainer, "loss")
+        assert len(calls[False]) == 12 and 4 <= len(calls[True]) < 12
+        assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+    def test_where_everything_trains_it_answers_before(self, tmp_path):
+        trainer = trainer_of(tmp_path, parts="all", max_steps=2)
+        inputs = trainer.data_collator([trainer.train_dataset[0]])
+        expected = trainer._teacher_logits(trainer.model.eval(), inputs).clone()
+        trainer.cache.of_sample.clear()
+        trainer.train()
+        assert len(trainer.cache.of_sample) == NUM_SAMPLES
+        torch.testing.assert_close(trainer._teacher_logits(trainer.model, inputs), expected, atol=1e-2, rtol=1e-2)
+
+
+class TestLosses:
+    def test_they_are_means_over_the_answer_tokens_of_a_step(self, tmp_path):
+        """Two batches of two, accumulated, are one batch of four."""
+        fields = {"max_steps": 2, "optim": "sgd"}  # Adam would make much of gradients that are nearly 0
+        whole = trainer_of(tmp_path / "a", per_device_train_batch_size=4, **fields)
+        parts = trainer_of(tmp_path / "b", gradient_accumulation_steps=2, **fields)
+        for trainer in (whole, parts):
+            trainer.train()
+        assert logged(whole, "loss") == pytest.approx(logged(parts, "loss"), abs=1e-4)
+        for name in ("cross_entropy", "distillation"):
+            assert logged(whole, name) == pytest.approx(logged(parts, name), abs=1e-3)
+        ours, other = (dict(t.model.model.merger.named_parameters()) for t in (whole, parts))
+        for name, parameter in ours.items():
+            torch.testing.assert_close(parameter, other[name], atol=1e-6, rtol=1e-5)
+
+    def test_weights_and_parts_are_logged(self, tmp_path):
+        weights = {"cross_entropy": 0.5, "distillation": 2.0, "reconstruction": 0.25}
+        trainer = trainer_of(tmp_path, losses=weights, max_steps=2)
+        trainer.train()
+        for entry in trainer.state.log_history[:2]:
+            assert entry["loss_at_9"] == pytest.approx(sum(weights[n] * entry[n] for n in weights), abs=1e-3)
+            assert entry["loss"] == pytest.approx(entry["loss_at_9"], abs=1e-3) and 0 < entry["reconstruction"] < 1
+
+    def test_reconstruction_alone_trains_the_merger(self, tmp_path):
+        losses = {"cross_entropy": 0.0, "distillation": 0.0, "reconstruction": 1.0}
+        trainer = trainer_of(tmp_path, losses=losses, max_steps=30, parts="merger")
+        trainer.train()
+        lost = logged(trainer, "reconstruction")
+        assert sum(lost[-5:]) < sum(lost[:5])
+
+    def test_a_batch_without_labels_is_refused(self, tmp_path):
+        trainer = trainer_of(tmp_path)
+        inputs = trainer.data_collator([trainer.train_dataset[0]])
+        inputs["labels"][:] = -100
+        with pytest.raises(ValueError, match="labels are -100 everywhere"):
+            trainer.compute_loss(trainer.model.train(), inputs)
+
+
+class TestBudgets:
+    def test_each_step_has_one_and_all_are_listed(self, tmp_path):
+        trainer = trainer_of(tmp_path, budgets=[4, 9, 18], max_steps=12)
+        trainer.train()
+        names = {name for entry in trainer.state.log_history for name in entry if name.startswith("loss_at")}
+        assert names == {"loss_at_4", "loss_at_9", "loss_at_18"}
+        assert all(sum(name in entry for name in names) == 1 for entry in trainer.state.log_history[:12])
+        trainer.save_model()
+        merger = TokenMerger.from_pretrained(tmp_path)
+        assert merger.config.trained_num_tokens == [4, 9, 18] and merger.config.num_merged_tokens == 9
+
+    def test_they_may_lie_in_a_range(self, tmp_path):
+        trainer = trainer_of(tmp_path, budgets={"min": 2, "max": 30}, max_steps=4)
+        trainer.train()
+        assert trainer.model.config.merger_config.trained_num_tokens == [2, 30]
+
+    def test_one_above_the_visual_tokens_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"budgets=\[9, 37\]: each has to be from 1 to the 36 visual tokens"):
+            trainer_of(tmp_path, budgets=[9, 37])
+        with pytest.raises(ValueError, match="merger_type='none' keeps all 36 tokens"):
+            trainer_of(tmp_path, {"merger_type": "none"}, budgets=[9])
+
+    def test_questions_are_dropped_for_mergers_that_read_them(self, tmp_path):
+        masks = []
+        trainer = trainer_of(tmp_path, aware(), question_dropout=0.5, max_steps=8, losses={"distillation": 0.0})
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["question_mask"][:, 0]), with_kwargs=True
+        )
+        trainer.train()
+        kept = torch.cat(masks).float().mean()
+        assert 0.1 < kept < 0.9 and len(masks) == 8
+        assert trainer_of(tmp_path, agnostic(), question_dropout=0.5).question_dropout == 0
+
+
+def test_answers_and_later_turns_do_not_reach_the_merger(tmp_path):
+    """Other answers, later turns and rows leave the merged features of a training batch as they are."""
+    trainer = trainer_of(tmp_path, aware(), train_merger=True)
+    seen = []
+    trainer.merger.register_forward_hook(lambda module, args, output: seen.append(output.merged_features))
+    conversations = rows()[2]["conversations"]  # three turns
+    poisoned = [dict(turn) for turn in conversations]
+    for index in (1, 2, 3, 5):  # all answers, and the second question
+        poisoned[index]["value"] = "how many circles are there ?" if index == 2 else "circles"
+    other = {**rows()[0], "images": []} | {"conversations": [{"from": "human", "value": "blue ?"}, conversations[1]]}
+    first = {**rows()[2], "conversations": conversations}
+    for batch in ([first], [{**first, "conversations": poisoned}], [first, other]):
+        dataset = ChatDataset(batch, "rows")
+        inputs = trainer.data_collator([dataset[index] for index in range(len(dataset))])
+        trainer.compute_loss(trainer.model.train(), inputs)
+    asked = ChatDataset(
+        [{**first, "conversations": [{"from": "human", "value": "<image>red ?"}, *conversations[1:]]}], ""
+    )
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator([asked[0]]))
+    assert len(seen) == 4
+    for features in seen[1:3]:
+        torch.testing.assert_close(features, seen[0], atol=1e-6, rtol=1e-6)
+    assert (seen[3] - seen[0]).abs().max() > 1e-5  # the first question does
+
+
+class TestBadGradients:
+    def poisoned(self, trainer, steps):
+        """Makes the gradient of one weight inf or nan in `steps`."""
+        weight = next(trainer.model.model.merger.parameters())
+        weight.register_hook(lambda gradient: gradient * math.nan if trainer.state.global_step in steps else gradient)
+        return trainer
+
+    def test_such_a_step_is_skipped_and_counted(self, tmp_path):
+        trainer = self.poisoned(trainer_of(tmp_path, max_steps=4), {1, 2})
+        seen = []
+
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, model, **kwargs):
+                seen.append([parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad])
+
+        trainer.add_callback(Keep())
+        trainer.train()
+        same = [all(map(torch.equal, seen[step - 1], seen[step])) for step in (1, 2, 3)]
+        assert same == [True, True, False] and all(torch.isfinite(tensor).all() for tensor in seen[-1])
+        assert logged(trainer, "skipped_steps")[-1] == 2
+
+    def test_ten_in_a_row_end_the_run_with_the_last_good_weights(self, tmp_path):
+        trainer = self.poisoned(trainer_of(tmp_path, max_steps=30), range(2, 30))
+        with pytest.raises(FloatingPointError, match=r"10 steps in a row, up to 11, .* Lower trained.merger_learning"):
+            trainer.train()
+        assert trainer.num_bad_steps == MAX_BAD_STEPS
+        weights = load_file(tmp_path / "model.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+        assert all(torch.equal(weights[n], t) for n, t in trainer.model.model.merger.state_dict().items())
+
+
+class TestBreaks:
+    def run(self, folder, resume=False, stop_at=None, **fields):
+        trainer = trainer_of(
+            folder,
+            aware(),
+            budgets=[4, 9],
+            max_steps=9,
+            save_strategy="steps",
+            save_steps=2,
+            question_dropout=0.3,
+            **fields,
+        )
+        if stop_at is not None:
+
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    if state.global_step == stop_at:
+                        raise KeyboardInterrupt
+
+            trainer.add_callback(Stop())
+        try:
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(str(folder)) if resume else None)
+        except KeyboardInterrupt:
+            pass
+        return trainer
+
+    @pytest.mark.core
+    @pytest.mark.parametrize("parts", ["merger_projector", "merger_lora"])
+    def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not(self, parts, tmp_path):
+        unbroken = self.run(tmp_path / "unbroken", parts=parts)
+        self.run(tmp_path / "broken", stop_at=7, parts=parts)
+        assert last_whole_checkpoint(str(tmp_path / "broken")).endswith("checkpoint-6")
+        resumed = self.run(tmp_path / "broken", resume=True, parts=parts)
+        assert logged(unbroken, "loss")[:9] == logged(resumed, "loss")[:9]
+        for name, tensor in unbroken.model.state_dict().items():
+            assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+    def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(self, tmp_path):
+        self.run(tmp_path)  # which keeps the last two
+        assert last_whole_checkpoint(str(tmp_path)).endswith("checkpoint-9")
+        state = tmp_path / "checkpoint-9" / "trainer_state.json"
+        state.write_text(state.read_text()[:100])
+        assert last_whole_checkpoint(str(tmp_path)).endswith("checkpoint-8")
+        (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+        assert last_whole_checkpoint(str(tmp_path)) is None
+
+    def test_a_full_disk_leaves_the_checkpoint_before(self, tmp_path, monkeypatch):
+        from llava_merge.training import trainer as module
+
+        saved = []
+
+        def fails_second(*args):
+            saved.append(args)
+            if len(saved) == 2:
+                raise OSError(28, "No space left on device")
+            return save_parts(*args)
+
+        save_parts = module.save_parts
+        monkeypatch.setattr(module, "save_parts", fails_second)
+        with pytest.raises(OSError, match="No space left"):
+            self.run(tmp_path)
+        assert last_whole_checkpoint(str(tmp_path)).endswith("checkpoint-2")
+        TokenMerger.from_pretrained(last_whole_checkpoint(str(tmp_path)))
+
+    def test_a_folder_without_weights_is_refused(self, tmp_path):
+        (tmp_path / "checkpoint-1").mkdir()
+        with pytest.raises(ValueError, match="holds no model.safetensors, so that training cannot go on"):
+            trainer_of(tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    """A stock LLaVA with its processor, and data beside it."""
+    folder = tmp_path_factory.mktemp("llava")
+    tiny_stock().save_pretrained(folder / "llava")
+    make_processor().save_pretrained(folder / "llava")
+    made = rows()
+    for index, row in enumerate(made):
+        images = row.pop("images")
+        for image in images:
+            image.save(folder / f"{index}.png")
+        row |= {"image": f"{index}.png"} if images else {}
+    (folder / "train.json").write_text(json.dumps(made))
+    return folder
+
+
+def settings_for(folder, output, method, parts="merger_projector", **sections) -> dict:
+    training = {"max_steps": 10, "per_device_train_batch_size": 2, "warmup_steps": 0, "use_cpu": True}
+    training |= {"output_dir": str(output), "report_to": [], "logging_steps": 1, "dataloader_num_workers": 0}
+    training |= {"save_strategy": "no", **sections.pop("training", {})}
+    data = {"train": str(folder / "train.json"), **sections.pop("data", {})}
+    mllm = {"model": str(folder / "llava"), **WIDTHS}
+    return {
+        "method_settings": {"num_heads": 4, **method} if "fixed" in method["merger_type"] else method,
+        "backbone_settings": {"mllm_settings": mllm},
+        "data": data,
+        "trained": {"parts": parts, "lora_rank": 2},
+        "training": training,
+        **sections,
+    }
+
+
+METHODS = [
+    {"merger_type": "fixed_pooling"},
+    {"merger_type": "fixed_pooling", "question_aware": True, "attention_mass": 1.0},
+    {"merger_type": "fixed_pooling", "init": "random", "position_ids": "packed"},
+    {"merger_type": "gumbel_topk"},
+    {"merger_type": "gumbel_topk", "estimator": "soft_topk"},
+    {"merger_type": "gumbel_topk_question"},
+    {"merger_type": "gumbel_topk_question", "estimator": "soft_topk"},
+    {"merger_type": "average_pooling"},
+]
+
+
+class TestCommand:
+    @pytest.mark.core
+    @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
+    def test_every_method_trains(self, method, llava_folder, tmp_path):
+        plain = settings_for(llava_folder, tmp_path / "out", method, budgets={"train": [4, 9], "validation": [4, 9]})
+        plain["data"]["validation"] = plain["data"]["train"]
+        metrics = train(settings_of(plain))
+        assert math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["eval_9_loss"])
+        assert 0 <= metrics["eval_4_accuracy"] <= 1 and 0 <= metrics["eval_all_accuracy"] <= 1
+        model = LlavaMergeForConditionalGeneration.from_pretrained(llava_folder / "llava", merger=tmp_path / "out")
+        config = model.config.merger_config
+        assert config.merger_type == method["merger_type"] and config.trained_num_tokens == [4, 9]
+        assert config.num_merged_tokens == 9 and config.position_ids == method.get("position_ids", "source")
+        fresh = LlavaMergeForConditionalGeneration.from_pretrained(llava_folder / "llava").model.multi_modal_projector
+        assert not torch.equal(fresh.linear_1.weight, model.model.multi_modal_projector.linear_1.weight)
+        for name in ("metrics.json", "curves.png", "README.md"):
+            assert (tmp_path / "out" / name).stat().st_size > 100
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "| steps | 10 |" in card and "| 9 accuracy |" in card and str(llava_folder / "llava") in card
+
+    def test_an_adapter_is_saved_where_lora_trains(self, llava_folder, tmp_path):
+        import peft
+
+        train(settings_of(settings_for(llava_folder, tmp_path, METHODS[0], "merger_lora", budgets={"train": [9]})))
+        base = LlavaMergeForConditionalGeneration.from_pretrained(
+            llava_folder / "llava", merger_config={"num_merged_tokens": 9, "num_heads": 4}
+        )
+        before = base.model.multi_modal_projector.linear_1.weight.clone()
+        model = peft.PeftModel.from_pretrained(base, tmp_path)
+        weights = {name: tensor for name, tensor in model.named_parameters() if "default" in name}
+        assert {"lora_A", "merger", "multi_modal_projector"} <= {p for n in weights for p in n.split(".")}
+        trained = next(t for n, t in weights.items() if "linear_1.weight" in n and "projector" in n)
+        assert not torch.equal(before, trained)
+
+    def test_a_whole_model_is_saved_where_all_trains(self, llava_folder, tmp_path):
+        train(settings_of(settings_for(llava_folder, tmp_path, METHODS[0], "all", budgets={"train": [9]})))
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path)
+        assert model.config.merger_config.num_merged_tokens == 9
+        assert LlavaMergeProcessor.from_pretrained(tmp_path).num_merged_tokens == 9
+        stock = tiny_stock().state_dict()
+        moved = [n for n, t in model.state_dict().items() if "q_proj" in n and "language" in n]
+        assert moved and not any(torch.equal(model.state_dict()[name], stock[name]) for name in moved)
+
+    def test_a_trained_merger_goes_on(self, llava_folder, tmp_path):
+        train(settings_of(settings_for(llava_folder, tmp_path / "a", METHODS[0], budgets={"train": [9]})))
+        plain = settings_for(llava_folder, tmp_path / "b", {"merger_type": "fixed_pooling"}, budgets={"train": [4]})
+        plain["backbone_settings"]["mllm_settings"]["merger"] = str(tmp_path / "a")
+        with pytest.raises(ValueError, match="brings its own configuration; leave out method_settings"):
+            train(settings_of(plain))
+        plain["method_settings"] = {}
+        train(settings_of(plain))
+        assert TokenMerger.from_pretrained(tmp_path / "b").config.trained_num_tokens == [4]
+
+    def test_streamed_data(self, llava_folder, tmp_path):
+        loaded = json.loads((llava_folder / "train.json").read_text())
+        (llava_folder / "train.jsonl").write_text("\n".join(map(json.dumps, loaded)))
+        data = {"train": str(llava_folder / "train.jsonl"), "streaming": True}
+        plain = settings_for(llava_folder, tmp_path, METHODS[0], data=data, budgets={"train": [9]})
+        assert train(settings_of(plain))["train_loss"] > 0
+        plain["training"]["max_steps"] = -1
+        with pytest.raises(ValueError, match=r"data.streaming=true: .*set training.max_steps"):
+            train(settings_of(plain))
+
+    def test_long_samples_are_skipped(self, llava_folder, tmp_path, caplog):
+        plain = settings_for(llava_folder, tmp_path, METHODS[0], data={"max_length": 60}, budgets={"train": [9]})
+        with caplog.at_level("WARNING", logger="llava_merge.training.data"):
+            train(settings_of(plain))
+        assert "it is longer than data.max_length" in caplog.text
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"data": {"train": None}}, "data.train is missing"),
+            ({"data": {"train": "gone.json"}}, "'gone.json' cannot be read"),
+            ({"mllm": {"vision_dim": 1024}}, "vision_dim=1024, but .* has vision_dim=32"),
+            ({"mllm": {"hidden_dim": 4096}}, "hidden_dim=4096, but .* has hidden_dim=64"),
+            ({"method_settings": {"merger_type": "nonsense"}}, "'nonsense' does not exist"),
+            ({"budgets": {"train": [99]}}, "99"),
+            ({"training": {"lr_scheduler_type": "nonsense"}}, "training: .*nonsense"),
+        ],
+    )
+    def test_nothing_is_trained_where_a_setting_cannot_be_used(self, change, message, llava_folder, tmp_path):
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0])
+        plain["backbone_settings"]["mllm_settings"] |= change.pop("mllm", {})
+        for section, values in change.items():
+            plain[section] = {**plain.get(section, {}), **values}
+        with pytest.raises(ValueError, match=message):
+            train(settings_of(plain))
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def command(*arguments, ranks: int = 0, **kwargs) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, "-m", "llava_merge", "train", *map(str, arguments)]
+
+
+def write_yaml(plain: dict, path):
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(plain), path)
+    return path
+
+
+class TestProcesses:
+    def test_two_ranks_are_one_with_the_same_global_batch(self, llava_folder, tmp_path):
+        losses = {}
+        for ranks in (1, 2):
+            output = tmp_path / f"ranks-{ranks}"
+            training = {"max_steps": 4, "per_device_train_batch_size": 4 // ranks}
+            training |= {"ddp_backend": "gloo"} if ranks > 1 else {}
+            training |= {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
+            plain = settings_for(llava_folder, output, METHODS[0], budgets={"train": [4, 9]}, training=training)
+            file = write_yaml(plain, tmp_path / f"{ranks}.yaml")
+            arguments = command(file, ranks=ranks if ranks > 1 else 0)
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            history = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+            losses[ranks] = [(e["loss"], e["distillation"], e["grad_norm"]) for e in history if "distillation" in e]
+        assert len(losses[1]) == 4
+        for alone, together in zip(losses[1], losses[2], strict=True):
+            assert alone == pytest.approx(together, rel=1e-4, abs=1e-4)
+
+    def test_a_run_that_was_killed_goes_on(self, llava_folder, tmp_path):
+        training = {"max_steps": 400, "save_strategy": "steps", "save_steps": 5}
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], budgets={"train": [9]}, training=training)
+        file = write_yaml(plain, tmp_path / "run.yaml")
+        process = subprocess.Popen(command(file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while last_whole_checkpoint(str(tmp_path / "out")) is None:
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = last_whole_checkpoint(str(tmp_path / "out"))
+        steps = int(found.rpartition("-")[2]) + 2
+        done = subprocess.run(
+            command(file, "--resume", "--set", f"training.max_steps={steps}"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_runtime"] > 0
+
+
+def test_bad_input_is_one_line(tmp_path):
+    file = tmp_path / "bad.yaml"
+    for content, message in (
+        ("data:\n  trian: x\n", "bad.yaml, data: there is no key 'trian'; did you mean 'train'?"),
+        ("data: [\n", "bad.yaml is no YAML of settings: "),
+        ("- data\n", "bad.yaml holds list; settings are sections with keys."),
+        ("losses:\n  temperature: 0\n", "bad.yaml: losses.temperature=0.0: has to be above 0."),
+        ("{}", "data.train is missing: the dataset to train on."),
+        (None, "bad.yaml cannot be read: "),
+    ):
+        file.unlink(missing_ok=True) if content is None else file.write_text(content)
+        done = CliRunner().invoke(app, ["train", str(file), "--set", f"training.output_dir={tmp_path}"])
+        assert done.exit_code == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_modules_keep_their_mode_where_a_dropout_trains(tmp_path):
+    """LoRA's dropout drops; that of frozen layers does not."""
+    trainer = trainer_of(tmp_path, parts="merger_lora")
+    trainer.model.model.model.vision_tower.dropout = nn.Dropout()
+    set_modes(trainer.model.train())
+    drops = {name: m.training for name, m in trainer.model.named_modules() if isinstance(m, (nn.Dropout, nn.Identity))}
+    assert all(training for name, training in drops.items() if "lora_dropout" in name) and len(drops) > 5
+    assert not trainer.model.model.model.vision_tower.dropout.training
