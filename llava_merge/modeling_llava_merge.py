@@ -450,7 +450,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             masks = {"question_mask": question_mask, "answer_mask": answer_mask}
             mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, num_merged_tokens, kwargs)}
         elif self.training and not mm_encoder_outputs:
-            self._join_merger(kwargs)
+            self._join_image_parts(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
         layout = None if tokens_are_placed else self.place_tokens(images, kwargs)
         if FORWARD_TAKES_ENCODED_IMAGES:
@@ -471,12 +471,13 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         prompt = self.read_prompt(input_ids, inputs_embeds, **masks)
         return self.encode_images_of_prompt(pixel_values, prompt, num_merged_tokens, **options)
 
-    def _join_merger(self, arguments: dict):
-        """Puts a trained merger into the graph of a batch without images, with weight 0.
+    def _join_image_parts(self, arguments: dict):
+        """Puts a trained merger and projector into the graph of a batch without images, with weight 0.
 
         A backward pass needs something to train in it, and DistributedDataParallel every parameter on every rank.
         """
-        trained = [parameter for parameter in self.merger.parameters() if parameter.requires_grad]
+        parts = (self.merger, self.multi_modal_projector)
+        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         if not trained or arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
             return
         if arguments.get("inputs_embeds") is None:

@@ -192,7 +192,7 @@ class TestTeacher:
         with torch.no_grad():
             expected = stock(**{key: inputs[key] for key in keys}).logits[:, :-1][inputs["labels"][:, 1:] != -100]
         trainer.train()
-        logits = trainer._teacher_logits(trainer.model, inputs)
+        logits = trainer._teacher_logits(trainer.model, inputs, trainer.caches[True])
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         student = trainer.model.eval()
         with student.merger_bypassed(), torch.no_grad():
@@ -227,14 +227,27 @@ class TestTeacher:
         assert len(calls[False]) == 12 and 4 <= len(calls[True]) < 12
         assert losses[True] == pytest.approx(losses[False], rel=2e-2)
 
+    def test_validation_has_samples_of_its_own(self, tmp_path):
+        """Which have the same numbers as those of training."""
+        fields = {"losses": {"cache_teacher": True}, "max_steps": 2, "eval_dataset": ChatDataset(rows()[::-1], "rows")}
+        trainer = trainer_of(tmp_path, **fields)
+        trainer.train()
+        found = trainer.evaluate()
+        assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(found["eval_loss"])
+        uncached = trainer_of(tmp_path, **{**fields, "losses": {}})
+        uncached.train()
+        assert found["eval_loss"] == pytest.approx(uncached.evaluate()["eval_loss"], rel=1e-2)
+
     def test_where_everything_trains_it_answers_before(self, tmp_path):
         trainer = trainer_of(tmp_path, parts="all", max_steps=2)
         inputs = trainer.data_collator([trainer.train_dataset[0]])
-        expected = trainer._teacher_logits(trainer.model.eval(), inputs).clone()
-        trainer.cache.of_sample.clear()
+        expected = trainer._teacher_logits(trainer.model.eval(), inputs, trainer.caches[True]).clone()
+        trainer.caches[True].of_sample.clear()
         trainer.train()
-        assert len(trainer.cache.of_sample) == NUM_SAMPLES
-        torch.testing.assert_close(trainer._teacher_logits(trainer.model, inputs), expected, atol=1e-2, rtol=1e-2)
+        assert len(trainer.caches[True].of_sample) == NUM_SAMPLES
+        torch.testing.assert_close(
+            trainer._teacher_logits(trainer.model, inputs, trainer.caches[True]), expected, atol=1e-2, rtol=1e-2
+        )
 
 
 class TestLosses:

@@ -6,7 +6,14 @@ from collections import Counter
 import pytest
 import torch
 
-from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget
+from llava_merge.training.budgets import (
+    IGNORED,
+    UNSEEN,
+    BudgetSchedule,
+    dropped_questions,
+    with_budget,
+    with_unseen_image,
+)
 from llava_merge.training.losses import answer_cross_entropy, distillation, reconstruction
 
 
@@ -139,3 +146,17 @@ def test_dropped_questions_depend_on_the_sample_and_not_on_its_batch():
     assert torch.equal(dropped_questions(ids[[5, 17]], 0.25, "0-7"), dropped[[5, 17]])
     assert not torch.equal(dropped_questions(ids, 0.25, "0-8"), dropped)
     assert not dropped_questions(ids, 0.0, "0-7").any() and dropped_questions(ids, 1.0, "0-7").all()
+
+
+@pytest.mark.parametrize("length", [4, 20])
+def test_an_unseen_image_is_a_row_of_which_nothing_is_learnt(length):
+    ids = torch.randint(1, 8, (2, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch |= {"sample_ids": torch.arange(2), "num_skipped": torch.tensor([0, 3])}
+    wider = with_unseen_image(batch, IMAGE, N, (14, 28))
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(wider[name][:2, :length], batch[name]) and wider[name].shape == (3, max(length, N))
+    assert (wider["input_ids"] == IMAGE).sum() == N == wider["attention_mask"][2].sum()
+    assert (wider["labels"][2] == IGNORED).all() and wider["pixel_values"].shape == (1, 3, 14, 28)
+    assert wider["sample_ids"].tolist() == [0, 1, UNSEEN] and wider["num_skipped"].sum() == 3
+    assert dropped_questions(wider["sample_ids"], 0.0, "0").tolist() == [False, False, True]

@@ -5,12 +5,14 @@ import random
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava_merge.placeholders import is_whole_number
 
 
 IGNORED = -100  # label of a token that no loss is taken of
+UNSEEN = -1  # number of a sample that is none
 
 
 class BudgetSchedule:
@@ -87,7 +89,30 @@ def with_budget(
     return {name: batch[name].gather(1, order).where(inside, value) for name, value in padding.items()}
 
 
+def with_unseen_image(
+    batch: dict[str, Tensor], image_token_id: int, num_patches: int, image_shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """A batch of text with a row more, an empty image that nothing is learnt from.
+
+    Ranks that share the weights (FSDP) have to run the same modules, whether their batch has images or not.
+
+    Args:
+        image_shape: Height and width of the tower's images.
+    """
+    rows, length = batch["input_ids"].shape
+    longer = max(0, num_patches - length)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    wider = {name: F.pad(batch[name], (0, longer, 0, 1), value=value) for name, value in padding.items()}
+    wider["input_ids"][rows, :num_patches] = image_token_id
+    wider["attention_mask"][rows, :num_patches] = 1
+    wider["sample_ids"] = F.pad(batch["sample_ids"], (0, 1), value=UNSEEN)
+    wider["num_skipped"] = F.pad(batch["num_skipped"], (0, 1))
+    pixel_values = torch.zeros(1, 3, *image_shape, device=batch["input_ids"].device)
+    return batch | wider | {"pixel_values": pixel_values}
+
+
 def dropped_questions(sample_ids: Tensor, share: float, seed: str) -> Tensor:
     """(B,) bool: which samples of a step, by number, have their question dropped, whatever batch they are in."""
-    drawn = [random.Random(f"{seed}-{sample}").random() < share for sample in sample_ids.tolist()]
+    ids = sample_ids.tolist()
+    drawn = [sample == UNSEEN or random.Random(f"{seed}-{sample}").random() < share for sample in ids]
     return torch.tensor(drawn, device=sample_ids.device)

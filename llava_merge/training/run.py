@@ -3,13 +3,15 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
@@ -151,7 +153,7 @@ def make_trainer(settings, args, model, processor, train_set, validation) -> Mer
 def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]):
     """Writes metrics.json, curves.png and the model card beside the checkpoint."""
     folder = Path(trainer.args.output_dir)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_text(folder / "metrics.json", json.dumps(report_of(settings, trainer, metrics), indent=1) + "\n")
     from llava_merge.training.curves import draw_curves  # matplotlib is slow to import
 
     draw_curves(trainer.state.log_history, folder / "curves.png")
@@ -161,6 +163,24 @@ def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, 
     described = model.headless_model.merger if trainer.saves_parts else model
     card = make_card(described, folder.resolve().name, usage, run=run_facts(settings, trainer, metrics))
     write_text(folder / "README.md", str(card))
+
+
+def report_of(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]) -> dict:
+    """What there is to know about a run: its settings, versions, hardware, metrics, and what was validated when."""
+    device = trainer.args.device
+    evaluations: dict[int, dict] = {}
+    for entry in trainer.state.log_history:
+        values = {name: entry[name] for name in entry if name.startswith("eval_") and "second" not in name}
+        if values:
+            evaluations.setdefault(entry["step"], {}).update(values)
+    return {
+        "settings": asdict(settings),
+        "versions": {"llava_merge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "ranks": trainer.args.world_size,
+        "metrics": metrics,
+        "evaluations": [{"step": step, **values} for step, values in evaluations.items()],
+    }
 
 
 def last_evaluation(trainer: MergerTrainer) -> dict[str, float]:

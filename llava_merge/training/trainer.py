@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration
 from llava_merge.training import losses
-from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget
+from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget, with_unseen_image
 from llava_merge.training.checkpoints import load_parts, save_parts
 from llava_merge.training.parts import (
     PROJECTOR,
@@ -74,7 +74,8 @@ class MergerTrainer(Trainer):
         self.question_dropout = question_dropout if config.merger_config.question_aware else 0.0
         self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
         self.teacher = Teacher(model, PROJECTOR in TRAINED[self.trained.parts])
-        self.cache = LogitsCache() if self.loss_settings.cache_teacher or self.teacher_changes else None
+        self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
+        self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
         self.sums: dict[str, Tensor] = {}
         super().__init__(model=prepare_parts(model, self.trained), args=args, **kwargs)
@@ -98,7 +99,7 @@ class MergerTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As in transformers; where the language model is trained, the teacher answers all samples first."""
         if self.teacher_changes:
-            self._fill_cache()
+            self._fill_caches()
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -116,6 +117,9 @@ class MergerTrainer(Trainer):
         training = model.training
         if training:
             set_modes(model)
+        if self.is_fsdp_enabled and "pixel_values" not in inputs:
+            shape = self.llava_config.image_shape
+            inputs = with_unseen_image(inputs, self.llava_config.image_token_id, self.llava_config.num_patches, shape)
         budget = self.schedule.at(self.state.global_step, self.state.max_steps) if training else self.eval_budget
         student = with_budget(inputs, *self._ids, self.llava_config.num_patches, budget)
         sums, count = self._losses(model, inputs, student, budget)
@@ -143,7 +147,7 @@ class MergerTrainer(Trainer):
         images = {} if pixel_values is None else {"pixel_values": pixel_values}
         if images and self.llava_config.merger_config.merger_type != "none":
             images["num_merged_tokens"] = budget
-        if model.training and self.question_dropout:
+        if self.llava_config.merger_config.question_aware and model.training:
             seed = f"{self.args.seed}-{self.state.global_step}"
             dropped = dropped_questions(inputs["sample_ids"], self.question_dropout, seed)
             images["question_mask"] = (~dropped[:, None]).expand_as(student["input_ids"])
@@ -155,7 +159,7 @@ class MergerTrainer(Trainer):
         if weights.cross_entropy:
             sums["cross_entropy"] = losses.answer_cross_entropy(logits, targets)
         if weights.distillation:
-            wanted = self._teacher_logits(model, inputs)
+            wanted = self._teacher_logits(model, inputs, self.caches[model.training])
             sums["distillation"] = losses.distillation(logits, wanted, weights.temperature)
         if weights.reconstruction:
             lost = losses.reconstruction(*seen) / len(seen[0]) if seen else 0 * logits.sum()
@@ -184,25 +188,26 @@ class MergerTrainer(Trainer):
             for handle in handles:
                 handle.remove()
 
-    def _teacher_logits(self, model, inputs: dict) -> Tensor:
+    def _teacher_logits(self, model, inputs: dict, cache: LogitsCache) -> Tensor:
         """(A, vocabulary): what the model as it was answers with all visual tokens, from the cache if it is there."""
         sample_ids = inputs["sample_ids"]
-        if self.cache is not None and self.cache.has(sample_ids):
-            return self.cache.get(sample_ids, sample_ids.device)
+        if self.keeps_teacher_logits and cache.has(sample_ids):
+            return cache.get(sample_ids, sample_ids.device)
         images = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
         with self.teacher.answering(self.accelerator.unwrap_model(self.model)):
             logits = answer_logits(model, inputs, **images)
-        if self.cache is not None:
-            self.cache.put(sample_ids, logits, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist())
-            return self.cache.get(sample_ids, sample_ids.device)  # rounded, as it will be next time
+        if self.keeps_teacher_logits:
+            cache.put(sample_ids, logits, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist())
+            return cache.get(sample_ids, sample_ids.device)  # rounded, as it will be next time
         return logits
 
-    def _fill_cache(self):
+    def _fill_caches(self):
         """Asks the teacher about every sample, before its weights change."""
         self.model.to(self.args.device).eval()
-        for inputs in self.get_eval_dataloader(self.train_dataset):
-            with self.compute_loss_context_manager():
-                self._teacher_logits(self.model, self._prepare_inputs(inputs))
+        for dataset, cache in ((self.train_dataset, self.caches[True]), (self.eval_dataset, self.caches[False])):
+            for inputs in self.get_eval_dataloader(dataset) if dataset is not None else ():
+                with self.compute_loss_context_manager():
+                    self._teacher_logits(self.model, self._prepare_inputs(inputs), cache)
 
     # --- log and validation -------------------------------------------------------------------------------------------
 
@@ -223,6 +228,8 @@ class MergerTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and accuracy at each validation budget, `eval_64_loss` and so on; `eval_loss` is the mean loss."""
         metrics = {}
+        if eval_dataset is not None and not self.teacher_changes:
+            self.caches[False] = LogitsCache()  # its samples have the same numbers
         for budget in self.validation_budgets:
             self.eval_budget = budget
             metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{budget}")
