@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 import transformers
 from evaluate_demo_model import write_report
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
+from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback, set_seed
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, draw_scene, sample_scene, scene_rng
 from llava_merge.training.budgets import IGNORED, BudgetSchedule
@@ -172,6 +173,7 @@ def demo_rows(num_scenes: int) -> list[dict]:
 def train_demo(kind: str, output: str):
     """A short run on the demo model, on as many processes as run this; the first writes its losses to `output`."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    set_seed(0)  # ranks that share the weights have to start with the same merger
     model = LlavaMergeForConditionalGeneration.from_pretrained(
         MODEL_DIR, merger_config={"num_merged_tokens": 64, "attention_mass": 1.0}, dtype=torch.float32
     )
@@ -197,6 +199,9 @@ def train_demo(kind: str, output: str):
     trainer.train()
     trainer.save_model()
     if trainer.args.should_save:
+        parameters = list(trainer.model.parameters())
+        sharded = sum(isinstance(parameter, DTensor) for parameter in parameters)
+        assert (sharded == len(parameters)) == (kind == "fsdp"), f"{sharded} of {len(parameters)} are sharded"
         losses = [entry for entry in trainer.state.log_history if "distillation" in entry]
         kept = ("loss", "cross_entropy", "distillation", "grad_norm")
         Path(output).write_text(json.dumps([{name: round(entry[name], 5) for name in kept} for entry in losses]))
@@ -219,14 +224,25 @@ def compare_parallel(folder: Path) -> dict:
             for ours, alone in zip(losses[kind], losses["one"], strict=True)
             for name in ("loss", "distillation")
         ]
-        differences[kind] = float(f"{max(pairs):.2e}")
-    return {"global_batch": GLOBAL_BATCH, "largest_relative_difference": differences, "losses": losses}
+        differences[kind] = {
+            "losses, relative": float(f"{max(pairs):.2e}"),
+            "saved merger, absolute": weight_difference(folder, kind),
+        }
+    return {"global_batch": GLOBAL_BATCH, "largest_difference_from_one_gpu": differences, "losses": losses}
+
+
+def weight_difference(folder: Path, kind: str) -> float:
+    """Largest difference between the mergers that a kind of run and that on one GPU saved."""
+    ours, alone = (
+        TokenMerger.from_pretrained(folder / f"losses_{name}.json.{name}").state_dict() for name in (kind, "one")
+    )
+    return float(f"{max((ours[name] - alone[name]).abs().max().item() for name in alone):.2e}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    parser.add_argument("--batch-size", type=int, default=8, help="of the 7B-shape step")
+    parser.add_argument("--batch-size", type=int, default=32, help="of the 7B-shape step")
     parser.add_argument("--budgets", type=int, nargs="+", default=[144, 64])
     parser.add_argument("--parts", nargs="+", default=["step", "parallel"], choices=["step", "parallel"])
     parser.add_argument("--worker", choices=PARALLEL, help=argparse.SUPPRESS)

@@ -62,6 +62,9 @@ class MergerTrainer(Trainer):
         scorer: AnswerScorer | None = None,
         **kwargs,
     ):
+        if args.n_gpu > 1:  # Trainer would split batches among threads, whose copies of the model cannot be trained so
+            logger.warning(f"Uses one of {args.n_gpu} GPUs: start with torchrun or accelerate to use all.")
+            args._n_gpu = 1
         self.trained, self.loss_settings = trained or TrainedSettings(), loss_settings or LossSettings()
         self.llava_config = config = model.config
         merges = config.merger_config.merger_type != "none"
