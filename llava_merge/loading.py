@@ -23,6 +23,10 @@ from .merging_base import find_merging_method
 
 logger = logging.get_logger(__name__)
 
+ADAPTER_MERGER = "merger_config.json"  # beside an adapter
+# arguments for files that may be missing
+NOT_NEEDED = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
 
 @dataclass
 class Checkpoint:
@@ -32,11 +36,13 @@ class Checkpoint:
         path: As it was given.
         config_fields: Fields of the configuration; of the base model where the path holds an adapter.
         adapter_base: Base model that an adapter at the path names, None where there is no adapter.
+        adapter_merger: Configuration of the merger that the adapter was trained with, where it says so.
     """
 
     path: str
     config_fields: dict
     adapter_base: str | None
+    adapter_merger: dict | None = None
 
     @property
     def saved_merger(self) -> dict | None:
@@ -59,11 +65,22 @@ def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
         ValueError: It holds a pickled adapter, or the base model of an adapter is broken.
     """
     base = check_adapter(path, hub_kwargs)
+    merger = None
     if base is not None:
+        merger = read_merger_of_adapter(path, hub_kwargs)
         hub_kwargs = for_other_repo(hub_kwargs)
         check_safetensors_files(base)
     fields, _ = PretrainedConfig.get_config_dict(base or path, **hub_kwargs)
-    return Checkpoint(path, fields, base)
+    return Checkpoint(path, fields, base, merger)
+
+
+def read_merger_of_adapter(path: str, hub_kwargs: dict) -> dict | None:
+    """Fields of the merger that an adapter was trained with; `llava-merge train` saves them beside it."""
+    file = cached_file(path, ADAPTER_MERGER, **NOT_NEEDED, **hub_kwargs)
+    if file is None:
+        return None
+    fields = json.loads(Path(file).read_text(encoding="utf-8"))
+    return {name: value for name, value in fields.items() if name in MergerConfig().to_dict()}
 
 
 def check_adapter(path: str, hub_kwargs: dict) -> str | None:
@@ -92,8 +109,7 @@ def check_adapter_is_safetensors(path: str, hub_kwargs: dict):
     Raises:
         ValueError: There is no adapter_model.safetensors.
     """
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(path, "adapter_model.safetensors", **quietly, **hub_kwargs)
+    found = cached_file(path, "adapter_model.safetensors", **NOT_NEEDED, **hub_kwargs)
     if found is None:
         raise ValueError(
             f"The adapter {path} has no adapter_model.safetensors that can be had. An adapter_model.bin is a pickle, "

@@ -105,6 +105,8 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         if finish_interrupted_save(path) and isinstance(config, PretrainedConfig) and config.name_or_path == path:
             config = None  # an Auto class read it before
         checkpoint = read_checkpoint(path, hub_kwargs)
+        if merger_config is None and not isinstance(config, PretrainedConfig):
+            merger_config = checkpoint.adapter_merger
         check_merger_request(checkpoint, merger, merger_config)
         if merger is not None and checkpoint.saved_merger is None:
             merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced

@@ -2,6 +2,7 @@
 """transformers' Trainer for mergers."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration
+from llava_merge.loading import ADAPTER_MERGER
 from llava_merge.training import losses
 from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget, with_unseen_image
 from llava_merge.training.checkpoints import load_parts, save_parts
@@ -267,6 +269,9 @@ class MergerTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.saves_parts:
             super()._save(output_dir, state_dict)
+            if self.trained.parts == "merger_lora" and self.args.should_save:
+                file = Path(output_dir or self.args.output_dir) / ADAPTER_MERGER
+                self.llava_config.merger_config.to_json_file(file, use_diff=False)
         elif self.args.should_save:
             with_projector = PROJECTOR in TRAINED[self.trained.parts]
             model = self.accelerator.unwrap_model(self.model)
