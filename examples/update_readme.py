@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Writes the tables of mergers in README.md: what there is, and what was measured of it.
+"""Writes the tables of README.md: what mergers there are, and what was measured.
 
 python examples/update_readme.py
 """
@@ -13,7 +13,7 @@ from llava_merge.configuration_llava_merge import QUESTION_METHODS
 
 
 README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results" / "demo_mergers.json"
+RESULTS = Path(__file__).parent / "results"
 WAYS = {"packed": "packed", "source": "source", "packed_mass": "packed, mass 1", "source_mass": "source, mass 1"}
 TRAINED = {  # names of the results, and what they are called in the table
     "source_mass, trained": "`fixed_pooling` (V3)",
@@ -61,10 +61,54 @@ def accuracy_table(models: dict) -> str:
     return table(["", "trained", "positions, mass", *budgets], rows)
 
 
+def training_table(report: dict) -> str:
+    """Validation of a run before and after it."""
+    head = ["", *(f"step {entry['step']}" for entry in report["evaluations"])]
+    names = {"eval_16_accuracy": "16 tokens", "eval_all_accuracy": "all 576 tokens"}
+    rows = [
+        [shown, *(f"{100 * entry[name]:.1f} %" for entry in report["evaluations"])] for name, shown in names.items()
+    ]
+    measured = (
+        f"{report['hardware']}, transformers {report['versions']['transformers']}, n = {report['num_validation']}"
+    )
+    seconds = f"{report['metrics']['train_runtime']:.0f} s with both validations"
+    return f"{table(head, rows)}\n\n{measured}, {seconds} ([demo_training.json](examples/results/demo_training.json))."
+
+
+def training_cost_table(report: dict) -> str:
+    """Seconds and memory of a step at 7B's size, and many GPUs against one."""
+    head = ["teacher", "tokens an image", "samples / s", "peak GiB", "share of the step that is the teacher's"]
+    rows, seconds = (
+        [],
+        {(row["teacher"], row["num_merged_tokens"]): row["seconds_per_step"] for row in report["step"]["rows"]},
+    )
+    for row in report["step"]["rows"]:
+        alone = seconds["none", row["num_merged_tokens"]]
+        share = f"{1 - alone / row['seconds_per_step']:.0%}"
+        budget, rate, memory = row["num_merged_tokens"], row["samples_per_second"], row["peak_memory_gib"]
+        rows.append([row["teacher"], str(budget), f"{rate:.1f}", f"{memory:.1f}", share])
+    differences = report["parallel"]["largest_difference_from_one_gpu"].values()
+    worst = max(value["losses, relative"] for value in differences)
+    return (
+        f"{table(head, rows)}\n\nOne of {report['hardware']}, torch {report['versions']['torch']}, transformers "
+        f"{report['versions']['transformers']}. On the demo model, eight steps of {report['parallel']['global_batch']} "
+        f"samples under DDP and FSDP2 on two GPUs have the losses of one GPU (largest relative difference, of five "
+        f"decimals: {worst:g}) ([training_benchmark.json](examples/results/training_benchmark.json))."
+    )
+
+
 def updated(text: str) -> str:
     """README with the tables of today between their marks."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    tables = {"mergers": mergers_table(), "accuracy of mergers": accuracy_table(results["models"])}
+    mergers, training, cost = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("demo_mergers", "demo_training", "training_benchmark")
+    )
+    tables = {
+        "mergers": mergers_table(),
+        "accuracy of mergers": accuracy_table(mergers["models"]),
+        "training": training_table(training),
+        "cost of training": training_cost_table(cost),
+    }
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = f"{re.escape(marks[0])}.*{re.escape(marks[1])}"

@@ -178,6 +178,7 @@ def report_of(settings: Settings, trainer: MergerTrainer, metrics: dict[str, flo
         "versions": {"llava_merge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "ranks": trainer.args.world_size,
+        "num_validation": len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
         "metrics": metrics,
         "evaluations": [{"step": step, **values} for step, values in evaluations.items()],
     }
