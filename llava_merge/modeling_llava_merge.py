@@ -548,8 +548,8 @@ class LlavaMergeForConditionalGeneration(
         self,
         *,
         labels: Tensor | None = None,
-        answer_mask: Tensor | None = None,
         question_mask: Tensor | None = None,
+        answer_mask: Tensor | None = None,
         num_merged_tokens: int | str | list | None = None,
         **kwargs,
     ):
@@ -557,8 +557,8 @@ class LlavaMergeForConditionalGeneration(
         Args:
             labels: (B, L), -100 where no loss is taken. Tokens with another label are answer, which a question-aware
                 merger never reads.
-            answer_mask: (B, L) bool, tokens that are answer, where there are no labels.
             question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
+            answer_mask: (B, L) bool, tokens that are answer, where there are no labels.
             num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
                 the config's. `processor(..., num_merged_tokens=...)` returns it.
 

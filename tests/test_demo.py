@@ -275,6 +275,7 @@ class TestCommand:
         assert [command.name or command.callback.__name__ for command in app.registered_commands] == [
             "demo",
             "mergers",
+            "train",
         ]
 
 

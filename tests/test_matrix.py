@@ -44,7 +44,7 @@ def test_rows_of_a_padded_batch_are_as_alone(name, dtype, num_tokens, pad):
             assert alone.isfinite().all() and alone.dtype == dtype
             scale = alone.float().abs().max()
             assert (logits[row][real] - alone).float().abs().max() < TOLERANCE[dtype] * scale
-        if (dtype, pad) == (torch.bfloat16, "left"):  # seconds each; float32 is in test_mergers
+        if (dtype, pad, num_tokens) == (torch.bfloat16, "left", 9):  # seconds each; the others are in test_mergers
             check_one_graph(model, pictures)
 
 

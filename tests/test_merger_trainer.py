@@ -434,8 +434,7 @@ class TestBreaks:
             pass
         return trainer
 
-    @pytest.mark.core
-    @pytest.mark.parametrize("parts", ["merger_projector", "merger_lora"])
+    @pytest.mark.parametrize("parts", [pytest.param("merger_projector", marks=pytest.mark.core), "merger_lora"])
     def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not(self, parts, tmp_path):
         unbroken = self.run(tmp_path / "unbroken", parts=parts)
         self.run(tmp_path / "broken", stop_at=7, parts=parts)
@@ -512,7 +511,9 @@ def settings_for(folder, output, method, parts="merger_projector", **sections) -
 
 METHODS = [
     {"merger_type": "fixed_pooling"},
-    {"merger_type": "fixed_pooling", "question_aware": True, "attention_mass": 1.0},
+    pytest.param(
+        {"merger_type": "fixed_pooling", "question_aware": True, "attention_mass": 1.0}, marks=pytest.mark.core
+    ),
     {"merger_type": "fixed_pooling", "init": "random", "position_ids": "packed"},
     {"merger_type": "gumbel_topk"},
     {"merger_type": "gumbel_topk", "estimator": "soft_topk"},
@@ -523,7 +524,6 @@ METHODS = [
 
 
 class TestCommand:
-    @pytest.mark.core
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
     def test_every_method_trains(self, method, llava_folder, tmp_path):
         plain = settings_for(llava_folder, tmp_path / "out", method, budgets={"train": [4, 9], "validation": [4, 9]})
@@ -631,6 +631,7 @@ def write_yaml(plain: dict, path):
     return path
 
 
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="the same on every release, and slow")
 class TestProcesses:
     def test_two_ranks_are_one_with_the_same_global_batch(self, llava_folder, tmp_path):
         losses = {}
@@ -668,7 +669,10 @@ class TestProcesses:
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train_runtime"] > 0
+        report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert report["metrics"]["train_loss"] > 0 and report["settings"]["training"]["max_steps"] == steps
+        state = json.loads((tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, steps + 1))
 
 
 def test_bad_input_is_one_line(tmp_path):

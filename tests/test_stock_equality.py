@@ -195,7 +195,7 @@ def test_signatures_show_what_the_installed_release_takes(stock, ours):
         *list(expected.parameters)[:-1],
         *(["mm_encoder_outputs"] if stock is LlavaModel and "mm_encoder_outputs" not in expected.parameters else []),
         "question_mask",
-        *(["answer_mask"] if stock is LlavaModel else []),
+        "answer_mask",
         "num_merged_tokens",
         *(["tokens_are_placed"] if stock is LlavaModel else []),
         "kwargs",

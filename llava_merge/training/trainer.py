@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -152,9 +153,9 @@ class MergerTrainer(Trainer):
         images = {} if pixel_values is None else {"pixel_values": pixel_values}
         if images and self.llava_config.merger_config.merger_type != "none":
             images["num_merged_tokens"] = budget
-        if self.llava_config.merger_config.question_aware and model.training:
-            seed = f"{self.args.seed}-{self.state.global_step}"
-            dropped = dropped_questions(inputs["sample_ids"], self.question_dropout, seed)
+        if self.llava_config.merger_config.question_aware:
+            seed, share = f"{self.args.seed}-{self.state.global_step}", self.question_dropout if model.training else 0.0
+            dropped = dropped_questions(inputs["sample_ids"], share, seed)
             images["question_mask"] = (~dropped[:, None]).expand_as(student["input_ids"])
         with self._watched_merger(bool(weights.reconstruction) and pixel_values is not None) as seen:
             logits = answer_logits(model, student, **images)
@@ -207,10 +208,10 @@ class MergerTrainer(Trainer):
         return logits
 
     def _fill_caches(self):
-        """Asks the teacher about every sample, before its weights change."""
+        """Asks the teacher about every sample, on every rank, before its weights change."""
         self.model.to(self.args.device).eval()
         for dataset, cache in ((self.train_dataset, self.caches[True]), (self.eval_dataset, self.caches[False])):
-            for inputs in self.get_eval_dataloader(dataset) if dataset is not None else ():
+            for inputs in DataLoader(dataset or (), self.args.eval_batch_size, collate_fn=self.data_collator):
                 with self.compute_loss_context_manager():
                     self._teacher_logits(self.model, self._prepare_inputs(inputs), cache)
 
