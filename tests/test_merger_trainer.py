@@ -4,9 +4,11 @@
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.cli import app
 from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
+from llava_merge.configuration_llava_merge import check_merger_fields
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, describe_scene, draw_scene, sample_scene, scene_rng
 from llava_merge.training.budgets import BudgetSchedule
@@ -30,10 +33,18 @@ from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset
 from llava_merge.training.parts import set_modes
 from llava_merge.training.run import train
-from llava_merge.training.settings import LossSettings, Settings, TrainedSettings, settings_of, training_arguments
+from llava_merge.training.settings import (
+    LossSettings,
+    Settings,
+    TrainedSettings,
+    load_settings,
+    settings_of,
+    training_arguments,
+)
 from llava_merge.training.trainer import MAX_BAD_STEPS, MergerTrainer
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 NUM_SAMPLES = 8
 WIDTHS = {"vision_dim": 32, "hidden_dim": 64}
 
@@ -352,9 +363,10 @@ class TestBudgets:
         assert trainer_of(tmp_path, agnostic(), question_dropout=0.5).question_dropout == 0
 
 
-def test_answers_and_later_turns_do_not_reach_the_merger(tmp_path):
+@pytest.mark.parametrize("marks", [{}, {"question_start_token_ids": None, "question_end_token_ids": None}])
+def test_answers_and_later_turns_do_not_reach_the_merger(marks, tmp_path):
     """Other answers, later turns and rows leave the merged features of a training batch as they are."""
-    trainer = trainer_of(tmp_path, aware(), train_merger=True)
+    trainer = trainer_of(tmp_path, aware(**marks), train_merger=True)  # without marks, labels tell answers
     seen = []
     trainer.merger.register_forward_hook(lambda module, args, output: seen.append(output.merged_features))
     conversations = rows()[2]["conversations"]  # three turns
@@ -397,6 +409,11 @@ class TestBadGradients:
         same = [all(map(torch.equal, seen[step - 1], seen[step])) for step in (1, 2, 3)]
         assert same == [True, True, False] and all(torch.isfinite(tensor).all() for tensor in seen[-1])
         assert logged(trainer, "skipped_steps")[-1] == 2
+
+    def test_many_that_are_not_in_a_row_do_not_end_the_run(self, tmp_path):
+        trainer = self.poisoned(trainer_of(tmp_path, max_steps=30), {step for step in range(30) if step % 3})
+        trainer.train()
+        assert trainer.num_bad_steps == 20 > MAX_BAD_STEPS
 
     def test_ten_in_a_row_end_the_run_with_the_last_good_weights(self, tmp_path):
         trainer = self.poisoned(trainer_of(tmp_path, max_steps=30), range(2, 30))
@@ -698,3 +715,28 @@ def test_modules_keep_their_mode_where_a_dropout_trains(tmp_path):
     drops = {name: m.training for name, m in trainer.model.named_modules() if isinstance(m, (nn.Dropout, nn.Identity))}
     assert all(training for name, training in drops.items() if "lora_dropout" in name) and len(drops) > 5
     assert not trainer.model.model.model.vision_tower.dropout.training
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_configs_can_be_used(file):
+    settings = load_settings(file, ["training.bf16=false", "training.use_cpu=true"])
+    training_arguments(settings)
+    assert settings.backbone_settings.mllm_settings.hidden_dim in (160, 4096, 5120)
+    BudgetSchedule(settings.budgets.train or [1])
+    check_merger_fields(settings.method_settings)
+
+
+def test_the_document_s_own_file_needs_no_more_than_data():
+    settings = load_settings(EXAMPLES / "configs" / "vision_token_pruning.yaml", ["data.train=data.json"])
+    assert settings.method_settings == {"merger_type": "fixed_pooling", "merge_ratio": 0.5}
+    assert settings.backbone_settings.mllm_settings.vision_dim == 1024 and settings.data.train == "data.json"
+    assert settings.trained.parts == "merger_projector" and settings.budgets.train is None
+
+
+def test_the_example_trains_by_hand(llava_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", llava_folder / "llava", "--data", llava_folder / "train.json", "--output", tmp_path]
+    arguments += ["--budgets", 9, 4, "--steps", 2, "--batch-size", 2]
+    monkeypatch.setattr(sys, "argv", ["train_merger.py", *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / "train_merger.py"), run_name="__main__")
+    assert "Trains " in capsys.readouterr().out
+    assert TokenMerger.from_pretrained(tmp_path).config.trained_num_tokens == [4, 9]

@@ -261,6 +261,12 @@ class TestCollator:
     def test_a_batch_of_text_alone_has_no_pixels(self, collator, folder):
         assert "pixel_values" not in collator([item(sample_of(llava_row("what ?", image=None), folder))])
 
+    def test_a_template_without_answers_is_refused(self, collator, folder):
+        collator.processor.chat_template = "USER: {{ messages[0]['content'][0]['text'] }}"
+        collator.tokenizer.eos_token = None  # which would be put in their place
+        with pytest.raises(ValueError, match="sample 'a1': the chat template writes none of its answers"):
+            collator.encode(sample_of(llava_row("what ?", image=None), folder))
+
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, collator, folder):
         collator.processor.chat_template = "{{ messages | length }}{{ messages[-1]['content'][0]['text'] }}"
         with pytest.raises(ValueError, match="sample 'a1': the chat template changes earlier turns"):

@@ -53,7 +53,11 @@ class MergerCollator:
         return batch
 
     def encode(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Ids and labels of a sample: (L,) each."""
+        """Ids and labels of a sample: (L,) each.
+
+        Raises:
+            ValueError: The chat template makes it a prompt without answers.
+        """
         pieces = self.pieces(sample)
         text = "".join(piece for piece, _ in pieces)
         bos = self.tokenizer.bos_token
@@ -71,6 +75,11 @@ class MergerCollator:
             if answers:
                 is_answer |= (ends > position) & (ends <= position + len(piece)) & (ends > starts)
             position += len(piece)
+        if not is_answer.any():
+            raise ValueError(
+                f"{sample.name}: the chat template writes none of its answers, so that all its labels would be masked. "
+                f"Set another processor.chat_template."
+            )
         times = torch.ones_like(ids).masked_fill(ids == self.image_token_id, self.num_tokens)
         labels = ids.masked_fill(~is_answer, IGNORED)
         return ids.repeat_interleave(times), labels.repeat_interleave(times)

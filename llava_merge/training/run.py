@@ -125,6 +125,8 @@ def make_trainer(settings, args, model, processor, train_set, validation) -> Mer
     """The trainer of a run."""
     budgets, data = settings.budgets, settings.data
     collator = MergerCollator(processor, model.config.num_patches)
+    if isinstance(train_set, ChatDataset):
+        collator.encode(train_set.sample(0))  # the template is the same for all
     schedule = None
     if budgets.train:
         schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed)
