@@ -62,9 +62,6 @@ class RandomSamples(Dataset):
 class Stack:
     """A collator of samples of one length."""
 
-    class tokenizer:
-        pad_token_id = 0
-
     def __call__(self, items: list[dict]) -> dict:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])

@@ -23,9 +23,8 @@ from .loading import (
 from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import check_no_adapters, make_projector, read_projector, replace_projectors
-from .question_marks import find_question_marks, set_marks_of_folder
+from .question_marks import find_question_marks, read_questions_of_folder
 from .saving import SavesAtOnce, finish_interrupted_save
-from .text_tower import tokenizer_at
 
 
 logger = logging.get_logger(__name__)
@@ -129,12 +128,16 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         if merger is not None:
             model.load_merger(merger, **for_other_repo(hub_kwargs))
         log_merger(path, model.config, fresh_merger and merger is None)
-        if model.config.merger_config.text_tower is not None:
-            model.headless_model.find_text_tower(model.config.merger_config, **for_other_repo(hub_kwargs))
-            model.headless_model.question_tokenizer = tokenizer_at(checkpoint.adapter_base or path, hub_kwargs)
-        if model.config.merger_config.question_aware and model.config.merger_config.question_end_token_ids is None:
-            set_marks_of_folder(model.config.merger_config, checkpoint.adapter_base or path, hub_kwargs)
+        model._prepare_questions(checkpoint.adapter_base or path, hub_kwargs)
         return (model, info) if wants_info else model
+
+    def _prepare_questions(self, path: str, hub_kwargs: dict):
+        """What a question-aware merger needs besides weights: marks between turns, and a text tower and tokenizer."""
+        merger_config, headless = self.config.merger_config, self.headless_model
+        text_tower = headless.find_text_tower(merger_config, **for_other_repo(hub_kwargs))
+        wants_marks = merger_config.question_aware and merger_config.question_end_token_ids is None
+        if wants_marks or text_tower is not None:
+            headless.question_tokenizer = read_questions_of_folder(merger_config, path, hub_kwargs)
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs):
         """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""

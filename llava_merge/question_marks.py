@@ -66,14 +66,22 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
-def set_marks_of_folder(merger_config, path: str, hub_kwargs: dict):
-    """Sets the marks of a question-aware `merger_config` from the processor at `path`, if there is one."""
+def read_questions_of_folder(merger_config, path: str, hub_kwargs: dict):
+    """Sets the marks of a question-aware `merger_config`, where it has none, from the processor at `path`.
+
+    Returns:
+        The tokenizer of that processor; None where there is no processor.
+    """
+    tokenizer = None
     try:
-        marks = find_question_marks(LlavaProcessor.from_pretrained(path, **hub_kwargs))
+        processor = LlavaProcessor.from_pretrained(path, **hub_kwargs)
+        tokenizer = processor.tokenizer
+        if merger_config.question_end_token_ids is None:
+            merger_config.update(find_question_marks(processor))
     except (OSError, ValueError, ImportError) as error:
-        logger.warning(
-            f"{path} has no chat template that tells a question from its answer, so that a question-aware merger reads "
-            f"prompts of several turns whole; model.set_question_marks(processor) sets one. ({error})"
-        )
-    else:
-        merger_config.update(marks)
+        if merger_config.question_end_token_ids is None:
+            logger.warning(
+                f"{path} has no chat template that tells a question from its answer, so that a question-aware merger "
+                f"reads prompts of several turns whole; model.set_question_marks(processor) sets one. ({error})"
+            )
+    return tokenizer

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from .checkpoint_files import naming_broken_files, refuse_missing_weights
 from .question_turns import Question
@@ -110,11 +110,3 @@ class TextTower:
         owners = torch.tensor(text_of_segment, device=device)
         share = (owners == torch.arange(len(texts), device=device)[:, None]).float()  # (texts, segments)
         return share / share.sum(dim=1, keepdim=True).clamp(min=1) @ embeds
-
-
-def tokenizer_at(path: str, hub_kwargs: dict) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the processor at `path`, if there is one."""
-    try:
-        return LlavaProcessor.from_pretrained(path, **hub_kwargs).tokenizer
-    except (OSError, ValueError, ImportError):
-        return None

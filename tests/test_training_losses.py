@@ -86,7 +86,7 @@ class TestWithBudget:
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
             "labels": torch.tensor([row + [IGNORED] * (longest - len(row)) for row in labels]),
         }
-        cut = with_budget(batch, IMAGE, PAD, N, num_tokens)
+        cut = with_budget(batch, IMAGE, N, num_tokens)
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
             ids, kept = slow_with_budget(row, label, num_tokens)
             assert cut["input_ids"][index, : len(ids)].tolist() == ids

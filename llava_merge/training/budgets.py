@@ -12,6 +12,7 @@ from llava_merge.placeholders import is_whole_number
 
 
 IGNORED = -100  # label of a token that no loss is taken of
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}  # ids behind the mask are never read
 UNSEEN = -1  # number of a sample that is none
 
 
@@ -65,9 +66,7 @@ class BudgetSchedule:
         return f"{max(2**octave, self.values[-1])}_to_{min(2 ** (octave + 1) - 1, self.values[0])}"
 
 
-def with_budget(
-    batch: dict[str, Tensor], image_token_id: int, pad_token_id: int, num_patches: int, num_tokens: int
-) -> dict[str, Tensor]:
+def with_budget(batch: dict[str, Tensor], image_token_id: int, num_patches: int, num_tokens: int) -> dict[str, Tensor]:
     """A batch made for N placeholders an image, with M of each.
 
     Args:
@@ -85,8 +84,7 @@ def with_budget(
     length = int(keep.sum(dim=1).max())
     order = keep.long().sort(dim=1, descending=True, stable=True).indices[:, :length]
     inside = keep.gather(1, order)
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    return {name: batch[name].gather(1, order).where(inside, value) for name, value in padding.items()}
+    return {name: batch[name].gather(1, order).where(inside, value) for name, value in PADDING.items()}
 
 
 def with_unseen_image(
@@ -101,8 +99,7 @@ def with_unseen_image(
     """
     rows, length = batch["input_ids"].shape
     longer = max(0, num_patches - length)
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    wider = {name: F.pad(batch[name], (0, longer, 0, 1), value=value) for name, value in padding.items()}
+    wider = {name: F.pad(batch[name], (0, longer, 0, 1), value=value) for name, value in PADDING.items()}
     wider["input_ids"][rows, :num_patches] = image_token_id
     wider["attention_mask"][rows, :num_patches] = 1
     wider["sample_ids"] = F.pad(batch["sample_ids"], (0, 1), value=UNSEEN)

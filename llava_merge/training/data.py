@@ -181,11 +181,11 @@ def read_json(file: Path) -> list[dict]:
 
 def without_decoding(rows):
     """A table of the datasets library with its images as bytes or paths, so that a broken one does not end a loop."""
-    from datasets import Image, Sequence
+    from datasets import Image, List
 
     for name, feature in (rows.features or {}).items():
-        inner = feature.feature if isinstance(feature, Sequence) else getattr(feature, "feature", feature)
-        if isinstance(inner, Image):
-            plain = Image(decode=False)
-            rows = rows.cast_column(name, plain if inner is feature else type(feature)(plain))
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
     return rows

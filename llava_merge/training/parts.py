@@ -3,6 +3,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_merge import LlavaMergeForConditionalGeneration
@@ -110,5 +111,5 @@ def describe_parts(model: nn.Module) -> str:
 def has_finite_gradients(model: nn.Module) -> bool:
     """Whether no gradient holds inf or nan."""
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    full = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return not norms or bool(torch.isfinite(torch.stack([norm.float().to(full[0].device) for norm in full]).sum()))

@@ -12,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
+from llava_merge.configuration_llava_merge import BUDGET
 from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
@@ -24,8 +25,6 @@ from llava_merge.training.validation import AnswerScorer
 
 
 logger = logging.get_logger(__name__)
-
-BUDGET_FIELDS = {"num_merged_tokens", "merge_ratio"}
 
 
 def train(settings: Settings, resume: bool = False) -> dict[str, float]:
@@ -42,9 +41,11 @@ def train(settings: Settings, resume: bool = False) -> dict[str, float]:
     """
     args = training_arguments(settings)
     set_seed(args.seed)
+    budgets = settings.budgets
+    schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed) if budgets.train else None
     datasets = read_datasets(settings, args)
-    model, processor = load_model(settings, args)
-    trainer = make_trainer(settings, args, model, processor, *datasets)
+    model, processor = load_model(settings, args, schedule)
+    trainer = make_trainer(settings, args, schedule, model, processor, *datasets)
     if args.should_save:
         logger.info(describe_parts(trainer.model))
     checkpoint = last_whole_checkpoint(args.output_dir) if resume else None
@@ -85,7 +86,7 @@ def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatData
 
 
 def load_model(
-    settings: Settings, args: TrainingArguments
+    settings: Settings, args: TrainingArguments, schedule: BudgetSchedule | None
 ) -> tuple[LlavaMergeForConditionalGeneration, LlavaMergeProcessor]:
     """The LLaVA with the merger of `settings`, and its processor.
 
@@ -94,21 +95,19 @@ def load_model(
     """
     mllm = settings.backbone_settings.mllm_settings
     method = dict(settings.method_settings)
-    budgets = settings.budgets.train
-    largest = max(BudgetSchedule(budgets).values) if budgets else None
-    if largest and not mllm.merger and not BUDGET_FIELDS & {*method} and method.get("merger_type") != "none":
-        method["num_merged_tokens"] = largest
-    dtype = mllm.dtype or ("bfloat16" if args.bf16 else "float32")
-    options = {"dtype": dtype, "attn_implementation": mllm.attn_implementation}
-    options |= {"merger": mllm.merger} if mllm.merger else {"merger_config": method}
     if mllm.merger and method:
         raise ValueError(
             f"backbone_settings.mllm_settings.merger={mllm.merger!r} brings its own configuration; leave out "
             f"method_settings ({', '.join(method)})."
         )
+    if schedule and not {*BUDGET} & {*method} and method.get("merger_type") != "none":
+        method["num_merged_tokens"] = max(schedule.values)
+    dtype = mllm.dtype or ("bfloat16" if args.bf16 else "float32")
+    options = {"dtype": dtype, "attn_implementation": mllm.attn_implementation}
+    options |= {"merger": mllm.merger} if mllm.merger else {"merger_config": method}
     model = LlavaMergeForConditionalGeneration.from_pretrained(mllm.model, **options)
-    if largest and mllm.merger:
-        model.set_num_merged_tokens(largest)
+    if schedule and mllm.merger:
+        model.set_num_merged_tokens(max(schedule.values))
     widths = {"vision_dim": model.config.merged_vision_dim, "hidden_dim": model.config.text_config.hidden_size}
     for name, width in widths.items():
         if getattr(mllm, name) not in (None, width):
@@ -121,21 +120,18 @@ def load_model(
     return model, processor
 
 
-def make_trainer(settings, args, model, processor, train_set, validation) -> MergerTrainer:
+def make_trainer(settings, args, schedule, model, processor, train_set, validation) -> MergerTrainer:
     """The trainer of a run."""
     budgets, data = settings.budgets, settings.data
     collator = MergerCollator(processor, model.config.num_patches)
     if isinstance(train_set, ChatDataset):
         collator.encode(train_set.sample(0))  # the template is the same for all
-    schedule = None
-    if budgets.train:
-        schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed)
     if data.max_length is not None:
         for dataset in filter(None, (train_set, validation)):
             dataset.accepts = lambda sample: collator.length(sample) <= data.max_length
     scorer = None
     if validation is not None:
-        scorer = AnswerScorer(validation, processor, data.num_validation, args.per_device_eval_batch_size)
+        scorer = AnswerScorer(validation, processor, args.per_device_eval_batch_size)
     return MergerTrainer(
         model,
         args,

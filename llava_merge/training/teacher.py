@@ -16,11 +16,11 @@ class Teacher:
 
     Args:
         model: As it is before training; the trained one later, or one that PEFT wraps.
-        projector_trains: Whether its projector does.
+        keeps_projector: Whether its projector trains and PEFT, which keeps the old one, does not wrap it.
     """
 
-    def __init__(self, model: nn.Module, projector_trains: bool):
-        projector = model.model.multi_modal_projector if projector_trains else None
+    def __init__(self, model: nn.Module, keeps_projector: bool):
+        projector = model.model.multi_modal_projector if keeps_projector else None
         self.projector = None if projector is None else copy.deepcopy(projector).requires_grad_(False)
 
     @contextmanager

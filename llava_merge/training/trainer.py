@@ -79,7 +79,7 @@ class MergerTrainer(Trainer):
             config.merger_config.trained_num_tokens = self.schedule.listed
         self.question_dropout = question_dropout if config.merger_config.question_aware else 0.0
         self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
-        self.teacher = Teacher(model, PROJECTOR in TRAINED[self.trained.parts])
+        self.teacher = Teacher(model, self.trained.parts in ("merger_projector", "all"))  # PEFT keeps its own copy
         self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
         self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
@@ -123,11 +123,11 @@ class MergerTrainer(Trainer):
         training = model.training
         if training:
             set_modes(model)
+        image_token_id, num_patches = self.llava_config.image_token_id, self.llava_config.num_patches
         if self.is_fsdp_enabled and "pixel_values" not in inputs:
-            shape = self.llava_config.image_shape
-            inputs = with_unseen_image(inputs, self.llava_config.image_token_id, self.llava_config.num_patches, shape)
+            inputs = with_unseen_image(inputs, image_token_id, num_patches, self.llava_config.image_shape)
         budget = self.schedule.at(self.state.global_step, self.state.max_steps) if training else self.eval_budget
-        student = with_budget(inputs, *self._ids, self.llava_config.num_patches, budget)
+        student = with_budget(inputs, image_token_id, num_patches, budget)
         sums, count = self._losses(model, inputs, student, budget)
         weighted = sum(getattr(self.loss_settings, name) * value for name, value in sums.items())
         if training:
@@ -141,24 +141,18 @@ class MergerTrainer(Trainer):
             loss = weighted * ranks / num_items_in_batch
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    @property
-    def _ids(self) -> tuple[int, int]:
-        """Ids of image placeholders and padding."""
-        padding = self.data_collator.tokenizer.pad_token_id
-        return self.llava_config.image_token_id, 0 if padding is None else padding
-
     def _losses(self, model, inputs: dict, student: dict, budget: int) -> tuple[dict[str, Tensor], Tensor]:
         """Each loss of a batch, summed over its answer tokens, and their number."""
-        weights, pixel_values = self.loss_settings, inputs.get("pixel_values")
-        images = {} if pixel_values is None else {"pixel_values": pixel_values}
-        if images and self.llava_config.merger_config.merger_type != "none":
-            images["num_merged_tokens"] = budget
+        weights, arguments = self.loss_settings, images_of(inputs)
+        has_images = bool(arguments)
+        if has_images and self.llava_config.merger_config.merger_type != "none":
+            arguments["num_merged_tokens"] = budget
         if self.llava_config.merger_config.question_aware:
             seed, share = f"{self.args.seed}-{self.state.global_step}", self.question_dropout if model.training else 0.0
             dropped = dropped_questions(inputs["sample_ids"], share, seed)
-            images["question_mask"] = (~dropped[:, None]).expand_as(student["input_ids"])
-        with self._watched_merger(bool(weights.reconstruction) and pixel_values is not None) as seen:
-            logits = answer_logits(model, student, **images)
+            arguments["question_mask"] = (~dropped[:, None]).expand_as(student["input_ids"])
+        with self._watched_merger(bool(weights.reconstruction) and has_images) as seen:
+            logits = answer_logits(model, student, **arguments)
         targets = student["labels"][:, 1:]
         targets = targets[targets != IGNORED]
         count, sums = torch.tensor(len(targets), device=targets.device), {}
@@ -199,9 +193,8 @@ class MergerTrainer(Trainer):
         sample_ids = inputs["sample_ids"]
         if self.keeps_teacher_logits and cache.has(sample_ids):
             return cache.get(sample_ids, sample_ids.device)
-        images = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
         with self.teacher.answering(self.accelerator.unwrap_model(self.model)):
-            logits = answer_logits(model, inputs, **images)
+            logits = answer_logits(model, inputs, **images_of(inputs))
         if self.keeps_teacher_logits:
             cache.put(sample_ids, logits, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist())
             return cache.get(sample_ids, sample_ids.device)  # rounded, as it will be next time
@@ -313,6 +306,11 @@ class StepCallback(TrainerCallback):
                 f"last good weights are in {args.output_dir}. Lower trained.merger_learning_rate, or train in float32 "
                 f"(training.bf16=false)."
             )
+
+
+def images_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Arguments of the model with the pictures of a batch, if it has any."""
+    return {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
 
 
 def answer_logits(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> Tensor:

@@ -21,22 +21,18 @@ class AnswerScorer:
     Args:
         dataset: Of validation.
         processor: A [`LlavaMergeProcessor`].
-        num_samples: How many of them, from the first, are asked.
         batch_size: Prompts of one call of `generate`.
         max_new_tokens: Of an answer.
     """
 
-    def __init__(
-        self, dataset: ChatDataset, processor, num_samples: int = 500, batch_size: int = 16, max_new_tokens: int = 32
-    ):
+    def __init__(self, dataset: ChatDataset, processor, batch_size: int = 16, max_new_tokens: int = 32):
         self.dataset, self.processor = dataset, processor
-        self.num_samples, self.batch_size = min(num_samples, len(dataset)), batch_size
-        self.max_new_tokens = max_new_tokens
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
     @torch.no_grad()
     def count(self, model: nn.Module, budget: int | str, rank: int = 0, num_ranks: int = 1) -> tuple[int, int]:
         """Right answers with M = `budget` tokens an image, and those asked for, of the samples of a rank."""
-        indices = range(rank, self.num_samples, num_ranks)
+        indices = range(rank, len(self.dataset), num_ranks)
         num_right = 0
         for start in range(0, len(indices), self.batch_size):
             num_right += self._count_batch(model, budget, indices[start : start + self.batch_size])
