@@ -488,6 +488,18 @@ class TestBreaks:
         assert last_whole_checkpoint(str(tmp_path)).endswith("checkpoint-2")
         TokenMerger.from_pretrained(last_whole_checkpoint(str(tmp_path)))
 
+    def test_another_rank_may_write_into_a_checkpoint_at_the_same_time(self, tmp_path, monkeypatch):
+        def write_files(merger, *args, **kwargs):
+            (tmp_path / "checkpoint-2").mkdir(exist_ok=True)
+            (tmp_path / "checkpoint-2" / "rng_state_1.pth").touch()
+            write(merger, *args, **kwargs)
+
+        write = TokenMerger._write_files
+        monkeypatch.setattr(TokenMerger, "_write_files", write_files)
+        trainer_of(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+        assert (tmp_path / "checkpoint-2" / "rng_state_1.pth").exists()
+        TokenMerger.from_pretrained(tmp_path / "checkpoint-2")
+
     def test_a_folder_without_weights_is_refused(self, tmp_path):
         (tmp_path / "checkpoint-1").mkdir()
         with pytest.raises(ValueError, match="holds no model.safetensors, so that training cannot go on"):

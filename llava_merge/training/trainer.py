@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """transformers' Trainer for mergers."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -269,7 +270,9 @@ class MergerTrainer(Trainer):
         elif self.args.should_save:
             with_projector = PROJECTOR in TRAINED[self.trained.parts]
             model = self.accelerator.unwrap_model(self.model)
-            save_parts(model, output_dir or self.args.output_dir, with_projector, state_dict)
+            directory = output_dir or self.args.output_dir
+            os.makedirs(directory, exist_ok=True)  # other ranks write there too: no rename may make the folder
+            save_parts(model, directory, with_projector, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         if not self.saves_parts or self.is_fsdp_enabled:
