@@ -10,7 +10,6 @@ unless told otherwise: `compare_positions.py` compares that.
 import argparse
 import json
 import logging
-import math
 import platform
 import shlex
 import sys
@@ -29,6 +28,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import QUESTION_TYPES, Question, Scene, ask_question, draw_scene, sample_scene, scene_rng
+from llava_merge.evaluation.metrics import wilson_interval
 
 
 logger = logging.getLogger("evaluate_demo_model")
@@ -106,14 +106,6 @@ def summarize_types(right: dict[str, list[bool]]) -> dict:
 def summarize(hits: list[bool]) -> dict:
     low, high = wilson_interval(sum(hits), len(hits))
     return {"accuracy": round(sum(hits) / len(hits), 4), "n": len(hits), "ci95": [round(low, 4), round(high, 4)]}
-
-
-def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share."""
-    share, spread = right / total, z * z / total
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def image_tokens(model, processor) -> int:

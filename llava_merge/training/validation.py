@@ -1,18 +1,11 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Accuracy of written answers during training, on short answers that can be compared word for word."""
 
-import re
-
 import torch
 from torch import nn
 
+from llava_merge.evaluation.metrics import exact_match
 from llava_merge.training.data import ChatDataset
-
-
-def same_answer(written: str, expected: str) -> bool:
-    """Whether two answers are the same but for case, spaces, and punctuation at the end."""
-    first, second = (re.sub(r"\s+", " ", text).strip().rstrip(".!").lower() for text in (written, expected))
-    return first == second
 
 
 class AnswerScorer:
@@ -56,4 +49,4 @@ class AnswerScorer:
         ).to(model.device)
         ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         written = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return sum(map(same_answer, written, expected))
+        return sum(int(exact_match(answer, [right])) for answer, right in zip(written, expected, strict=True))

@@ -1,0 +1,114 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Scores of written answers, each from 0 to 1, and their means with intervals.
+
+A metric takes the answer of a model and the list of right ones.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from llava_merge.evaluation.vqa_normalization import normalize_vqa
+
+
+ANNOTATORS = 3  # who have to agree with an answer for the full VQA score
+TOLERANCE = 0.05
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """Whether the answer is one of the right ones, but for case, spaces, and punctuation at the end."""
+    return float(plain(answer) in map(plain, references))
+
+
+def plain(text: str) -> str:
+    """Without case, double spaces, and punctuation at the end."""
+    return re.sub(r"\s+", " ", text).strip().rstrip(".!").lower()
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """VQA's consensus of annotators (1505.00468): min(1, matches / 3) of all but one, mean over who is left out.
+
+    Both sides are normalised as by the official script. Of one or two references a match is right.
+    """
+    written, right = normalize_vqa(answer), [normalize_vqa(reference) for reference in references]
+    if len(right) < ANNOTATORS:
+        return float(written in right)
+    matches = right.count(written)
+    shares = [min(1.0, (matches - (reference == written)) / ANNOTATORS) for reference in right]
+    return sum(shares) / len(shares)
+
+
+def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
+    """ChartQA's (2203.10244): numbers may be off by 5 %, everything else has to match but for case."""
+    return float(any(is_close(answer.strip(), reference.strip()) for reference in references))
+
+
+def is_close(answer: str, reference: str) -> bool:
+    written, right = to_number(answer), to_number(reference)
+    if written is None or not right:
+        return plain(answer) == plain(reference)
+    return abs(written - right) <= TOLERANCE * abs(right)
+
+
+def to_number(text: str) -> float | None:
+    """A number, also with a percent sign, which divides it by 100; None where it is none."""
+    text = text.removesuffix(".").strip()
+    try:
+        number = float(text.removesuffix("%").replace(",", "")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def says_yes(answer: str) -> bool:
+    """How POPE (2305.10355) reads an answer: yes, unless its first sentence holds "no" or "not"."""
+    words = answer.split(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
+
+
+def pope(answer: str, references: Sequence[str]) -> float:
+    """Whether a question of yes and no is answered right, read as POPE does (2305.10355).
+
+    Raises:
+        ValueError: The right answer is neither yes nor no.
+    """
+    return float(says_yes(answer) == is_yes(references))
+
+
+def is_yes(references: Sequence[str]) -> bool:
+    label = plain(references[0])
+    if label not in ("yes", "no"):
+        raise ValueError(f"metric 'pope': the right answer {references[0]!r} has to be 'yes' or 'no'; use exact_match.")
+    return label == "yes"
+
+
+def pope_report(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of "yes", and the share of answers that say it."""
+    said, right = [says_yes(answer) for answer in answers], [is_yes(each) for each in references]
+    hits = sum(both for both in map(lambda a, b: a and b, said, right))
+    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(right))
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    values = {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": sum(said) / len(said)}
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "vqa_accuracy": vqa_accuracy,
+    "relaxed_accuracy": relaxed_accuracy,
+    "pope": pope,
+}
+
+
+def summarize(scores: Sequence[float]) -> dict:
+    """Mean, number, and the 95 % interval of the mean."""
+    low, high = wilson_interval(sum(scores), len(scores))
+    return {"score": round(sum(scores) / len(scores), 4), "n": len(scores), "ci95": [round(low, 4), round(high, 4)]}
+
+
+def wilson_interval(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share; of scores between 0 and 1 it is on the safe side."""
+    share, spread = right / total, z * z / total
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
