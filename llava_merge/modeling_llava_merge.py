@@ -182,9 +182,19 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         return self.text_tower if name is not None else None
 
     def _run_tower(
-        self, pixel_values, layer=None, strategy=None, output_hidden_states=None, with_extras=False, **kwargs
+        self,
+        pixel_values,
+        layer=None,
+        strategy=None,
+        output_hidden_states=None,
+        with_extras=False,
+        tower_outputs=None,
+        **kwargs,
     ):
-        """Unprojected features (I, N, vision_dim), the tower's output, and the extras of the method or None."""
+        """Unprojected features (I, N, vision_dim), the tower's output, and the extras of the method or None.
+
+        With `tower_outputs`, which has all hidden states of these images, the tower does not run again.
+        """
         strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
@@ -194,12 +204,14 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         if with_extras and method.requires:
             # the last: what the layer that makes the last of the features, with its keys and attention, makes them from
             extra_layers = [*self._tower_layers(list(method.extra_layers)), max(0, max(layers) - 1)]
-        outputs = self.vision_tower(
-            pixel_values,
-            output_hidden_states=hidden_states_to_keep([*layers, *extra_layers], output_hidden_states),
-            return_dict=True,
-            **{name: value for name, value in kwargs.items() if value is not None},
-        )
+        outputs = tower_outputs
+        if outputs is None:
+            outputs = self.vision_tower(
+                pixel_values,
+                output_hidden_states=hidden_states_to_keep([*layers, *extra_layers], output_hidden_states),
+                return_dict=True,
+                **{name: value for name, value in kwargs.items() if value is not None},
+            )
         first_patch = 1 if strategy == "default" else 0
         states = [outputs.hidden_states[index][:, first_patch:] for index in layers]
         features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
@@ -400,6 +412,9 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens: int | str | list | None = None, **kwargs
     ) -> EncodedImages:
         """[`encode_images`] with the question of each image that is new in the `prompt`.
+
+        `tower_outputs`, the output of `vision_tower` with all hidden states, spares its pass: several mergers or
+        questions may share it.
 
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.

@@ -1,0 +1,131 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Mergers that are evaluated on one model, one after the other, without loading it again."""
+
+import copy
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger, list_mergers
+from llava_merge.placeholders import ALL_TOKENS
+
+
+UNMERGED, OWN = "none", "own"
+BASELINES = (UNMERGED, "random", "average_pooling")  # of every evaluation
+PLACES = ("position_ids", "attention_mass")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merger, and the projector that goes with it.
+
+    Attributes:
+        name: As the user wrote it.
+        config: Its configuration.
+    """
+
+    name: str
+    merger: TokenMerger
+    projector: nn.Module
+    config: MergerConfig
+
+    @contextmanager
+    def answering(self, model: LlavaMergeForConditionalGeneration):
+        """Puts the merger into the model inside, and the present one back behind."""
+        parts, config = model.model, model.config
+        before = parts.merger, parts.multi_modal_projector, config.merger_config
+        parts.merger, parts.multi_modal_projector, config.merger_config = self.merger, self.projector, self.config
+        try:
+            yield
+        finally:
+            parts.merger, parts.multi_modal_projector, config.merger_config = before
+
+
+def make_candidates(
+    model: LlavaMergeForConditionalGeneration, processor, mergers: list[str], places: dict, seed: int = 0
+) -> list[Candidate]:
+    """The candidates that `mergers` name, and the baselines, unmerged first.
+
+    Args:
+        mergers: Each `NAME` or `NAME:FIELD=VALUE,FIELD=VALUE`, where NAME is a method, a directory or Hub repo of a
+            merger, or "own" for the model's; fields are those of [`MergerConfig`].
+        places: `position_ids` and `attention_mass` of methods that do not say their own.
+        seed: Of `random`.
+
+    Raises:
+        ValueError: One cannot be used.
+    """
+    parts = model.model
+    own = parts.merger, parts.multi_modal_projector, model.config.merger_config
+    named = {}
+    for text in dict.fromkeys([*BASELINES, *mergers]):
+        parts.merger, parts.multi_modal_projector, model.config.merger_config = own
+        name, fields = parse_candidate(text)
+        put_merger(model, processor, name, fields, places, seed)
+        named[text] = Candidate(text, parts.merger.eval(), parts.multi_modal_projector, model.config.merger_config)
+    parts.merger, parts.multi_modal_projector, model.config.merger_config = own
+    return list(named.values())
+
+
+def parse_candidate(text: str) -> tuple[str, dict]:
+    """`"tome:attention_mass=1"` as name and fields.
+
+    Raises:
+        ValueError: A field has no value.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or Path(text).exists():
+        return text, {}
+    fields = {}
+    for pair in rest.split(","):
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"merger {text!r}: {pair!r} has no value; write NAME:FIELD=VALUE,FIELD=VALUE.")
+        fields[field.strip()] = read_value(value.strip())
+    return name, fields
+
+
+def read_value(text: str):
+    """A number, true, false or null as JSON has them; else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def put_merger(model, processor, name: str, fields: dict, places: dict, seed: int):
+    """Puts the merger of a name into the model.
+
+    Raises:
+        ValueError: There is none, or it has no such fields.
+    """
+    methods = [method.name for method in list_mergers()]
+    if name in methods:
+        given = {**places, **({"seed": seed} if name == "random" else {}), **fields}
+        model.set_merger({"merger_type": name, **({} if name == UNMERGED else given)})
+    elif name == OWN or "/" in name or Path(name).is_dir():
+        if name != OWN:
+            model.load_merger(name)
+        unknown = set(fields) - set(PLACES)
+        if unknown:
+            raise ValueError(
+                f"merger {name!r}: of a saved merger {', '.join(PLACES)} may be set, not {unknown.pop()!r}."
+            )
+        MergerConfig(**{**model.config.merger_config.to_dict(), **fields})  # refuses values that cannot be
+        model.config.merger_config = copy.deepcopy(model.config.merger_config)
+        model.config.merger_config.update(fields)
+    else:
+        raise ValueError(
+            f"merger {name!r} is neither a method ({', '.join(methods)}), nor a folder or Hub repo of a merger, nor "
+            f"{OWN!r}."
+        )
+    if model.config.merger_config.question_aware:
+        model.set_question_marks(processor)
+
+
+def budgets_of(candidate: Candidate, budgets: list[int]) -> list[int | str]:
+    """The budgets that a candidate is asked with: all tokens where it merges nothing."""
+    return [ALL_TOKENS] if candidate.name == UNMERGED else list(budgets)
