@@ -44,8 +44,8 @@ class EncodedImages(BaseModelOutputWithPooling):
     def of(
         cls, outputs: BaseModelOutputWithPooling, token_places: Tensor, token_sizes: Tensor, num_patches: int
     ) -> "EncodedImages":
-        names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-        return cls(*(outputs.get(name) for name in names), token_places, token_sizes, num_patches)
+        parts = outputs.last_hidden_state, outputs.pooler_output, outputs.hidden_states, outputs.attentions
+        return cls(*parts, token_places, token_sizes, num_patches)
 
 
 def find_cache(arguments: dict) -> Cache | None:

@@ -276,6 +276,7 @@ class TestCommand:
             "demo",
             "mergers",
             "train",
+            "evaluate",
         ]
 
 

@@ -288,7 +288,7 @@ class TestQuestions:
 
 
 def settings(**fields) -> EvaluationSettings:
-    fields = {"limit": 2, "mergers": ["tome"], "budgets": [16, 4], "batch_size": 5, "max_new_tokens": 8, **fields}
+    fields = {"limit": 1, "mergers": ["tome"], "budgets": [16, 4], "batch_size": 2, "max_new_tokens": 8, **fields}
     return EvaluationSettings(model=str(MODEL_DIR), data="demo", **fields)
 
 
@@ -303,7 +303,7 @@ class TestRun:
 
         def fails(grid, *args):
             calls.append(args)
-            if len(calls) == 4:
+            if len(calls) == 4:  # the first is to warm up
                 raise KeyboardInterrupt
             return answer(grid, *args)
 
@@ -313,7 +313,7 @@ class TestRun:
         file = tmp_path / "broken" / "answers.jsonl"
         assert len(file.read_text().splitlines()) == 3 and not (tmp_path / "broken" / "report.json").exists()
         with file.open("a") as half:
-            half.write('{"batch": "asked-10", "cel')
+            half.write('{"batch": "asked-4", "cel')
         del calls[:]
         monkeypatch.setattr(Grid, "answer", answer)
         again = evaluate(settings(flips=2), tmp_path / "broken", choose=0.9)
@@ -331,7 +331,7 @@ class TestRun:
         protocol, results = report["protocol"], report["results"]
         assert json.loads((tmp_path / "report.json").read_text()) == report
         assert protocol["attention"] == {"vision_tower": "sdpa", "language_model": "sdpa"}
-        assert protocol["prompt"].startswith("USER: <image>\n") and protocol["questions"] == 12
+        assert protocol["prompt"].startswith("USER: <image>\n") and protocol["questions"] == 6
         assert {"torch", "transformers", "llava_merge"} <= set(protocol["versions"])
         assert results["none@all"]["scores"]["all"]["score"] == 1.0 and results["none@all"]["agreement"]["score"] == 1.0
         assert results["none@all"]["tokens_entered"] - results["tome@16"]["tokens_entered"] == 576 - 16
@@ -349,7 +349,7 @@ class TestRun:
     def test_answers_of_another_protocol_are_refused(self, tmp_path):
         evaluate(settings(), tmp_path)
         with pytest.raises(
-            ValueError, match="answers.jsonl was made by another protocol.*batch_size: 5 there, 6 here.*Give"
+            ValueError, match="answers.jsonl was made by another protocol.*batch_size: 2 there, 6 here.*Give"
         ):
             evaluate(settings(batch_size=6), tmp_path)
         with pytest.raises(ValueError, match="answers of other mergers or budgets: none@all, random@16"):
