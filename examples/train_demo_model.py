@@ -1,20 +1,23 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Trains the embedded demo model, a stock LlavaForConditionalGeneration, from scratch in ten minutes on one H200.
+"""Trains the embedded demo model, a stock LlavaForConditionalGeneration, from scratch in nine minutes on one H200.
 
-1. The tower alone, on what is drawn where: every patch has to tell the content of its ninth of the picture.
-2. The projector and the language model, on the features of the tower averaged over 2 × 2 patches, which is cheap: dense
-   captions first, then questions, several to a conversation. With answers alone it learns next to nothing.
-3. The same on all the features, 24 × 24 as in LLaVA-1.5.
+1. The tower alone, on what is drawn where: every patch has to tell what covers it.
+2. The projector and the language model, on stored features of the tower, all 24 × 24 as in LLaVA-1.5: dense captions
+   first, then questions, several to a conversation. With answers alone it learns next to nothing.
+3. Everything together.
+
+Nothing is ever pooled or merged. Half of the scenes are hard ones.
 
     python examples/train_demo_model.py --output llava_merge/demo/model
 
-The time of each stage is an option. The pictures lie in GPU memory, 22 GB of them by default.
+The time of each stage is an option. Pictures and features lie in GPU memory, 23 GB of them by default; the text is
+written by all cores while the tower trains.
 """
 
 import argparse
 import json
 import logging
-import os
+import multiprocessing
 import random
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -32,12 +35,14 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_merge.demo.scenes import (
     COLORS,
-    QUESTION_TYPES,
+    NEEDLE,
     SHAPES,
     Scene,
+    SceneObject,
     ask_question,
     describe_scene,
     draw_scene,
+    sample_hard_scene,
     sample_scene,
     scene_rng,
 )
@@ -52,7 +57,22 @@ IGNORED = -100
 PATCH_SIZE = 14
 TEXT_LENGTH = 128
 CAPTION_PROMPTS = ("Describe the picture.", "Describe the image.", "What is in the picture?", "What do you see?")
+NUM_CONVERSATIONS = 8  # with questions, about each scene
 TYPE_WEIGHTS = {"color": 0.6, "shape": 0.4, "count": 2.5, "existence": 1.5, "position": 3.0, "digit": 0.4}
+HARD_TYPE_WEIGHTS = {
+    "color": 1.0,
+    "shape": 0.8,
+    "count": 2.5,
+    "existence": 1.5,
+    "position": 2.0,
+    "number": 0.8,
+    "relation": 2.5,
+    "needle": 0.8,
+}
+# what a patch is covered by: a class for nothing first
+PATCH_LABELS = {"kind": 2 + len(SHAPES) + 1, "color": len(COLORS), "size": 3, "hundreds": 11, "tens": 11, "ones": 10}
+KINDS = ("nothing", *SHAPES, NEEDLE, "digit")
+EMPTY_WEIGHT = 0.1  # of the patches that show nothing, most of all
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ 'USER: ' if message['role'] == 'user' else ('ASSISTANT: ' if message['role'] == 'assistant' else '') }}"
@@ -70,22 +90,29 @@ CHAT_TEMPLATE = (
 
 
 def train_scene(index: int) -> tuple[Scene, random.Random]:
-    rng = scene_rng("train", index)
-    return sample_scene(rng), rng
+    """Every second scene is a hard one."""
+    rng = scene_rng("train", index // 2, hard=index % 2 == 1)
+    return (sample_hard_scene if index % 2 else sample_scene)(rng), rng
 
 
-def draw(indices: range, size: int) -> np.ndarray:
-    return np.stack([np.asarray(draw_scene(train_scene(index)[0], size)) for index in indices])
+def draw(indices: range, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, size, size, 3) and labels of their patches (n, N, 6), both bytes."""
+    scenes = [train_scene(index)[0] for index in indices]
+    return np.stack([np.asarray(draw_scene(scene, size)) for scene in scenes]), np.stack(
+        [patch_labels(scene, size // PATCH_SIZE) for scene in scenes]
+    )
 
 
-def draw_all(pool: Executor, num_scenes: int, size: int, device: str) -> Tensor:
-    """Pictures of the train scenes, (num_scenes, size, size, 3) bytes."""
+def draw_all(pool: Executor, num_scenes: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Pictures of the train scenes (num_scenes, size, size, 3) and labels of their patches (num_scenes, N, 6)."""
     chunks = [range(start, min(start + 100, num_scenes)) for start in range(0, num_scenes, 100)]
     drawn = pool.map(draw, chunks, [size] * len(chunks))
     pictures = torch.empty((num_scenes, size, size, 3), dtype=torch.uint8, device=device)
-    for chunk, part in tqdm(zip(chunks, drawn, strict=True), total=len(chunks), desc="drawing"):
-        pictures[chunk.start : chunk.stop] = torch.from_numpy(part)
-    return pictures
+    labels = torch.empty((num_scenes, (size // PATCH_SIZE) ** 2, len(PATCH_LABELS)), dtype=torch.int8, device=device)
+    for chunk, parts in tqdm(zip(chunks, drawn, strict=True), total=len(chunks), desc="drawing", mininterval=5):
+        for whole, part in zip((pictures, labels), parts, strict=True):
+            whole[chunk.start : chunk.stop] = torch.from_numpy(part)
+    return pictures, labels
 
 
 def normalize(pictures: Tensor) -> Tensor:
@@ -94,20 +121,38 @@ def normalize(pictures: Tensor) -> Tensor:
     return ((pictures.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def cell_labels(scene: Scene) -> np.ndarray:
-    """Kind, colour and size of what each of the nine cells shows, (9, 3); 0 is nothing."""
-    labels = np.zeros((9, 3), np.int64)
+def patch_labels(scene: Scene, side: int) -> np.ndarray:
+    """What covers each patch of a grid of `side` × `side`, (side², 6) as in PATCH_LABELS; -100 where it has no such."""
+    labels = np.full((side, side, len(PATCH_LABELS)), IGNORED, np.int8)
+    labels[..., 0] = 0
+    centers = (np.arange(side) + 0.5) / side
     for item in scene.objects:
-        kind = 1 + SHAPES.index(item.shape) if item.digit is None else 1 + len(SHAPES) + item.digit
-        color = 1 + list(COLORS).index(item.color) if item.digit is None else 0
-        labels[item.cell] = kind, color, 1 + (item.size == "large")
-    return labels
+        x = (item.column + item.span * (0.5 + item.offset[0])) / item.grid
+        y = (item.row + 0.5 + item.offset[1]) / item.grid
+        half = item.radius / item.grid + 0.5 / side
+        wide = half if item.digit is None else half * (0.78 + 0.5 * (len(str(item.digit)) - 1))
+        covered = np.ix_(abs(centers - y) < half, abs(centers - x) < wide)
+        labels[covered] = item_labels(item)
+    return labels.reshape(side * side, -1)
+
+
+def item_labels(item: SceneObject) -> tuple[int, ...]:
+    kind = KINDS.index(item.shape)
+    if item.digit is None:
+        sizes = ("small", "large", "tiny")
+        return kind, list(COLORS).index(item.color), sizes.index(item.size), IGNORED, IGNORED, IGNORED
+    tens, ones = divmod(item.digit, 10)
+    hundreds, tens = divmod(tens, 10)
+    written = len(str(item.digit))  # leading places are empty
+    return kind, IGNORED, IGNORED, hundreds if written > 2 else 10, tens if written > 1 else 10, ones
 
 
 def build_tokenizer(vocab_size: int = 800, num_scenes: int = 3000) -> Tokenizer:
-    """Byte-level BPE over the captions and questions of the first train scenes."""
+    """Byte-level BPE over the captions and questions of the first train scenes; each digit is a token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -132,7 +177,8 @@ def caption_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 def question_turns(scene: Scene, rng: random.Random, count: int = 8) -> list[tuple[str, str]]:
     """Questions of all types in random order, without repeats."""
-    names = rng.choices(QUESTION_TYPES, list(TYPE_WEIGHTS.values()), k=count + 3)
+    weights = HARD_TYPE_WEIGHTS if scene.is_hard else TYPE_WEIGHTS
+    names = rng.choices(list(weights), list(weights.values()), k=count + 3)
     asked = (ask_question(scene, name, rng) for name in names)
     return list(dict.fromkeys((question.text, question.answer) for question in asked if question))[:count]
 
@@ -164,30 +210,13 @@ class TextBuilder:
             position = end
         return tokens, labels
 
-    def batch(self, num_scenes: int, size: int, caption_share: float, seed: str) -> dict:
-        """One conversation about each of `size` scenes: their captions, or questions about them."""
-        rng = random.Random(seed)
-        captions = rng.random() < caption_share
-        rows = [rng.randrange(num_scenes) for _ in range(size)]
-        make_turns = caption_turns if captions else question_turns
-        conversations = (self.encode(make_turns(train_scene(row)[0], rng)) for row in rows)
-        text = tuple(np.stack(part) for part in zip(*conversations, strict=True))
-        return {"kind": "captions" if captions else "answers", "rows": rows, "text": text}
-
-
-class TextLoader:
-    """Batches of text, written by other processes while the model trains."""
-
-    def __init__(self, pool: Executor, builder: TextBuilder, num_scenes: int, size: int, seed: str):
-        self.pool, self.builder, self.num_scenes, self.size, self.seed = pool, builder, num_scenes, size, seed
-        self.waiting, self.count = [], 0
-
-    def next(self, caption_share: float) -> dict:
-        while len(self.waiting) < 2 * os.cpu_count():
-            arguments = (self.num_scenes, self.size, caption_share, f"{self.seed}-{self.count}")
-            self.waiting.append(self.pool.submit(write_batch, self.builder.tokenizer.to_str(), *arguments))
-            self.count += 1
-        return self.waiting.pop(0).result()
+    def conversations(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """About a scene: its caption, then NUM_CONVERSATIONS times questions; ids and labels, (1 + n, TEXT_LENGTH)."""
+        scene, _ = train_scene(index)
+        rng = random.Random(f"text-{index}")
+        turns = [caption_turns(scene, rng), *(question_turns(scene, rng) for _ in range(NUM_CONVERSATIONS))]
+        tokens, labels = zip(*map(self.encode, turns), strict=True)
+        return np.stack(tokens).astype(np.int16), np.stack(labels).astype(np.int16)
 
 
 @cache
@@ -195,8 +224,25 @@ def builder_of(tokenizer: str) -> TextBuilder:
     return TextBuilder(Tokenizer.from_str(tokenizer))
 
 
-def write_batch(tokenizer: str, *arguments) -> dict:
-    return builder_of(tokenizer).batch(*arguments)
+def write_conversations(tokenizer: str, indices: range) -> list[np.ndarray]:
+    """Ids and labels of the conversations about some scenes, (n, 1 + NUM_CONVERSATIONS, TEXT_LENGTH)."""
+    builder = builder_of(tokenizer)
+    return [np.stack(part) for part in zip(*map(builder.conversations, indices), strict=True)]
+
+
+class Conversations:
+    """Conversations about the train scenes, written by other processes from the moment that this is made."""
+
+    def __init__(self, pool: Executor, tokenizer: Tokenizer, num_scenes: int):
+        chunks = [range(start, min(start + 250, num_scenes)) for start in range(0, num_scenes, 250)]
+        text = tokenizer.to_str()
+        self.waiting = [pool.submit(write_conversations, text, chunk) for chunk in chunks]
+
+    def gather(self, device: str) -> tuple[Tensor, Tensor]:
+        """Ids and labels (num_scenes, 1 + NUM_CONVERSATIONS, TEXT_LENGTH), int16; captions first."""
+        parts = [future.result() for future in tqdm(self.waiting, desc="writing", mininterval=5)]
+        tokens, labels = (torch.from_numpy(np.concatenate(each)).to(device) for each in zip(*parts, strict=True))
+        return tokens, labels
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -348,22 +394,23 @@ class Stage:
         self.losses = {}
 
 
-def train_tower(model, pictures: Tensor, args):
-    """Stage 1: from each patch's feature, linear heads tell kind, colour and size of what its cell shows."""
-    labels = torch.from_numpy(np.stack([cell_labels(train_scene(index)[0]) for index in range(len(pictures))]))
-    labels = labels.to(pictures.device)
-    side = args.image_size // PATCH_SIZE
-    of_patch = torch.arange(side) * 3 // side
-    cell_of_patch = (of_patch[:, None] * 3 + of_patch).flatten().to(pictures.device)  # (N,)
-    heads = nn.Linear(model.config.vision_config.hidden_size, 17 + 9 + 3).to(pictures.device)
+def train_tower(model, pictures: Tensor, labels: Tensor, args):
+    """Stage 1: from each patch's feature, linear heads tell what covers it."""
+    classes = list(PATCH_LABELS.values())
+    heads = nn.Linear(model.config.vision_config.hidden_size, sum(classes)).to(pictures.device)
     parameters = [*tower_of(model).parameters(), *heads.parameters()]
     stage = Stage("tower", parameters, args.tower_minutes, args.tower_learning_rate, args.output / "log.jsonl")
+    weights = [torch.ones(count, device=pictures.device) for count in classes]
+    weights[0][0] = EMPTY_WEIGHT
     while stage.progress < 1:
         rows = torch.randint(len(pictures), (args.tower_batch_size,), device=pictures.device)
-        targets = labels[rows][:, cell_of_patch]  # (B, N, 3)
+        targets = labels[rows].long()  # (B, N, 6)
         with mixed_precision(pictures.device):
-            logits = heads(tower_features(model, pictures[rows])).split((17, 9, 3), dim=-1)
-            losses = [F.cross_entropy(part.flatten(0, 1), targets[..., i].flatten()) for i, part in enumerate(logits)]
+            logits = heads(tower_features(model, pictures[rows])).split(classes, dim=-1)
+        losses = [
+            F.cross_entropy(part.float().flatten(0, 1), targets[..., i].flatten(), weights[i], ignore_index=IGNORED)
+            for i, part in enumerate(logits)
+        ]
         stage.update(sum(losses))
 
 
@@ -375,25 +422,24 @@ def all_features(model, pictures: Tensor) -> Tensor:
     return torch.cat(features)
 
 
-def pool_windows(features: Tensor, side: int = 2) -> Tensor:
-    """Means over windows of `side` × `side` patches, (B, N, dim) → (B, N / side², dim)."""
-    grid = round(features.shape[1] ** 0.5)
-    maps = features.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+def train_text(model, stage: Stage, features_of, text: tuple[Tensor, Tensor], args, captions: float):
+    """Stages 2 and 3: captions of, and questions about, the scenes.
 
-
-def train_text(model, stage: Stage, features: Tensor, loader: TextLoader, captions: float):
-    """Stages 2 and 3: captions of, and questions about, the scenes whose `features` (scenes, N, vision_dim) are given.
-
-    The part `captions` of the time goes to captions alone.
+    Args:
+        features_of: Gives the features (B, N, vision_dim) of scenes by their indices (B,).
+        text: Ids and labels of [`Conversations`].
+        captions: The part of the time that goes to captions alone.
     """
-    prefix = torch.tensor(loader.builder.prefix, device=features.device)
+    tokens, labels = text
+    rng, device = random.Random(args.seed), tokens.device
+    prefix = torch.tensor(args.prefix, device=device)
     while stage.progress < 1:
-        batch = loader.next(1.0 if stage.progress < captions else 0.1)
-        tokens, labels = (torch.from_numpy(part).to(features.device) for part in batch["text"])
-        with mixed_precision(features.device):
-            loss = text_loss(model, features[batch["rows"]].float(), prefix, tokens, labels)
-        stage.update(loss, batch["kind"])
+        rows = torch.randint(len(tokens), (args.batch_size,), device=device)
+        is_caption = rng.random() < (1.0 if stage.progress < captions else 0.1)
+        which = torch.randint(1, 1 + NUM_CONVERSATIONS, (args.batch_size,), device=device) * (not is_caption)
+        with mixed_precision(device):
+            loss = text_loss(model, features_of(rows), prefix, tokens[rows, which].long(), labels[rows, which].long())
+        stage.update(loss, "captions" if is_caption else "answers")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -469,17 +515,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model, its log and stage checkpoints")
     parser.add_argument("--init", type=Path, help="saved folder to go on from; give stages that are done 0 minutes")
     parser.add_argument("--image-size", type=int, default=336, help="a multiple of 42: patches of 14 in thirds")
-    parser.add_argument("--vision", type=int, nargs=3, default=(128, 6, 4), help="width, layers, heads")
-    parser.add_argument("--text", type=int, nargs=3, default=(160, 6, 5), help="width, layers, heads")
-    parser.add_argument("--num-scenes", type=int, default=64_000)
-    parser.add_argument("--tower-minutes", type=float, default=1.75)
-    parser.add_argument("--pooled-minutes", type=float, default=2.75)
-    parser.add_argument("--text-minutes", type=float, default=3.5)
-    parser.add_argument("--caption-part", type=float, default=0.3, help="part of the pooled stage on captions alone")
+    parser.add_argument("--vision", type=int, nargs=3, default=(192, 6, 3), help="width, layers, heads")
+    parser.add_argument("--text", type=int, nargs=3, default=(256, 6, 4), help="width, layers, heads")
+    parser.add_argument("--num-scenes", type=int, default=40_000)
+    parser.add_argument("--tower-minutes", type=float, default=1.5)
+    parser.add_argument("--text-minutes", type=float, default=5.2)
+    parser.add_argument("--joint-minutes", type=float, default=0.8)
+    parser.add_argument("--caption-part", type=float, default=0.3, help="part of the text stage on captions alone")
     parser.add_argument("--tower-batch-size", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--tower-learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--joint-learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -491,16 +538,17 @@ def parse_args() -> argparse.Namespace:
 def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args = parse_args()
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         train(pool, args)
 
 
 def train(pool: Executor, args: argparse.Namespace):
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pictures = draw_all(pool, args.num_scenes, args.image_size, args.device)
+    pictures, labels = draw_all(pool, args.num_scenes, args.image_size, args.device)
     tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json")) if args.init else build_tokenizer()
-    builder = TextBuilder(tokenizer)
+    args.prefix = TextBuilder(tokenizer).prefix
+    conversations = Conversations(pool, tokenizer, args.num_scenes)
     config = model_config(args.image_size, args.vision, args.text, tokenizer.get_vocab_size())
     model = LlavaForConditionalGeneration(LlavaConfig.from_dict({**config, "dtype": "float32"})).float()
     initialize(model)
@@ -513,19 +561,20 @@ def train(pool: Executor, args: argparse.Namespace):
 
     log = args.output / "log.jsonl"
     if args.tower_minutes:
-        train_tower(model, pictures, args)
+        train_tower(model, pictures, labels, args)
         save(model, tokenizer, config, args.output)
-
-    loader = TextLoader(pool, builder, args.num_scenes, args.batch_size, f"text-{args.seed}")
-    reader = [*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters()]
-    features = all_features(model, pictures)
-    if args.pooled_minutes:
-        stage = Stage("pooled", reader, args.pooled_minutes, args.learning_rate, log)
-        train_text(model, stage, pool_windows(features), loader, args.caption_part)
-        save(model, tokenizer, config, args.output)
+    del labels
+    text = conversations.gather(args.device)
     if args.text_minutes:
-        stage = Stage("text", reader, args.text_minutes, args.learning_rate / 2, log)
-        train_text(model, stage, features, loader, 0.0)
+        reader = [*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters()]
+        features = all_features(model, pictures)
+        stage = Stage("text", reader, args.text_minutes, args.learning_rate, log)
+        train_text(model, stage, lambda rows: features[rows].float(), text, args, args.caption_part)
+        save(model, tokenizer, config, args.output)
+        del features
+    if args.joint_minutes:
+        stage = Stage("joint", list(model.parameters()), args.joint_minutes, args.joint_learning_rate, log)
+        train_text(model, stage, lambda rows: tower_features(model, pictures[rows]), text, args, 0.0)
         save(model, tokenizer, config, args.output)
 
 

@@ -111,7 +111,8 @@ def train(
 @app.command()
 def evaluate(
     data: Annotated[
-        str, typer.Argument(help="JSON, JSONL or parquet file, dataset on the Hub, or `demo` for drawn scenes.")
+        str,
+        typer.Argument(help="JSON, JSONL or parquet file, dataset on the Hub; `demo` or `demo-hard` for drawn scenes."),
     ] = "demo",
     model: Annotated[
         str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")

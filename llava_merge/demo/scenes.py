@@ -1,11 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Drawn scenes with captions and questions: the data of the embedded demo model.
 
-A scene holds one to five coloured shapes and often a card with a digit, each in its own cell of a 3x3 grid. Everything
-follows from one `random.Random`, so a split and an index name a picture, its caption and its questions for good:
+A scene holds one to five coloured shapes and often a card with a digit, each in its own cell of a 3x3 grid. A hard one
+holds five to ten smaller shapes, a card with a number of up to three digits and a tiny diamond, in a 5x5 grid, whose
+cells end where no window of a merger does. Everything follows from one `random.Random`, so a split and an index name a
+picture, its caption and its questions for good:
 
     rng = scene_rng("test", 0)
-    scene = sample_scene(rng)
+    scene = sample_scene(rng)  # or sample_hard_scene(scene_rng("test", 0, hard=True))
     picture = draw_scene(scene)
     question = ask_question(scene, "color", rng)
 """
@@ -16,13 +18,13 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from PIL import Image, ImageDraw
 
 
-GRID = 3
+GRID, HARD_GRID = 3, 5
 REGIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = {
@@ -35,7 +37,10 @@ COLORS = {
     "pink": (248, 134, 190),
     "brown": (126, 78, 44),
 }
+NEEDLE = "diamond"
 SIZES = {"small": (0.20, 0.24), "large": (0.35, 0.40)}  # radius as a share of the cell
+HARD_SIZES = {"small": (0.22, 0.27), "large": (0.36, 0.42)}
+NEEDLE_SIZE = (0.10, 0.13)
 INKS = ((30, 30, 36), (28, 44, 92), (70, 30, 40), (24, 70, 58))
 BACKGROUNDS = (
     (243, 238, 226),
@@ -47,16 +52,28 @@ BACKGROUNDS = (
     (234, 234, 234),
     (222, 242, 240),
 )
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "final")  # nothing but the tables in README uses the last
 QUESTION_TYPES = ("color", "shape", "count", "existence", "position", "digit")
+HARD_QUESTION_TYPES = ("color", "shape", "count", "existence", "position", "number", "relation", "needle")
 
-_MAX_ANGLE = {"circle": 0.0, "square": 14.0, "triangle": 180.0, "star": 180.0, "cross": 18.0, "heart": 18.0}
+_MAX_ANGLE = {
+    "circle": 0.0,
+    "square": 14.0,
+    "triangle": 180.0,
+    "star": 180.0,
+    "cross": 18.0,
+    "heart": 18.0,
+    NEEDLE: 9.0,
+}
 _CARD_PROBABILITY = 0.7
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape, or the card when `shape` is "digit". Lengths are shares of a cell, `angle` is in degrees."""
+    """One shape, or the card when `shape` is "digit". Lengths are shares of a cell, `angle` is in degrees.
+
+    It lies in `span` cells side by side, of which `cell` is the first, of a grid of `grid` rows and columns.
+    """
 
     shape: str
     color: str
@@ -68,18 +85,26 @@ class SceneObject:
     rgb: tuple[int, int, int]
     digit: int | None = None
     thickness: float = 0.0
+    span: int = 1
+    grid: int = GRID
 
     @property
     def region(self) -> str:
-        return REGIONS[self.cell]
+        """The ninth of the picture that the middle of its cells is in."""
+        row, column = ((2 * first + span) * 3 // (2 * self.grid) for first, span in self._cells)
+        return REGIONS[3 * row + column]
+
+    @property
+    def _cells(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.row, 1), (self.column, self.span)
 
     @property
     def row(self) -> int:
-        return self.cell // GRID
+        return self.cell // self.grid
 
     @property
     def column(self) -> int:
-        return self.cell % GRID
+        return self.cell % self.grid
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,15 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[SceneObject, ...]:
-        return tuple(item for item in self.objects if item.digit is None)
+        return tuple(item for item in self.objects if item.shape in SHAPES)
+
+    @property
+    def needle(self) -> SceneObject | None:
+        return next((item for item in self.objects if item.shape == NEEDLE), None)
+
+    @property
+    def is_hard(self) -> bool:
+        return self.needle is not None
 
     @property
     def card(self) -> SceneObject | None:
@@ -106,11 +139,11 @@ class Question:
     answer: str
 
 
-def scene_rng(split: str, index: int) -> random.Random:
+def scene_rng(split: str, index: int, hard: bool = False) -> random.Random:
     """The random state of scene `index` of a split; no two splits share one."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, but it must be one of {SPLITS}: pass one of these.")
-    return random.Random(f"{split}-{index}")
+    return random.Random(f"{'hard-' if hard else ''}{split}-{index}")
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -121,23 +154,49 @@ def sample_scene(rng: random.Random) -> Scene:
     num_shapes = rng.randint(1, 5)
     with_card = rng.random() < _CARD_PROBABILITY
     cells = rng.sample(range(GRID * GRID), num_shapes + with_card)
-    theme = rng.random()
-    leading_shape = rng.choice(SHAPES) if theme < 0.4 else None
-    leading_color = rng.choice(tuple(COLORS)) if 0.3 < theme < 0.7 else None
-    items = [_sample_shape(cell, leading_shape, leading_color, rng) for cell in cells[:num_shapes]]
+    items = _sample_shapes(cells[:num_shapes], GRID, rng)
     if with_card:
         items.append(_sample_card(cells[-1], rng))
-    items.sort(key=lambda item: item.cell)
+    return _put_together(items, rng)
+
+
+def sample_hard_scene(rng: random.Random) -> Scene:
+    """Five to ten shapes, a card with a number over two cells, and a tiny diamond, the needle."""
+    num_shapes = rng.randint(5, 10)
+    card_cell = HARD_GRID * rng.randrange(HARD_GRID) + rng.randrange(HARD_GRID - 1)
+    free = [cell for cell in range(HARD_GRID * HARD_GRID) if cell not in (card_cell, card_cell + 1)]
+    needle_cell, *cells = rng.sample(free, 1 + num_shapes)
+    items = _sample_shapes(cells, HARD_GRID, rng)
+    number = rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3, 3)))
+    card = replace(_sample_card(card_cell, rng), digit=number, span=2, grid=HARD_GRID)
+    needle = _sample_shape(needle_cell, NEEDLE, rng.choice(tuple(COLORS)), "tiny", NEEDLE_SIZE, HARD_GRID, rng)
+    return _put_together([*items, card, needle], rng)
+
+
+def _put_together(items: list[SceneObject], rng: random.Random) -> Scene:
+    items = sorted(items, key=lambda item: item.cell)
     return Scene(tuple(items), _jitter(rng.choice(BACKGROUNDS), 6, rng), rng.getrandbits(32))
 
 
-def _sample_shape(cell: int, leading_shape: str | None, leading_color: str | None, rng: random.Random) -> SceneObject:
-    shape = leading_shape if leading_shape and rng.random() < 0.7 else rng.choice(SHAPES)
-    color = leading_color if leading_color and rng.random() < 0.7 else rng.choice(tuple(COLORS))
-    size = rng.choice(tuple(SIZES))
-    radius = rng.uniform(*SIZES[size])
+def _sample_shapes(cells: list[int], grid: int, rng: random.Random) -> list[SceneObject]:
+    theme, sizes, items = rng.random(), SIZES if grid == GRID else HARD_SIZES, []
+    leading_shape = rng.choice(SHAPES) if theme < 0.4 else None
+    leading_color = rng.choice(tuple(COLORS)) if 0.3 < theme < 0.7 else None
+    for cell in cells:
+        shape = leading_shape if leading_shape and rng.random() < 0.7 else rng.choice(SHAPES)
+        color = leading_color if leading_color and rng.random() < 0.7 else rng.choice(tuple(COLORS))
+        size = rng.choice(tuple(sizes))
+        items.append(_sample_shape(cell, shape, color, size, sizes[size], grid, rng))
+    return items
+
+
+def _sample_shape(
+    cell: int, shape: str, color: str, size: str, radii: tuple[float, float], grid: int, rng: random.Random
+) -> SceneObject:
+    radius = rng.uniform(*radii)
     angle = rng.uniform(-1, 1) * _MAX_ANGLE[shape]
-    return SceneObject(shape, color, cell, size, radius, _offset(radius, rng), angle, _jitter(COLORS[color], 7, rng))
+    offset, rgb = _offset(radius, rng), _jitter(COLORS[color], 7, rng)
+    return SceneObject(shape, color, cell, size, radius, offset, angle, rgb, grid=grid)
 
 
 def _sample_card(cell: int, rng: random.Random) -> SceneObject:
@@ -173,8 +232,9 @@ def draw_scene(scene: Scene, size: int = 336) -> Image.Image:
     """The scene as an RGB picture of `size` pixels a side, antialiased."""
     picture = _draw_background(scene, size)
     for item in scene.objects:
-        left, top = round(item.column * size / GRID), round(item.row * size / GRID)
-        tile = round((item.column + 1) * size / GRID) - left, round((item.row + 1) * size / GRID) - top
+        left, top = round(item.column * size / item.grid), round(item.row * size / item.grid)
+        right, bottom = round((item.column + item.span) * size / item.grid), round((item.row + 1) * size / item.grid)
+        tile = right - left, bottom - top
         layers = _card_layers(item, tile) if item.digit is not None else _shape_layers(item, tile)
         shadow = max(1, size // 112)
         picture.paste((60, 60, 70), (left + shadow // 2, top + shadow), layers[0][0].point(_faint))
@@ -211,9 +271,16 @@ def _shape_layers(item: SceneObject, tile: tuple[int, int]) -> Layers:
 
 
 def _card_layers(item: SceneObject, tile: tuple[int, int]) -> Layers:
-    corners = _place([(-0.78, -1.0), (0.78, -1.0), (0.78, 1.0), (-0.78, 1.0)], item, tile)
-    inner = _place([(-0.74, -0.96), (0.74, -0.96), (0.74, 0.96), (-0.74, 0.96)], item, tile)
-    strokes = [_place(stroke, item, tile, 0.68) for stroke in _digit_strokes(item.digit)]
+    digits = str(item.digit)
+    more = 0.5 * (len(digits) - 1)  # half a card further to each side
+    corners, inner = (
+        _place([(-x, -y), (x, -y), (x, y), (-x, y)], item, tile) for x, y in ((0.78 + more, 1.0), (0.74 + more, 0.96))
+    )
+    strokes = [
+        _place([(x + (index - more) / 0.68, y) for x, y in stroke], item, tile, 0.68)
+        for index, digit in enumerate(digits)
+        for stroke in _digit_strokes(int(digit))
+    ]
     ink = _draw_strokes(strokes, 2 * item.thickness * item.radius * min(tile), tile)
     return [(_fill(corners, tile), (176, 172, 164)), (_fill(inner, tile), (254, 253, 250)), (ink, item.rgb)]
 
@@ -253,6 +320,8 @@ def _outline(shape: str) -> Polygon:
         return _arc(0, 0, 1, 1, -90, 270, 3)[:3]
     if shape == "star":
         return [_on_circle(1.0 if step % 2 == 0 else 0.42, -90 + 36 * step) for step in range(10)]
+    if shape == NEEDLE:
+        return [(0.0, -1.0), (0.85, 0.0), (0.0, 1.0), (-0.85, 0.0)]
     if shape == "cross":
         corners = [(0.3, 0.98), (0.3, 0.3), (0.98, 0.3)]
         right = corners + [(x, -y) for x, y in reversed(corners)]
@@ -302,13 +371,15 @@ def describe_scene(scene: Scene) -> str:
 
 
 def describe_object(item: SceneObject) -> str:
-    return f"the digit {item.digit}" if item.digit is not None else f"a {item.size} {item.color} {item.shape}"
+    if item.digit is not None:
+        return f"the {'digit' if item.grid == GRID else 'number'} {item.digit}"
+    return f"a {item.size} {item.color} {item.shape}"
 
 
 def ask_question(scene: Scene, question_type: str, rng: random.Random) -> Question | None:
     """A question of one type with its answer, or None where the scene allows no unambiguous one."""
-    if question_type not in QUESTION_TYPES:
-        raise ValueError(f"question_type is {question_type!r}, but must be one of {QUESTION_TYPES}: pass one of these.")
+    if question_type not in _ASK:
+        raise ValueError(f"question_type is {question_type!r}, but must be one of {tuple(_ASK)}: pass one of these.")
     asked = _ASK[question_type](scene, rng)
     return None if asked is None else Question(question_type, *asked)
 
@@ -342,12 +413,12 @@ def _ask_count(scene: Scene, rng: random.Random) -> Asked:
     by_answer: dict[int, list[str]] = {}
     for noun, count in _countable(scene):
         by_answer.setdefault(count, []).append(noun)
-    answers = sorted(by_answer)
+    answers = sorted(count for count in by_answer if count < len(_COUNT_WEIGHTS))
     answer = rng.choices(answers, [_COUNT_WEIGHTS[count] for count in answers])[0]
     return _phrase("count", rng).format(rng.choice(by_answer[answer])), str(answer)
 
 
-_COUNT_WEIGHTS = (1.0, 1.0, 2.4, 4.0, 6.0, 9.0)
+_COUNT_WEIGHTS = (1.0, 1.0, 2.4, 4.0, 6.0, 9.0, 11.0, 13.0)
 
 
 def _countable(scene: Scene) -> Iterator[tuple[str, int]]:
@@ -365,6 +436,8 @@ def _ask_existence(scene: Scene, rng: random.Random) -> Asked:
     """Half the answers are no, and most of these ask for something that shares its colour or shape with the scene."""
     present = rng.random() < 0.5
     kind = rng.choices(("pair", "shape", "color", "digit"), (6, 2, 2, 1))[0]
+    if scene.is_hard and kind != "pair":  # nearly all colours and shapes are there
+        kind = "pair"
     if kind == "digit":
         noun, present = "digit", scene.card is not None
     elif kind == "pair":
@@ -407,6 +480,8 @@ def _named_objects(scene: Scene) -> list[tuple[str, SceneObject]]:
     shapes = Counter(item.shape for item in scene.shapes)
     pairs = Counter((item.color, item.shape) for item in scene.shapes)
     named = [(item.shape, item) for item in scene.objects if shapes[item.shape] <= 1]
+    if scene.is_hard:  # the card and the needle have questions of their own
+        named = [(name, item) for name, item in named if name in SHAPES]
     return named + [
         (f"{item.color} {item.shape}", item)
         for item in scene.shapes
@@ -416,6 +491,36 @@ def _named_objects(scene: Scene) -> list[tuple[str, SceneObject]]:
 
 def _ask_digit(scene: Scene, rng: random.Random) -> Asked:
     return None if scene.card is None else (_phrase("digit", rng), str(scene.card.digit))
+
+
+def _ask_number(scene: Scene, rng: random.Random) -> Asked:
+    return None if scene.card is None else (_phrase("number", rng), str(scene.card.digit))
+
+
+def _ask_needle(scene: Scene, rng: random.Random) -> Asked:
+    return None if scene.needle is None else (_phrase("needle", rng), scene.needle.color)
+
+
+def _ask_relation(scene: Scene, rng: random.Random) -> Asked:
+    """Whether one shape lies beside or above another, in another row or column; half the answers are no."""
+    counts = Counter((item.color, item.shape) for item in scene.shapes)
+    unique = [item for item in scene.shapes if counts[item.color, item.shape] == 1]
+    if len(unique) < 2:
+        return None
+    one, other = rng.sample(unique, 2)
+    true = [side for side, lies in _SIDES.items() if lies(one, other)]
+    false = [side for side, lies in _SIDES.items() if lies(other, one)]  # level is neither
+    present = rng.random() < 0.5
+    names = (f"{item.color} {item.shape}" for item in (one, other))
+    return _phrase("relation", rng).format(rng.choice(true if present else false), *names), "yes" if present else "no"
+
+
+_SIDES: dict[str, Callable[[SceneObject, SceneObject], bool]] = {
+    "left of": lambda one, other: one.column < other.column,
+    "right of": lambda one, other: one.column > other.column,
+    "above": lambda one, other: one.row < other.row,
+    "below": lambda one, other: one.row > other.row,
+}
 
 
 def _phrase(question_type: str, rng: random.Random) -> str:
@@ -460,6 +565,22 @@ _PHRASES = {
         "Which digit is in the picture?",
         "What does the card say?",
     ),
+    "number": (
+        "What number is shown?",
+        "Which number does the card show?",
+        "What number is written on the card?",
+        "Read the number.",
+    ),
+    "relation": (
+        "Is the {1} {0} the {2}?",
+        "Does the {1} lie {0} the {2}?",
+        "In the picture, is the {1} {0} the {2}?",
+    ),
+    "needle": (
+        "What color is the tiny diamond?",
+        "Which color does the tiny diamond have?",
+        "What is the color of the diamond?",
+    ),
 }
 _ASK: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "color": _ask_color,
@@ -468,4 +589,7 @@ _ASK: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "existence": _ask_existence,
     "position": _ask_position,
     "digit": _ask_digit,
+    "number": _ask_number,
+    "relation": _ask_relation,
+    "needle": _ask_needle,
 }

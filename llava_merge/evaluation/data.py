@@ -10,12 +10,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_merge.demo.scenes import QUESTION_TYPES, Scene, ask_question, draw_scene, sample_scene, scene_rng
+from llava_merge.demo.scenes import (
+    HARD_QUESTION_TYPES,
+    QUESTION_TYPES,
+    Scene,
+    ask_question,
+    draw_scene,
+    sample_hard_scene,
+    sample_scene,
+    scene_rng,
+)
 from llava_merge.training.data import read_dataset, sample_name
 from llava_merge.training.samples import located, open_image, read_sample, split_text, text_of
 
 
-DEMO = "demo"  # in the place of a file
+DEMO, HARD_DEMO = "demo", "demo-hard"  # in the place of a file
 NAMES = {  # of a column, in the order in which they are looked for
     "question": ("question", "text", "query"),
     "answers": ("answers", "answer", "label"),
@@ -61,7 +70,7 @@ def read_questions(
     limit: int | None = None,
     prompt: str = "{question}",
 ) -> list[PictureQuestion]:
-    """The questions of a JSON, JSONL or parquet file, of a dataset on the Hub, or "demo" for drawn scenes.
+    """The questions of a JSON, JSONL or parquet file, of a dataset on the Hub, or "demo", "demo-hard" for drawn scenes.
 
     Args:
         path: Rows have a question (or text, query), image or images, and mostly an answer (answers, label) and a type
@@ -76,8 +85,9 @@ def read_questions(
     """
     if "{question}" not in prompt:
         raise ValueError(f"prompt={prompt!r}: it has to hold {{question}}, in the place of the question.")
-    if path == DEMO:
-        return [with_prompt(each, prompt) for each in demo_questions(split, 50 if limit is None else limit)]
+    if path in (DEMO, HARD_DEMO):
+        asked = demo_questions(split, 50 if limit is None else limit, path == HARD_DEMO)
+        return [with_prompt(each, prompt) for each in asked]
     dataset = read_dataset(path, split, image_folder)
     rows = [dataset.rows[index] for index in range(min(len(dataset), len(dataset) if limit is None else limit))]
     if not rows:
@@ -132,19 +142,19 @@ def with_prompt(question: PictureQuestion, prompt: str) -> PictureQuestion:
     return PictureQuestion(question.name, messages, question.images, question.answers, question.type)
 
 
-def demo_questions(split: str, per_type: int) -> list[PictureQuestion]:
+def demo_questions(split: str, per_type: int, hard: bool = False) -> list[PictureQuestion]:
     """`per_type` questions of each type, every one about another drawn scene, in an order that mixes the types."""
-    return list(asked_scenes(split, per_type))
+    return list(asked_scenes(split, per_type, hard))
 
 
-def asked_scenes(split: str, per_type: int) -> Iterator[PictureQuestion]:
-    missing = dict.fromkeys(QUESTION_TYPES, per_type)
+def asked_scenes(split: str, per_type: int, hard: bool) -> Iterator[PictureQuestion]:
+    missing = dict.fromkeys(HARD_QUESTION_TYPES if hard else QUESTION_TYPES, per_type)
     for index in count():
-        wanted = [name for name in QUESTION_TYPES if missing[name]]
+        wanted = [name for name, number in missing.items() if number]
         if not wanted:
             return
-        rng = scene_rng(split, index)
-        scene = sample_scene(rng)
+        rng = scene_rng(split, index, hard)
+        scene = sample_hard_scene(rng) if hard else sample_scene(rng)
         asked = ask_question(scene, wanted[index % len(wanted)], rng)
         if asked is not None:
             missing[asked.type] -= 1

@@ -193,9 +193,7 @@ def read_report(path: Path, protocol: dict) -> dict:
 
 
 def write_report(report: dict, output: Path, others: list[dict]):
-    """Writes report.json, report.md and scores.png, each whole."""
-    from llava_merge.evaluation.plot import draw_results  # matplotlib is slow to import
-
+    """Writes report.json, report.md and, where matplotlib is installed, scores.png, each whole."""
     shown = dict(report["results"])
     for other in others:
         shown |= other
@@ -211,10 +209,15 @@ def write_report(report: dict, output: Path, others: list[dict]):
         f"are those of the batch, shared out, with the tower's.",
     ]
     write_whole(output / "report.md", "\n\n".join(text) + "\n")
+    write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
+    try:
+        from llava_merge.evaluation.plot import draw_results  # slow to import
+    except ModuleNotFoundError as error:
+        logger.warning(f"No scores.png was drawn, since {error.name} is not installed.")
+        return
     temporary = output / "scores.tmp"
     draw_results(shown, temporary)
     temporary.replace(output / "scores.png")
-    write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str):
