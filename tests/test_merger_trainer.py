@@ -32,7 +32,7 @@ from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset
 from llava_merge.training.parts import set_modes
-from llava_merge.training.run import train
+from llava_merge.training.run import load_model, make_trainer, read_datasets, train
 from llava_merge.training.settings import (
     LossSettings,
     Settings,
@@ -609,6 +609,44 @@ class TestCommand:
         plain["method_settings"] = {}
         train(settings_of(plain))
         assert TokenMerger.from_pretrained(tmp_path / "b").config.trained_num_tokens == [4]
+
+    @pytest.mark.parametrize("parts", ["merger_projector", "merger_lora"])
+    def test_the_teacher_of_a_merger_that_goes_on_is_the_unmerged_model(self, parts, llava_folder, tmp_path):
+        train(settings_of(settings_for(llava_folder, tmp_path / "a", METHODS[0], budgets={"train": [9]})))
+        plain = settings_for(llava_folder, tmp_path / "b", METHODS[0], parts, budgets={"train": [9]})
+        plain["method_settings"] = {}
+        plain["backbone_settings"]["mllm_settings"]["merger"] = str(tmp_path / "a")
+        settings = settings_of(plain)
+        args = training_arguments(settings)
+        loaded = load_model(settings, args, None)
+        trainer = make_trainer(settings, args, None, loaded, *read_datasets(settings, args))
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        stock = LlavaMergeForConditionalGeneration.from_pretrained(
+            loaded[0].name_or_path, merger_config={"merger_type": "none"}
+        )
+        with trainer.teacher.answering(trainer.model), torch.no_grad():
+            found = trainer.model(**arguments).logits
+        with torch.no_grad():
+            assert torch.allclose(found, stock(**arguments).logits, atol=1e-5)
+            weights = loaded[0].model.multi_modal_projector.state_dict()
+        assert not torch.equal(next(iter(weights.values())), stock.model.multi_modal_projector.linear_1.weight)
+
+    def test_an_agnostic_merger_learns_to_read_the_question(self, llava_folder, tmp_path):
+        train(settings_of(settings_for(llava_folder, tmp_path / "a", METHODS[0], budgets={"train": [9]})))
+        plain = settings_for(llava_folder, tmp_path / "b", METHODS[0], budgets={"train": [9]})
+        plain["method_settings"] = {"question_aware": True}
+        plain["backbone_settings"]["mllm_settings"]["merger"] = str(tmp_path / "a")
+        settings = settings_of(plain)
+        model, _, _ = load_model(settings, training_arguments(settings), None)
+        agnostic, ours = TokenMerger.from_pretrained(tmp_path / "a"), model.model.merger
+        features, question = torch.randn(2, NUM_PATCHES, 32), torch.randn(2, 5, 64)
+        with torch.no_grad():
+            expected, found = agnostic(features), ours(features, question)
+        assert torch.equal(found.merged_features, expected.merged_features) and ours.config.question_aware
+        train(settings)
+        trained = TokenMerger.from_pretrained(tmp_path / "b")
+        assert trained.config.question_aware and trained.method.query_modulator is not None
 
     def test_streamed_data(self, llava_folder, tmp_path):
         loaded = json.loads((llava_folder / "train.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -25,6 +26,8 @@ from llava_merge.training.validation import AnswerScorer
 
 
 logger = logging.get_logger(__name__)
+
+WITH_QUESTION = {"question_aware": True}
 
 
 def train(settings: Settings, resume: bool = False) -> dict[str, float]:
@@ -44,8 +47,8 @@ def train(settings: Settings, resume: bool = False) -> dict[str, float]:
     budgets = settings.budgets
     schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed) if budgets.train else None
     datasets = read_datasets(settings, args)
-    model, processor = load_model(settings, args, schedule)
-    trainer = make_trainer(settings, args, schedule, model, processor, *datasets)
+    loaded = load_model(settings, args, schedule)
+    trainer = make_trainer(settings, args, schedule, loaded, *datasets)
     if args.should_save:
         logger.info(describe_parts(trainer.model))
     checkpoint = last_whole_checkpoint(args.output_dir) if resume else None
@@ -87,27 +90,33 @@ def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatData
 
 def load_model(
     settings: Settings, args: TrainingArguments, schedule: BudgetSchedule | None
-) -> tuple[LlavaMergeForConditionalGeneration, LlavaMergeProcessor]:
-    """The LLaVA with the merger of `settings`, and its processor.
+) -> tuple[LlavaMergeForConditionalGeneration, LlavaMergeProcessor, nn.Module | None]:
+    """The LLaVA with the merger of `settings`, its processor, and its own projector where the merger brought another.
 
     Raises:
         ValueError: Its widths are not those of the settings, or the merger does not fit it.
     """
     mllm = settings.backbone_settings.mllm_settings
     method = dict(settings.method_settings)
-    if mllm.merger and method:
+    if mllm.merger and method not in ({}, WITH_QUESTION):
         raise ValueError(
             f"backbone_settings.mllm_settings.merger={mllm.merger!r} brings its own configuration; leave out "
-            f"method_settings ({', '.join(method)})."
+            f"method_settings ({', '.join(method)}), but for question_aware=true."
         )
     if schedule and not {*BUDGET} & {*method} and method.get("merger_type") != "none":
         method["num_merged_tokens"] = max(schedule.values)
     dtype = mllm.dtype or ("bfloat16" if args.bf16 else "float32")
     options = {"dtype": dtype, "attn_implementation": mllm.attn_implementation}
-    options |= {"merger": mllm.merger} if mllm.merger else {"merger_config": method}
-    model = LlavaMergeForConditionalGeneration.from_pretrained(mllm.model, **options)
-    if schedule and mllm.merger:
-        model.set_num_merged_tokens(max(schedule.values))
+    given = {"merger_type": "none"} if mllm.merger else method
+    model = LlavaMergeForConditionalGeneration.from_pretrained(mllm.model, merger_config=given, **options)
+    processor = LlavaMergeProcessor.from_pretrained(mllm.model)
+    own_projector = model.model.multi_modal_projector
+    if mllm.merger:
+        model.load_merger(mllm.merger)
+        if settings.method_settings == WITH_QUESTION:
+            add_question(model, processor)
+        if schedule:
+            model.set_num_merged_tokens(max(schedule.values))
     widths = {"vision_dim": model.config.merged_vision_dim, "hidden_dim": model.config.text_config.hidden_size}
     for name, width in widths.items():
         if getattr(mllm, name) not in (None, width):
@@ -115,13 +124,26 @@ def load_model(
                 f"backbone_settings.mllm_settings.{name}={getattr(mllm, name)}, but {mllm.model} has {name}={width}. "
                 f"Set that, or leave it out."
             )
-    processor = LlavaMergeProcessor.from_pretrained(mllm.model)
     processor.num_merged_tokens = model.config.merger_config.num_merged_tokens
-    return model, processor
+    replaced = own_projector is not model.model.multi_modal_projector
+    return model, processor, own_projector if replaced else None
 
 
-def make_trainer(settings, args, schedule, model, processor, train_set, validation) -> MergerTrainer:
-    """The trainer of a run."""
+def add_question(model: LlavaMergeForConditionalGeneration, processor: LlavaMergeProcessor):
+    """Lets the model's merger read the question; it starts as it was, since that branch starts at zero.
+
+    Raises:
+        ValueError: Its method has no such branch.
+    """
+    trained = model.model.merger
+    model.set_merger({**trained.config.to_dict(), **WITH_QUESTION})
+    model.set_question_marks(processor)
+    model.model.merger.load_state_dict(trained.state_dict(), strict=False)
+
+
+def make_trainer(settings, args, schedule, loaded, train_set, validation) -> MergerTrainer:
+    """The trainer of a run with what [`load_model`] `loaded`."""
+    model, processor, teacher_projector = loaded
     budgets, data = settings.budgets, settings.data
     collator = MergerCollator(processor, model.config.num_patches)
     if isinstance(train_set, ChatDataset):
@@ -141,6 +163,7 @@ def make_trainer(settings, args, schedule, model, processor, train_set, validati
         question_dropout=budgets.question_dropout,
         validation_budgets=budgets.validation,
         scorer=scorer,
+        teacher_projector=teacher_projector,
         data_collator=collator,
         train_dataset=train_set,
         eval_dataset=validation,

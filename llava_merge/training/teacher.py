@@ -17,10 +17,12 @@ class Teacher:
     Args:
         model: As it is before training; the trained one later, or one that PEFT wraps.
         keeps_projector: Whether its projector trains and PEFT, which keeps the old one, does not wrap it.
+        projector: The teacher's, where the model's was trained with a merger before.
     """
 
-    def __init__(self, model: nn.Module, keeps_projector: bool):
-        projector = model.model.multi_modal_projector if keeps_projector else None
+    def __init__(self, model: nn.Module, keeps_projector: bool, projector: nn.Module | None = None):
+        if projector is None and keeps_projector:
+            projector = model.model.multi_modal_projector
         self.projector = None if projector is None else copy.deepcopy(projector).requires_grad_(False)
 
     @contextmanager
@@ -31,9 +33,9 @@ class Teacher:
             stack.enter_context(model.merger_bypassed())
             if is_peft_model(model):
                 stack.enter_context(model.disable_adapter())
-            elif self.projector is not None:
+            if self.projector is not None:
                 self.projector.to(next(model.parameters()).device)
-                handle = model.model.multi_modal_projector.register_forward_hook(
+                handle = model.headless_model.multi_modal_projector.register_forward_hook(
                     lambda module, inputs, output: self.projector(*inputs)
                 )
                 stack.callback(handle.remove)

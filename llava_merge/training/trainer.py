@@ -47,6 +47,7 @@ class MergerTrainer(Trainer):
         question_dropout: Share of samples whose question is dropped.
         validation_budgets: Budgets of `evaluate`; default those of the schedule.
         scorer: Counts right answers in `evaluate`, and, once, those with all visual tokens.
+        teacher_projector: The projector of the unmerged model, where the model has one that a merger was trained with.
         kwargs: As for `Trainer`: datasets, `data_collator` (a [`MergerCollator`] for all visual tokens), callbacks.
 
     Raises:
@@ -64,6 +65,7 @@ class MergerTrainer(Trainer):
         question_dropout: float = 0.0,
         validation_budgets: list[int] | None = None,
         scorer: AnswerScorer | None = None,
+        teacher_projector: nn.Module | None = None,
         **kwargs,
     ):
         if args.n_gpu > 1:  # Trainer would split batches among threads, whose copies of the model cannot be trained so
@@ -80,7 +82,8 @@ class MergerTrainer(Trainer):
             config.merger_config.trained_num_tokens = self.schedule.listed
         self.question_dropout = question_dropout if config.merger_config.question_aware else 0.0
         self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
-        self.teacher = Teacher(model, self.trained.parts in ("merger_projector", "all"))  # PEFT keeps its own copy
+        keeps_projector = self.trained.parts in ("merger_projector", "all")  # PEFT keeps its own copy
+        self.teacher = Teacher(model, keeps_projector, teacher_projector)
         self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
         self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
