@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from evaluate_demo_model import write_report
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback, set_seed
@@ -27,6 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback, set_see
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, draw_scene, sample_scene, scene_rng
+from llava_merge.files import write_whole
 from llava_merge.training.budgets import IGNORED, BudgetSchedule
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset
@@ -265,7 +265,7 @@ def main():
         }
     if "parallel" in args.parts:
         report["parallel"] = compare_parallel(args.output.parent)
-    write_report(report, args.output)
+    write_whole(args.output, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,20 +10,24 @@ from pathlib import Path
 
 from llava_merge import MergerInfo, list_mergers
 from llava_merge.configuration_llava_merge import QUESTION_METHODS
+from llava_merge.files import write_whole
 
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
-WAYS = {"packed": "packed", "source": "source", "packed_mass": "packed, mass 1", "source_mass": "source, mass 1"}
-TRAINED = {  # names of the results, and what they are called in the table
-    "source_mass, trained": "`fixed_pooling` (V3)",
-    "source_mass_projector, trained": "`fixed_pooling` (V3) and the projector",
-    "fixed_pooling_question, trained": "`fixed_pooling` (V3), question-aware",
-    "gumbel_topk, trained": "`gumbel_topk` (V1)",
-    "gumbel_topk_soft, trained": '`gumbel_topk` (V1), `estimator="soft_topk"`',
-    "gumbel_topk_question, trained": "`gumbel_topk_question` (V2)",
-    "gumbel_topk_question_soft, trained": '`gumbel_topk_question` (V2), `estimator="soft_topk"`',
+TRAINED = {  # mergers of the evaluation, and what they are called in the table
+    "llava_merge/demo/mergers/question_aware": "`fixed_pooling` (V3), question-aware",
+    "llava_merge/demo/mergers/agnostic": "`fixed_pooling` (V3)",
+    "demo_mergers/gumbel_topk": '`gumbel_topk` (V1), `estimator="soft_topk"`',
+    "demo_mergers/gumbel_topk_question": '`gumbel_topk_question` (V2), `estimator="soft_topk"`',
 }
+PLACES = {  # fields of a merger's name, and what they mean
+    "": "source, mass 1",
+    "position_ids=packed": "packed, mass 1",
+    "attention_mass=0": "source, mass 0",
+    "position_ids=packed,attention_mass=0": "packed, mass 0",
+}
+BUDGETS = ("64", "16", "4")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -47,18 +51,66 @@ def merger_row(merger: MergerInfo) -> list[str]:
     return [name, "yes" if merger.trained else "no", question, ", ".join(merger.requires), merger.summary, source]
 
 
-def accuracy_table(models: dict) -> str:
-    """Accuracy in % over all question types by tokens an image; the best way of each untrained method first."""
-    rows, budgets = [], None
-    for name, ways in models.items():
-        if name == "all tokens":
-            continue
-        shown = TRAINED.get(name, f"`{name}`" if "," not in name else "`visionzip`, `faithful=True`")
-        for way, measured in sorted(ways.items(), key=lambda item: list(WAYS).index(item[0]), reverse=True):
-            budgets = list(measured)
-            cells = [f"{100 * row['all']['accuracy']:.1f}" for row in measured.values()]
-            rows.append([shown, "yes" if name in TRAINED else "no", WAYS[way], *cells])
-    return table(["", "trained", "positions, mass", *budgets], rows)
+def evaluation_tables(simple: dict, hard: dict) -> tuple[str, str]:
+    """Scores in % by tokens an image, of all mergers and of the ways of placing their tokens; best first."""
+    names = [row["merger"] for row in simple["results"].values() if row["budget"] == BUDGETS[1]]
+    names.sort(
+        key=lambda name: (
+            -sum(report["results"][f"{name}@{BUDGETS[1]}"]["scores"]["all"]["score"] for report in (simple, hard))
+        )
+    )
+    head = [f"{kind}, {budget}" for kind in ("simple", "hard") for budget in BUDGETS]
+    unmerged = [report["results"]["none@all"] for report in (simple, hard)]
+    rows = [
+        [
+            "all tokens (stock LLaVA)",
+            "",
+            *(cell for row in unmerged for cell in (percent(row), "", "")),
+            f"{unmerged[0]['milliseconds']:.2f}",
+        ]
+    ]
+    placed = []
+    for name in names:
+        method, _, fields = name.partition(":")
+        cells = [percent(report["results"][f"{name}@{budget}"]) for report in (simple, hard) for budget in BUDGETS]
+        if not fields:
+            time = f"{simple['results'][f'{name}@{BUDGETS[1]}']['milliseconds']:.2f}"
+            rows.append([TRAINED.get(name, f"`{name}`"), "yes" if name in TRAINED else "no", *cells, time])
+        if any(f"{method}:" in other for other in names):
+            placed.append([f"`{method}`", PLACES[fields], *cells])
+    placed.sort(key=lambda row: (row[0], list(PLACES.values()).index(row[1])))
+    return table(["", "trained", *head, "ms, 16"], rows), table(["", "positions, mass", *head], placed)
+
+
+def percent(row: dict) -> str:
+    return f"{100 * row['scores']['all']['score']:.1f}"
+
+
+def types_table(hard: dict) -> str:
+    """Scores in % by type of question, of the mergers that are told apart by it, at 16 tokens."""
+    shown = {"none@all": "all tokens"} | {f"{name}@16": text for name, text in TRAINED.items()}
+    shown |= {f"{name}@16": f"`{name}`" for name in ("divprune", "tome", "random")}
+    types = [name for name in hard["results"]["none@all"]["scores"] if name != "all"]
+    rows = [
+        [text, *(f"{100 * hard['results'][key]['scores'][name]['score']:.1f}" for name in types)]
+        for key, text in shown.items()
+    ]
+    return table(["16 tokens, hard scenes", *types], rows)
+
+
+def first_numbers(simple: dict, hard: dict) -> str:
+    """The first measured sentence of README."""
+    merger = "llava_merge/demo/mergers/question_aware"
+    found = {report["protocol"]["data"]: report["results"] for report in (simple, hard)}
+    scores = {(data, budget): f"{percent(found[data][f'{merger}@{budget}'])} %" for data in found for budget in BUDGETS}
+    stock = {data: f"{percent(found[data]['none@all'])} %" for data in found}
+    return (
+        f"On the embedded demo model, 16 of 576 visual tokens, merged by a V3 that reads the question, answer "
+        f"{scores['demo', '16']} of the questions about simple drawn scenes and {scores['demo-hard', '16']} about hard "
+        f"ones, 64 tokens {scores['demo', '64']} and {scores['demo-hard', '64']}, 4 tokens {scores['demo', '4']} and "
+        f"{scores['demo-hard', '4']}; all 576 answer {stock['demo']} and {stock['demo-hard']}. The language model was "
+        f"not trained along ([measured](#measured), with 11 other methods, losses included)."
+    )
 
 
 def training_table(report: dict) -> str:
@@ -91,21 +143,26 @@ def training_cost_table(report: dict) -> str:
     worst = max(value["losses, relative"] for value in differences)
     return (
         f"{table(head, rows)}\n\nOne of {report['hardware']}, torch {report['versions']['torch']}, transformers "
-        f"{report['versions']['transformers']}. On the demo model, eight steps of {report['parallel']['global_batch']} "
-        f"samples under DDP and FSDP2 on two GPUs have the losses of one GPU (largest relative difference, of five "
-        f"decimals: {worst:g}) ([training_benchmark.json](examples/results/training_benchmark.json))."
+        f"{report['versions']['transformers']}. On an earlier demo model, of 3.3 million parameters, eight steps of "
+        f"{report['parallel']['global_batch']} samples under DDP and FSDP2 on two GPUs have the losses of one GPU "
+        f"(largest relative difference, of five decimals: {worst:g}) "
+        f"([training_benchmark.json](examples/results/training_benchmark.json))."
     )
 
 
 def updated(text: str) -> str:
     """README with the tables of today between their marks."""
-    mergers, training, cost = (
+    simple, hard, training, cost = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("demo_mergers", "demo_training", "training_benchmark")
+        for name in ("evaluation_demo", "evaluation_demo_hard", "demo_training", "training_benchmark")
     )
+    accuracy, placed = evaluation_tables(simple, hard)
     tables = {
         "mergers": mergers_table(),
-        "accuracy of mergers": accuracy_table(mergers["models"]),
+        "first numbers": first_numbers(simple, hard),
+        "accuracy of mergers": accuracy,
+        "accuracy by positions": placed,
+        "accuracy by type": types_table(hard),
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
     }
@@ -120,9 +177,7 @@ def updated(text: str) -> str:
 
 def main():
     text = updated(README.read_text(encoding="utf-8"))
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(README)
+    write_whole(README, text)
 
 
 if __name__ == "__main__":

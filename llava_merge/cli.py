@@ -33,7 +33,8 @@ def demo(
     merger: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method (see `llava-merge mergers`), or directory or Hub repo of a merger; several to compare."
+            help="A method (see `llava-merge mergers`), a bundled merger (question_aware, agnostic), or directory or "
+            "Hub repo of one; several to compare. Default the model's own; of the bundled model, question_aware."
         ),
     ] = None,
     attention_mass: Annotated[
@@ -47,7 +48,7 @@ def demo(
     """
     from transformers.utils import logging
 
-    from llava_merge.demo import MODEL_DIR, PICTURE, QUESTIONS
+    from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
     from llava_merge.pictures import open_picture
     from llava_merge.visualization import side_by_side
@@ -55,6 +56,9 @@ def demo(
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
     questions, mergers = question or list(QUESTIONS), merger or [None]
+    if model is None:
+        num_merged_tokens = NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
+        mergers = merger or list(MERGERS[:1])
     with one_line_errors():
         picture = open_picture(image or PICTURE)
         comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
@@ -120,8 +124,9 @@ def evaluate(
     merger: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method, directory or Hub repo of a merger, or `own`; several to compare. "
-            "NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:attention_mass=0. Default the model's own, else tome."
+            help="A method, a bundled merger (question_aware, agnostic), directory or Hub repo of one, or `own`; "
+            "several to compare. NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:attention_mass=0. Default the "
+            "model's own, or the bundled ones, else tome."
         ),
     ] = None,
     num_merged_tokens: Annotated[

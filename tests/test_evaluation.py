@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANSWER_ID, NUM_PATCHES, USER_ID, agnostic, aware, make_processor, tiny_model
+from conftest import ANSWER_ID, NUM_PATCHES, USER_ID, agnostic, aware, make_processor, tiny_model, tiny_stock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -396,7 +396,9 @@ class TestRun:
         model = tiny_model(aware(), train_merger=True)
         model.save_pretrained(tmp_path / "model")
         assert run_module.default_mergers(str(tmp_path / "model")) == ["own"]
-        assert run_module.default_mergers(str(MODEL_DIR)) == ["tome"]
+        tiny_stock().save_pretrained(tmp_path / "stock")
+        assert run_module.default_mergers(str(tmp_path / "stock")) == ["tome"]
+        assert run_module.default_mergers(str(MODEL_DIR)) == ["question_aware", "agnostic"]
         assert default_budgets(576) == [288, 144, 72, 36, 16] and default_budgets(NUM_PATCHES) == [18, 9, 4, 2, 1]
 
 
@@ -474,7 +476,17 @@ class TestReport:
 
 class TestCommand:
     def test_it_prints_the_table_and_chooses(self, tmp_path):
-        arguments = ["evaluate", "--limit", "1", "--num-merged-tokens", "16", "--num-merged-tokens", "4"]
+        arguments = [
+            "evaluate",
+            "--merger",
+            "tome",
+            "--limit",
+            "1",
+            "--num-merged-tokens",
+            "16",
+            "--num-merged-tokens",
+            "4",
+        ]
         done = CliRunner().invoke(app, [*arguments, "--choose", "0.5", "--output", str(tmp_path)])
         assert done.exit_code == 0, done.output
         assert "| tome | 16 |" in done.output and "tome: 4 tokens keep" in done.output
@@ -482,7 +494,9 @@ class TestCommand:
     def test_json(self, tmp_path):
         arguments = ["evaluate", "--limit", "1", "--num-merged-tokens", "16", "--json", "--output", str(tmp_path)]
         done = CliRunner().invoke(app, arguments)
-        assert json.loads(done.stdout)["results"]["tome@16"]["budget"] == "16"
+        results = json.loads(done.stdout)["results"]
+        assert [row["merger"] for row in results.values()][3:] == ["question_aware", "agnostic"]
+        assert results["agnostic@16"]["budget"] == "16"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

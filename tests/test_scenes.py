@@ -10,6 +10,7 @@ import pytest
 
 from llava_merge.demo.scenes import (
     COLORS,
+    HARD_QUESTION_TYPES,
     QUESTION_TYPES,
     REGIONS,
     SHAPES,
@@ -18,6 +19,7 @@ from llava_merge.demo.scenes import (
     ask_question,
     describe_scene,
     draw_scene,
+    sample_hard_scene,
     sample_scene,
     scene_rng,
 )
@@ -188,3 +190,109 @@ def test_unknown_names_are_refused_with_the_names_that_work():
         ask_question(scene, "size", scene_rng("train", 0))
     with pytest.raises(ValueError, match="'dev'.*'validation'"):
         scene_rng("dev", 0)
+
+
+def hard_questions(question_type: str, count: int = 400):
+    """Pairs of hard scene and question."""
+    for index in range(count):
+        rng = scene_rng("validation", index, hard=True)
+        scene = sample_hard_scene(rng)
+        question = ask_question(scene, question_type, rng)
+        if question is not None:
+            yield scene, question
+
+
+class TestHardScenes:
+    def test_they_hold_shapes_a_card_and_a_needle_in_cells_of_their_own(self):
+        for index in range(500):
+            scene = sample_hard_scene(scene_rng("train", index, hard=True))
+            cells = [item.cell + part for item in scene.objects for part in range(item.span)]
+            assert len(set(cells)) == len(cells) and max(cells) < 25
+            assert 5 <= len(scene.shapes) <= 10 and len(scene.objects) == len(scene.shapes) + 2
+            assert 0 <= scene.card.digit <= 999 and scene.card.column < 4
+            assert scene.needle.size == "tiny" and scene.is_hard
+        assert not sample_scene(scene_rng("train", 0)).is_hard
+
+    def test_each_object_lies_in_its_cells_and_in_the_region_that_is_said(self):
+        for index in range(8):
+            scene = sample_hard_scene(scene_rng("test", index, hard=True))
+            whole = np.asarray(draw_scene(scene)).astype(int)
+            for item in scene.objects:
+                rest = replace(scene, objects=tuple(other for other in scene.objects if other is not item))
+                rows, columns = np.nonzero(np.abs(whole - np.asarray(draw_scene(rest))).sum(-1) > 12)
+                side = 336 / 5
+                assert item.row * side - 1 <= rows.min() and rows.max() <= (item.row + 1) * side + 3
+                assert item.column * side - 1 <= columns.min()
+                assert columns.max() <= (item.column + item.span) * side + 3
+                middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
+                corner = (112 * ninth for ninth in divmod(REGIONS.index(item.region), 3))
+                # a shadow and a triangle are not in the middle of their boxes
+                assert all(least - 8 <= value <= least + 120 for value, least in zip(middle, corner, strict=True))
+
+    def test_numbers_are_drawn_differently(self):
+        def picture(number):
+            item = SceneObject(
+                "digit", "white", 6, "large", 0.38, (0.0, 0.0), 0.0, (30, 30, 36), number, 0.15, span=2, grid=5
+            )
+            return np.asarray(draw_scene(Scene((item,), (240, 240, 240), 0))).astype(int)
+
+        pictures = [picture(number) for number in (1, 11, 111, 121, 211, 12, 21)]
+        for number, one in enumerate(pictures):
+            for other in pictures[:number]:
+                assert (np.abs(one - other).sum(-1) > 60).sum() > 30
+
+    def test_answers_about_shapes(self):
+        for name in ("color", "shape"):
+            for scene, question in hard_questions(name):
+                fitting = [
+                    item
+                    for item in scene.shapes
+                    if {"color": item.shape, "shape": item.color}[name] in words(question.text)
+                ]
+                assert len(fitting) == 1 and getattr(fitting[0], name) == question.answer
+        for scene, question in hard_questions("count"):
+            assert question.answer == str(len(matching(scene, question.text)))
+        for scene, question in hard_questions("existence"):
+            assert question.answer == ("yes" if matching(scene, question.text) else "no")
+
+    def test_answers_about_places(self):
+        for scene, question in hard_questions("position"):
+            (named,) = [
+                item for item in scene.shapes if (item.color, item.shape, item.cell) in matching(scene, question.text)
+            ]
+            assert question.answer == named.region
+        for scene, question in hard_questions("relation"):
+            side = next(side for side in ("left of", "right of", "above", "below") if side in question.text)
+            one, other = (
+                next(item for item in scene.shapes if f"{item.color} {item.shape}" in part)
+                for part in question.text.split(side)
+            )
+            lies = {
+                "left of": one.column < other.column,
+                "right of": one.column > other.column,
+                "above": one.row < other.row,
+                "below": one.row > other.row,
+            }[side]
+            level = {"left of": one.column == other.column, "right of": one.column == other.column}.get(
+                side, one.row == other.row
+            )
+            assert not level and question.answer == ("yes" if lies else "no")
+
+    def test_answers_about_card_and_needle(self):
+        for scene, question in hard_questions("number"):
+            assert question.answer == str(scene.card.digit)
+        for scene, question in hard_questions("needle"):
+            assert question.answer == scene.needle.color and "diamond" in question.text
+
+    @pytest.mark.parametrize("name", HARD_QUESTION_TYPES)
+    def test_no_answer_is_common_enough_to_guess(self, name):
+        answers = Counter(question.answer for _, question in hard_questions(name, 1000))
+        largest = {"existence": 0.55, "relation": 0.55}.get(name, 0.25)
+        assert answers.most_common(1)[0][1] / answers.total() < largest
+
+    def test_the_caption_names_everything(self):
+        scene = sample_hard_scene(scene_rng("train", 5, hard=True))
+        phrases = describe_scene(scene).split(", ")
+        assert len(phrases) == len(scene.objects)
+        assert f"the number {scene.card.digit}" in describe_scene(scene)
+        assert f"a tiny {scene.needle.color} diamond" in describe_scene(scene)

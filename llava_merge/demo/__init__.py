@@ -1,10 +1,12 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The embedded demo: a small LLaVA that was really trained, and a drawn picture to ask it about."""
+"""The embedded demo: a small LLaVA and mergers that were really trained, and a drawn picture to ask it about."""
 
 from pathlib import Path
 
 
 MODEL_DIR = Path(__file__).parent / "model"
+MERGERS = ("question_aware", "agnostic")  # trained for 4 to 64 tokens
+NUM_MERGED_TOKENS = 16  # of the demo
 PICTURE = Path(__file__).parent / "picture.png"
 QUESTIONS = (
     "What color is the star?",
@@ -14,3 +16,8 @@ QUESTIONS = (
     "Where is the star?",
     "What digit is shown?",
 )
+
+
+def find_merger(name: str) -> str:
+    """The folder of a bundled merger, by its name; any other name as it is."""
+    return str(Path(__file__).parent / "mergers" / name) if name in MERGERS else name

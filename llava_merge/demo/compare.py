@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
-from llava_merge.demo import MODEL_DIR
+from llava_merge.demo import MODEL_DIR, find_merger
+from llava_merge.evaluation.candidates import Candidate
 from llava_merge.visualization import draw_merged_tokens, to_image
 
 
@@ -48,6 +49,8 @@ class Comparison:
             model_dir, dtype=dtype, merger_config=self.given
         ).to(self.device)
         self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
+        parts, config = self.model.model, self.model.config.merger_config
+        self.own = Candidate("own", parts.merger, parts.multi_modal_projector, config)
         if merger is not None:
             self.use(merger)
 
@@ -55,11 +58,13 @@ class Comparison:
         """Answers with another merger from now on.
 
         Args:
-            merger: Name of a method, or directory or Hub repo of a merger checkpoint.
+            merger: Name of a method or of a bundled merger, or directory or Hub repo of a merger checkpoint.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: It is none of these.
         """
+        merger, parts = find_merger(merger), self.model.model
+        parts.multi_modal_projector = self.own.projector  # not one that was trained with another merger
         methods = [method.name for method in list_mergers() if method.name != "none"]
         if merger in methods:
             self.model.set_merger({"merger_type": merger})
@@ -85,7 +90,8 @@ class Comparison:
         return self.model.config.merger_config.num_merged_tokens
 
     def with_all_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
-        return self._answer(image, question, "all", repeats)
+        with self.own.answering(self.model):
+            return self._answer(image, question, "all", repeats)
 
     def with_merged_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
         return self._answer(image, question, self.num_merged_tokens, repeats)

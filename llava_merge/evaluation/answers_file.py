@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from llava_merge.evaluation.protocol import check_same_protocol
+from llava_merge.files import write_whole
 
 
 class AnswersFile:
@@ -38,9 +39,7 @@ class AnswersFile:
         self._replace(whole or [header])
 
     def _replace(self, rows: list[dict]):
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, row: dict):
         """Appends the answers of a batch."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger, list_mergers
+from llava_merge.demo import find_merger
 from llava_merge.placeholders import ALL_TOKENS
 
 
@@ -50,8 +51,8 @@ def make_candidates(
     """The candidates that `mergers` name, and the baselines, unmerged first.
 
     Args:
-        mergers: Each `NAME` or `NAME:FIELD=VALUE,FIELD=VALUE`, where NAME is a method, a directory or Hub repo of a
-            merger, or "own" for the model's; fields are those of [`MergerConfig`].
+        mergers: Each `NAME` or `NAME:FIELD=VALUE,FIELD=VALUE`, where NAME is a method, a bundled merger, a directory or
+            Hub repo of one, or "own" for the model's; fields are those of [`MergerConfig`].
         places: `position_ids` and `attention_mass` of methods that do not say their own.
         seed: Of `random`.
 
@@ -102,7 +103,7 @@ def put_merger(model, processor, name: str, fields: dict, places: dict, seed: in
     Raises:
         ValueError: There is none, or it has no such fields.
     """
-    methods = [method.name for method in list_mergers()]
+    methods, name = [method.name for method in list_mergers()], find_merger(name)
     if name in methods:
         given = {**places, **({"seed": seed} if name == "random" else {}), **fields}
         model.set_merger({"merger_type": name, **({} if name == UNMERGED else given)})

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, MergerConfig
 from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS
-from llava_merge.demo import MODEL_DIR
+from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
 from llava_merge.evaluation.candidates import OWN, UNMERGED, make_candidates
 from llava_merge.evaluation.data import PictureQuestion, read_questions
@@ -27,6 +27,7 @@ from llava_merge.evaluation.report import (
     make_table,
     make_warnings,
 )
+from llava_merge.files import write_whole
 from llava_merge.loading import read_checkpoint
 
 
@@ -121,7 +122,9 @@ def check_settings(settings: EvaluationSettings):
 
 
 def default_mergers(model: str) -> list[str]:
-    """The model's own merger; in a LLaVA without one, a good untrained one."""
+    """The model's own merger, or the bundled ones; in a LLaVA without one, a good untrained one."""
+    if model == str(MODEL_DIR):
+        return list(MERGERS)
     checkpoint = read_checkpoint(model, {})
     saved = checkpoint.adapter_merger or checkpoint.saved_merger or {"merger_type": UNMERGED}
     return ["tome" if saved.get("merger_type") == UNMERGED else OWN]
@@ -218,9 +221,3 @@ def write_report(report: dict, output: Path, others: list[dict]):
     temporary = output / "scores.tmp"
     draw_results(shown, temporary)
     temporary.replace(output / "scores.png")
-
-
-def write_whole(path: Path, text: str):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.configuration_llava_merge import BUDGET
+from llava_merge.files import write_whole
 from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
@@ -174,7 +175,7 @@ def make_trainer(settings, args, schedule, loaded, train_set, validation) -> Mer
 def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]):
     """Writes metrics.json, curves.png and the model card beside the checkpoint."""
     folder = Path(trainer.args.output_dir)
-    write_text(folder / "metrics.json", json.dumps(report_of(settings, trainer, metrics), indent=1) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(report_of(settings, trainer, metrics), indent=1) + "\n")
     from llava_merge.training.curves import draw_curves  # matplotlib is slow to import
 
     draw_curves(trainer.state.log_history, folder / "curves.png")
@@ -183,7 +184,7 @@ def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, 
     model = trainer.accelerator.unwrap_model(trainer.model)
     described = model.headless_model.merger if trainer.saves_parts else model
     card = make_card(described, folder.resolve().name, usage, run=run_facts(settings, trainer, metrics))
-    write_text(folder / "README.md", str(card))
+    write_whole(folder / "README.md", str(card))
 
 
 def report_of(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]) -> dict:
@@ -229,10 +230,3 @@ def run_facts(settings: Settings, trainer: MergerTrainer, metrics: dict[str, flo
     }
     wanted = [name for name in metrics if name.startswith("eval_") and name.endswith(("_accuracy", "_loss"))]
     return facts | {name.removeprefix("eval_").replace("_", " "): f"{metrics[name]:.4g}" for name in wanted}
-
-
-def write_text(path: Path, text: str):
-    """Writes a file all at once."""
-    written = path.with_name(f".{path.name}.new")
-    written.write_text(text, encoding="utf-8")
-    os.replace(written, path)

@@ -1,0 +1,12 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Reports on disk, each whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str):
+    """Writes a file under another name first, and then renames it."""
+    written = path.with_name(f".{path.name}.new")
+    written.write_text(text, encoding="utf-8")
+    os.replace(written, path)
