@@ -1,0 +1,31 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Draws what 16 merged tokens keep of one picture for two questions, with the answers.
+
+python examples/draw_questions.py examples/images/questions.png
+"""
+
+import sys
+
+from llava_merge.demo import MERGERS
+from llava_merge.demo.compare import Comparison
+from llava_merge.demo.scenes import draw_scene, sample_hard_scene, scene_rng
+from llava_merge.visualization import side_by_side
+
+
+SCENE = 38
+QUESTIONS = ("What number is shown?", "What color is the tiny diamond?")
+
+
+def main(output: str):
+    picture = draw_scene(sample_hard_scene(scene_rng("test", SCENE, hard=True)))
+    comparison = Comparison(num_merged_tokens=16, merger=MERGERS[0])
+    drawn = []
+    for question in QUESTIONS:
+        answers = comparison.with_all_tokens(picture, question, 1), comparison.with_merged_tokens(picture, question, 1)
+        print(f"{question} {answers[0].num_image_tokens} tokens: {answers[0].text}, 16 tokens: {answers[1].text}")
+        drawn += comparison.pictures(picture, question)[1 if drawn else 0 :]
+    side_by_side(drawn).save(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
