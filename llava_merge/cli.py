@@ -56,9 +56,8 @@ def demo(
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
     questions, mergers = question or list(QUESTIONS), merger or [None]
-    if model is None:
-        num_merged_tokens = NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
-        mergers = merger or list(MERGERS[:1])
+    if model is None and merger is None:
+        mergers, num_merged_tokens = [MERGERS[0]], NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
     with one_line_errors():
         picture = open_picture(image or PICTURE)
         comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)

@@ -215,7 +215,7 @@ class TestCommand:
         assert "16 tokens, mine" in self.run("--merger", tmp_path / "mine", "--num-merged-tokens", 16, *arguments)
 
     def test_long_answers_are_cut(self, tmp_path):
-        arguments = ("--merger", "visionzip", "--num-merged-tokens", 36, "--question", "How many shapes are there?")
+        arguments = ("--merger", "visionzip", "--num-merged-tokens", 36, "--question", "Describe the picture.")
         output = self.run(*arguments, "--output", tmp_path / "out.png")
         assert " …" in output and max(map(len, output.splitlines()[:2])) < 150
 
