@@ -15,6 +15,7 @@ from llava_merge import LlavaMergeProcessor, TokenMerger
 from llava_merge.cli import app
 from llava_merge.configuration_llava_merge import QUESTION_MARKS
 from llava_merge.demo import MODEL_DIR
+from llava_merge.demo.scenes import HARD_QUESTION_TYPES
 from llava_merge.evaluation import run as run_module
 from llava_merge.evaluation.candidates import make_candidates, parse_candidate
 from llava_merge.evaluation.data import PictureQuestion, demo_questions, fingerprint, read_questions
@@ -277,6 +278,8 @@ class TestQuestions:
             2 * ["color", "count", "digit", "existence", "position", "shape"]
         )
         assert found[0].open_images()[0].size == (336, 336)
+        hard = read_questions("demo-hard", "validation", limit=1)
+        assert sorted(each.type for each in hard) == sorted(HARD_QUESTION_TYPES)
         assert (
             fingerprint(found) == fingerprint(demo_questions("validation", 2)) != fingerprint(demo_questions("test", 2))
         )

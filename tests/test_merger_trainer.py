@@ -632,6 +632,15 @@ class TestCommand:
             weights = loaded[0].model.multi_modal_projector.state_dict()
         assert not torch.equal(next(iter(weights.values())), stock.model.multi_modal_projector.linear_1.weight)
 
+    def test_a_merger_that_goes_on_alone_keeps_its_projector(self, llava_folder, tmp_path):
+        train(settings_of(settings_for(llava_folder, tmp_path / "a", METHODS[0], budgets={"train": [9]})))
+        plain = settings_for(llava_folder, tmp_path / "b", METHODS[0], "merger", budgets={"train": [9]})
+        plain["method_settings"] = {}
+        plain["backbone_settings"]["mllm_settings"]["merger"] = str(tmp_path / "a")
+        train(settings_of(plain))
+        before, behind = (load_file(tmp_path / name / "multi_modal_projector.safetensors") for name in "ab")
+        assert all(torch.equal(before[name], behind[name]) for name in before)
+
     def test_an_agnostic_merger_learns_to_read_the_question(self, llava_folder, tmp_path):
         train(settings_of(settings_for(llava_folder, tmp_path / "a", METHODS[0], budgets={"train": [9]})))
         plain = settings_for(llava_folder, tmp_path / "b", METHODS[0], budgets={"train": [9]})

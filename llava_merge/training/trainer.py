@@ -84,6 +84,7 @@ class MergerTrainer(Trainer):
         self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
         keeps_projector = self.trained.parts in ("merger_projector", "all")  # PEFT keeps its own copy
         self.teacher = Teacher(model, keeps_projector, teacher_projector)
+        self.has_merger_s_projector = teacher_projector is not None
         self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
         self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
@@ -271,7 +272,7 @@ class MergerTrainer(Trainer):
                 file = Path(output_dir or self.args.output_dir) / ADAPTER_MERGER
                 self.llava_config.merger_config.to_json_file(file, use_diff=False)
         elif self.args.should_save:
-            with_projector = PROJECTOR in TRAINED[self.trained.parts]
+            with_projector = PROJECTOR in TRAINED[self.trained.parts] or self.has_merger_s_projector
             model = self.accelerator.unwrap_model(self.model)
             directory = output_dir or self.args.output_dir
             os.makedirs(directory, exist_ok=True)  # other ranks write there too: no rename may make the folder
