@@ -492,7 +492,7 @@ class TestCommand:
         ]
         done = CliRunner().invoke(app, [*arguments, "--choose", "0.5", "--output", str(tmp_path)])
         assert done.exit_code == 0, done.output
-        assert "| tome | 16 |" in done.output and "tome: 4 tokens keep" in done.output
+        assert "| tome | 16 |" in done.output and "tome: 16 tokens keep" in done.output
 
     def test_json(self, tmp_path):
         arguments = ["evaluate", "--limit", "1", "--num-merged-tokens", "16", "--json", "--output", str(tmp_path)]

@@ -780,7 +780,7 @@ def test_modules_keep_their_mode_where_a_dropout_trains(tmp_path):
 def test_ready_configs_can_be_used(file):
     settings = load_settings(file, ["training.bf16=false", "training.use_cpu=true"])
     training_arguments(settings)
-    assert settings.backbone_settings.mllm_settings.hidden_dim in (160, 4096, 5120)
+    assert settings.backbone_settings.mllm_settings.hidden_dim in (256, 4096, 5120)
     BudgetSchedule(settings.budgets.train or [1])
     check_merger_fields(settings.method_settings)
 
