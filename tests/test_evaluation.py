@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Evaluations: what is asked, that answers are those of `generate`, what breaks and goes on, and what is reported."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -339,11 +340,9 @@ class TestRun:
         assert results["none@all"]["scores"]["all"]["score"] == 1.0 and results["none@all"]["agreement"]["score"] == 1.0
         assert results["none@all"]["tokens_entered"] - results["tome@16"]["tokens_entered"] == 576 - 16
         assert set(report["flips"]["cells"]) == set(results)
-        assert report["candidates"]["tome"] == {
-            "merger_type": "tome",
-            "position_ids": "source",
-            "attention_mass": 1.0,
-        }
+        described = report["candidates"]["tome"]
+        assert len(described.pop("sha256")) == 64
+        assert described == {"merger_type": "tome", "position_ids": "source", "attention_mass": 1.0}
         Image.open(tmp_path / "scores.png").load()
         table = (tmp_path / "report.md").read_text()
         assert "| tome | 16 |" in table and "95 %" in table
@@ -357,6 +356,16 @@ class TestRun:
             evaluate(settings(batch_size=6), tmp_path)
         with pytest.raises(ValueError, match="answers of other mergers or budgets: none@all, random@16"):
             evaluate(settings(budgets=[16]), tmp_path)
+        with pytest.raises(ValueError, match="answers of mergers that were made otherwise"):
+            evaluate(settings(attention_mass=0.5), tmp_path)
+
+    def test_a_merger_that_was_trained_on_is_another(self, model, processor):
+        one, other = (make_candidates(model, processor, ["own"], PLACES)[-1] for _ in range(2))
+        assert run_module.describe_merger(one) == run_module.describe_merger(other)
+        other = replace(other, merger=copy.deepcopy(other.merger))
+        with torch.no_grad():
+            next(other.merger.parameters())[0] += 1
+        assert run_module.describe_merger(one) != run_module.describe_merger(other)
 
     def test_reports_are_shown_along_where_the_protocol_is_the_same(self, tmp_path):
         evaluate(settings(), tmp_path / "one")

@@ -13,7 +13,7 @@ class AnswersFile:
 
     Args:
         path: It is made where there is none; else what it holds is kept, but for a last line that was not finished.
-        header: `{"protocol", "cells"}`, equal to the file's.
+        header: `{"protocol", "candidates", "cells"}`, equal to the file's.
 
     Raises:
         ValueError: The file holds answers that were made otherwise.
@@ -35,6 +35,8 @@ class AnswersFile:
             raise ValueError(f"{error} {hint}") from error
         if header["cells"] != found["cells"]:
             raise ValueError(f"{path} holds answers of other mergers or budgets: {', '.join(found['cells'])}. {hint}")
+        if header["candidates"] != found["candidates"]:
+            raise ValueError(f"{path} holds answers of mergers that were made otherwise. {hint}")
         self.rows = {row["batch"]: row for row in whole[1:]}
         self._replace(whole or [header])
 

@@ -1,12 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A whole evaluation, from settings to a report."""
 
+import hashlib
 import json
 import shlex
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -14,7 +16,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor,
 from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
-from llava_merge.evaluation.candidates import OWN, UNMERGED, make_candidates
+from llava_merge.evaluation.candidates import OWN, UNMERGED, Candidate, make_candidates
 from llava_merge.evaluation.data import PictureQuestion, read_questions
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
@@ -69,7 +71,8 @@ def evaluate(
     others = [read_report(path, protocol) for path in against or ()]
     keys = [cell.key for cell in grid.cells]
     output.mkdir(parents=True, exist_ok=True)
-    answers = AnswersFile(output / "answers.jsonl", {"protocol": protocol, "cells": keys, "flips": settings.flips})
+    described = {candidate.name: describe_merger(candidate) for candidate in candidates}
+    answers = AnswersFile(output / "answers.jsonl", {"protocol": protocol, "candidates": described, "cells": keys})
     rows = ask(grid, questions, settings.batch_size, answers, "asked")
     flips = None
     if settings.flips:
@@ -81,7 +84,7 @@ def evaluate(
     report = {
         "command": shlex.join(["llava-merge", *sys.argv[1:]]),
         "protocol": protocol,
-        "candidates": {candidate.name: describe_merger(candidate.config) for candidate in candidates},
+        "candidates": described,
         "results": results,
         "flips": flips,
         "choice": None if choose is None else {"agreement": choose, "budgets": choose_budgets(results, choose)},
@@ -152,13 +155,23 @@ def load_model(settings: EvaluationSettings) -> tuple[LlavaMergeForConditionalGe
     return model.to(settings.device).eval(), LlavaMergeProcessor.from_pretrained(settings.model)
 
 
-def describe_merger(config: MergerConfig) -> dict:
-    """What is particular to a merger: fields other than the default, without its budget and what the model gives it."""
+def describe_merger(candidate: Candidate) -> dict:
+    """What is particular to a merger: fields other than the default, without its budget, and a hash of its weights."""
+    config = candidate.config
     widths = {"vision_dim": config.vision_dim, "text_dim": config.text_dim}
     fields, default = config.to_dict(), MergerConfig(**widths).to_dict()
     of_model = {*BUDGET, *QUESTION_MARKS, "query_grid", "auto_map", "transformers_version"}
     particular = {name: value for name, value in fields.items() if name not in of_model and value != default.get(name)}
-    return {"merger_type": config.merger_type, "position_ids": config.position_ids, **particular}
+    weights = hash_of([*candidate.merger.parameters(), *candidate.projector.parameters()])
+    return {"merger_type": config.merger_type, "position_ids": config.position_ids, **particular, "sha256": weights}
+
+
+def hash_of(tensors: list[Tensor]) -> str:
+    """SHA-256 of the values of tensors, as float32."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def ask(
