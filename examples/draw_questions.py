@@ -8,7 +8,7 @@ import sys
 
 from llava_merge.demo import MERGERS
 from llava_merge.demo.compare import Comparison
-from llava_merge.demo.scenes import draw_scene, sample_hard_scene, scene_rng
+from llava_merge.demo.scenes import draw_scene, scene_of
 from llava_merge.visualization import side_by_side
 
 
@@ -17,7 +17,7 @@ QUESTIONS = ("What number is shown?", "What color is the tiny diamond?")
 
 
 def main(output: str):
-    picture = draw_scene(sample_hard_scene(scene_rng("test", SCENE, hard=True)))
+    picture = draw_scene(scene_of("test", SCENE, hard=True)[0])
     comparison = Comparison(num_merged_tokens=16, merger=MERGERS[0])
     drawn = []
     for question in QUESTIONS:

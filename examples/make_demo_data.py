@@ -21,16 +21,13 @@ from llava_merge.demo.scenes import (
     QUESTION_TYPES,
     ask_question,
     draw_scene,
-    sample_hard_scene,
-    sample_scene,
-    scene_rng,
+    scene_of,
 )
 
 
 def write_scene(split: str, index: int, num_questions: int, hard: bool, folder: Path) -> tuple[str, list[tuple]]:
     """Draws a scene to a PNG file; the name of that, and questions with answers."""
-    rng = scene_rng(split, index, hard)
-    scene = sample_hard_scene(rng) if hard else sample_scene(rng)
+    scene, rng = scene_of(split, index, hard)
     name = f"images/{split}-{index:06}.png"
     draw_scene(scene).save(folder / name, compress_level=1)
     types = HARD_QUESTION_TYPES if hard else QUESTION_TYPES

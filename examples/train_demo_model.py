@@ -42,9 +42,7 @@ from llava_merge.demo.scenes import (
     ask_question,
     describe_scene,
     draw_scene,
-    sample_hard_scene,
-    sample_scene,
-    scene_rng,
+    scene_of,
 )
 
 
@@ -70,8 +68,8 @@ HARD_TYPE_WEIGHTS = {
     "needle": 0.8,
 }
 # what a patch is covered by: a class for nothing first
-PATCH_LABELS = {"kind": 2 + len(SHAPES) + 1, "color": len(COLORS), "size": 3, "hundreds": 11, "tens": 11, "ones": 10}
 KINDS = ("nothing", *SHAPES, NEEDLE, "digit")
+PATCH_LABELS = {"kind": len(KINDS), "color": len(COLORS), "size": 3, "hundreds": 11, "tens": 11, "ones": 10}
 EMPTY_WEIGHT = 0.1  # of the patches that show nothing, most of all
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -91,8 +89,7 @@ CHAT_TEMPLATE = (
 
 def train_scene(index: int) -> tuple[Scene, random.Random]:
     """Every second scene is a hard one."""
-    rng = scene_rng("train", index // 2, hard=index % 2 == 1)
-    return (sample_hard_scene if index % 2 else sample_scene)(rng), rng
+    return scene_of("train", index // 2, hard=index % 2 == 1)
 
 
 def draw(indices: range, size: int) -> tuple[np.ndarray, np.ndarray]:

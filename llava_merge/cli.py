@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The llava-merge command needs {error.name}: pip install 'llava-merge[demo]'")
 
+ModelOption = Annotated[str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -27,9 +28,7 @@ def demo(
     image: Annotated[str | None, typer.Option(help="Picture, a file or URL; default a bundled one.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
     num_merged_tokens: Annotated[int | None, typer.Option(help="Tokens per picture after merging.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")
-    ] = None,
+    model: ModelOption = None,
     merger: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,9 +116,7 @@ def evaluate(
         str,
         typer.Argument(help="JSON, JSONL or parquet file, dataset on the Hub; `demo` or `demo-hard` for drawn scenes."),
     ] = "demo",
-    model: Annotated[
-        str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")
-    ] = None,
+    model: ModelOption = None,
     merger: Annotated[
         list[str] | None,
         typer.Option(

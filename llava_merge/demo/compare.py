@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.demo import MODEL_DIR, find_merger
-from llava_merge.evaluation.candidates import Candidate
+from llava_merge.evaluation.candidates import OWN, Candidate
 from llava_merge.visualization import draw_merged_tokens, to_image
 
 
@@ -49,8 +49,7 @@ class Comparison:
             model_dir, dtype=dtype, merger_config=self.given
         ).to(self.device)
         self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
-        parts, config = self.model.model, self.model.config.merger_config
-        self.own = Candidate("own", parts.merger, parts.multi_modal_projector, config)
+        self.own = Candidate.of(OWN, self.model)
         if merger is not None:
             self.use(merger)
 
@@ -63,8 +62,8 @@ class Comparison:
         Raises:
             ValueError: It is none of these.
         """
-        merger, parts = find_merger(merger), self.model.model
-        parts.multi_modal_projector = self.own.projector  # not one that was trained with another merger
+        merger = find_merger(merger)
+        self.model.model.multi_modal_projector = self.own.projector  # not one that was trained with another merger
         methods = [method.name for method in list_mergers() if method.name != "none"]
         if merger in methods:
             self.model.set_merger({"merger_type": merger})

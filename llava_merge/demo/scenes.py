@@ -6,8 +6,7 @@ holds five to ten smaller shapes, a card with a number of up to three digits and
 cells end where no window of a merger does. Everything follows from one `random.Random`, so a split and an index name a
 picture, its caption and its questions for good:
 
-    rng = scene_rng("test", 0)
-    scene = sample_scene(rng)  # or sample_hard_scene(scene_rng("test", 0, hard=True))
+    scene, rng = scene_of("test", 0)  # or scene_of("test", 0, hard=True)
     picture = draw_scene(scene)
     question = ask_question(scene, "color", rng)
 """
@@ -91,12 +90,8 @@ class SceneObject:
     @property
     def region(self) -> str:
         """The ninth of the picture that the middle of its cells is in."""
-        row, column = ((2 * first + span) * 3 // (2 * self.grid) for first, span in self._cells)
+        row, column = (twice * 3 // (2 * self.grid) for twice in (2 * self.row + 1, 2 * self.column + self.span))
         return REGIONS[3 * row + column]
-
-    @property
-    def _cells(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return (self.row, 1), (self.column, self.span)
 
     @property
     def row(self) -> int:
@@ -144,6 +139,12 @@ def scene_rng(split: str, index: int, hard: bool = False) -> random.Random:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, but it must be one of {SPLITS}: pass one of these.")
     return random.Random(f"{'hard-' if hard else ''}{split}-{index}")
+
+
+def scene_of(split: str, index: int, hard: bool = False) -> tuple[Scene, random.Random]:
+    """Scene `index` of a split, and the random state behind it, for its questions."""
+    rng = scene_rng(split, index, hard)
+    return sample_hard_scene(rng) if hard else sample_scene(rng), rng
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -436,7 +437,7 @@ def _ask_existence(scene: Scene, rng: random.Random) -> Asked:
     """Half the answers are no, and most of these ask for something that shares its colour or shape with the scene."""
     present = rng.random() < 0.5
     kind = rng.choices(("pair", "shape", "color", "digit"), (6, 2, 2, 1))[0]
-    if scene.is_hard and kind != "pair":  # nearly all colours and shapes are there
+    if scene.is_hard:  # nearly all colours and shapes are there
         kind = "pair"
     if kind == "digit":
         noun, present = "digit", scene.card is not None

@@ -33,6 +33,11 @@ class Candidate:
     projector: nn.Module
     config: MergerConfig
 
+    @classmethod
+    def of(cls, name: str, model: LlavaMergeForConditionalGeneration) -> "Candidate":
+        """The merger that is in the model now."""
+        return cls(name, model.model.merger, model.model.multi_modal_projector, model.config.merger_config)
+
     @contextmanager
     def answering(self, model: LlavaMergeForConditionalGeneration):
         """Puts the merger into the model inside, and the present one back behind."""
@@ -59,16 +64,13 @@ def make_candidates(
     Raises:
         ValueError: One cannot be used.
     """
-    parts = model.model
-    own = parts.merger, parts.multi_modal_projector, model.config.merger_config
-    named = {}
+    own, candidates = Candidate.of(OWN, model), []
     for text in dict.fromkeys([*BASELINES, *mergers]):
-        parts.merger, parts.multi_modal_projector, model.config.merger_config = own
-        name, fields = parse_candidate(text)
-        put_merger(model, processor, name, fields, places, seed)
-        named[text] = Candidate(text, parts.merger.eval(), parts.multi_modal_projector, model.config.merger_config)
-    parts.merger, parts.multi_modal_projector, model.config.merger_config = own
-    return list(named.values())
+        with own.answering(model):  # which puts it back behind
+            put_merger(model, processor, *parse_candidate(text), places, seed)
+            model.model.merger.eval()
+            candidates.append(Candidate.of(text, model))
+    return candidates
 
 
 def parse_candidate(text: str) -> tuple[str, dict]:

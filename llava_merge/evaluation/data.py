@@ -4,7 +4,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -16,9 +16,7 @@ from llava_merge.demo.scenes import (
     Scene,
     ask_question,
     draw_scene,
-    sample_hard_scene,
-    sample_scene,
-    scene_rng,
+    scene_of,
 )
 from llava_merge.training.data import read_dataset, sample_name
 from llava_merge.training.samples import located, open_image, read_sample, split_text, text_of
@@ -138,8 +136,7 @@ def with_prompt(question: PictureQuestion, prompt: str) -> PictureQuestion:
         return question
     content = [dict(part) for part in last["content"]]
     content[texts[-1]]["text"] = prompt.replace("{question}", content[texts[-1]]["text"])
-    messages = [*before, {**last, "content": content}]
-    return PictureQuestion(question.name, messages, question.images, question.answers, question.type)
+    return replace(question, messages=[*before, {**last, "content": content}])
 
 
 def demo_questions(split: str, per_type: int, hard: bool = False) -> list[PictureQuestion]:
@@ -153,8 +150,7 @@ def asked_scenes(split: str, per_type: int, hard: bool) -> Iterator[PictureQuest
         wanted = [name for name, number in missing.items() if number]
         if not wanted:
             return
-        rng = scene_rng(split, index, hard)
-        scene = sample_hard_scene(rng) if hard else sample_scene(rng)
+        scene, rng = scene_of(split, index, hard)
         asked = ask_question(scene, wanted[index % len(wanted)], rng)
         if asked is not None:
             missing[asked.type] -= 1

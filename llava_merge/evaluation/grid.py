@@ -80,19 +80,19 @@ class Grid:
         start = time.perf_counter()
         tower = None if pixel_values is None else self._run_tower(pixel_values)
         report = {"tower_seconds": self._since(start), "cells": {}}
-        unmerged = None
+        unmerged_ids = unmerged = None
         for cell in self.cells:
             with cell.candidate.answering(self.model):
                 start = time.perf_counter()
                 prompts = self._prompts(cell.budget, texts, pixel_values, tower)
                 ids = self._generate(prompts)  # (B, answer)
                 seconds = self._since(start)
-                unmerged = (ids, None) if unmerged is None else unmerged
+                unmerged_ids = ids if unmerged_ids is None else unmerged_ids
                 divergence = None
                 if with_divergence:
-                    logits = self._answer_log_probs(prompts, unmerged[0])
-                    unmerged = (unmerged[0], logits) if unmerged[1] is None else unmerged
-                    divergence = mean_divergence(logits, unmerged[1], self._is_written(unmerged[0]))
+                    log_probs = self._answer_log_probs(prompts, unmerged_ids)
+                    unmerged = log_probs if unmerged is None else unmerged
+                    divergence = mean_divergence(log_probs, unmerged, self._is_written(unmerged_ids))
             report["cells"][cell.key] = self._row(prompts, ids, seconds, divergence)
         return report
 

@@ -7,6 +7,7 @@ A metric takes the answer of a model and the list of right ones.
 import math
 import re
 from collections.abc import Callable, Sequence
+from operator import and_
 
 from llava_merge.evaluation.vqa_normalization import normalize_vqa
 
@@ -85,7 +86,7 @@ def is_yes(references: Sequence[str]) -> bool:
 def pope_report(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Precision, recall and F1 of "yes", and the share of answers that say it."""
     said, right = [says_yes(answer) for answer in answers], [is_yes(each) for each in references]
-    hits = sum(both for both in map(lambda a, b: a and b, said, right))
+    hits = sum(map(and_, said, right))
     precision, recall = hits / max(1, sum(said)), hits / max(1, sum(right))
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     values = {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": sum(said) / len(said)}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from llava_merge.evaluation.report import summary_of
+
 
 def draw_results(results: dict[str, dict], path: Path):
     """Draws score, or agreement where there are no labels, of each merger against its tokens to a PNG at `path`."""
@@ -30,7 +32,3 @@ def draw_results(results: dict[str, dict], path: Path):
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, format="png")
-
-
-def summary_of(row: dict) -> dict:
-    return row["scores"]["all"] if "scores" in row else row["agreement"]

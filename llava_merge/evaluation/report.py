@@ -127,8 +127,7 @@ def describe_choice(report: dict) -> Iterator[str]:
 def make_table(results: dict[str, dict]) -> str:
     """The results as a Markdown table: scores in % with their 95 % interval, best first within a budget."""
     first = next(iter(results.values()))
-    types = [name for name in first.get("scores", ()) if name != "all" or len(first["scores"]) == 1]
-    types += ["all"] if "all" not in types and "scores" in first else []
+    types = [*(name for name in first["scores"] if name != "all"), "all"] if "scores" in first else []
     head = ["merger", "tokens", *types, *(first.get("pope") or ()), "agreement", "token KL", "entered", "cached", "ms"]
     rows = [table_row(row, types) for row in sorted(results.values(), key=sort_key)]
     lines = [" | ".join(cells) for cells in (head, ["---"] * len(head), *rows)]
@@ -137,8 +136,12 @@ def make_table(results: dict[str, dict]) -> str:
 
 def sort_key(row: dict) -> tuple:
     budget = float("inf") if row["budget"] == "all" else int(row["budget"])
-    score = row["scores"]["all"]["score"] if "scores" in row else row["agreement"]["score"]
-    return row["merger"] != UNMERGED, -budget, -score
+    return row["merger"] != UNMERGED, -budget, -summary_of(row)["score"]
+
+
+def summary_of(row: dict) -> dict:
+    """The score over all types, or the agreement where there are no labels."""
+    return row["scores"]["all"] if "scores" in row else row["agreement"]
 
 
 def table_row(row: dict, types: list[str]) -> list[str]:

@@ -124,10 +124,11 @@ class LlavaMergeChat(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation behind its document, and whether it is the greedy one."""
         found = []
-        for _, target_of, visuals_of, document, task, split in tqdm((each.args for each in requests), "scoring"):
+        for request in tqdm(requests, "scoring"):
+            context, target_of, visuals_of, document, task, split = request.args
             row = self.task_dict[task][split][document]
             target = target_of if isinstance(target_of, str) else target_of(row)
-            found.append(self._score(requests[len(found)].args[0], visuals_of(row), target))
+            found.append(self._score(context, visuals_of(row), target))
         return found
 
     def _score(self, context: str, pictures: list, target: str) -> tuple[float, bool]:
