@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Writes drawn scenes with questions as LLaVA-Instruct JSON and PNG files, to train mergers of the demo model on.
+"""Writes drawn scenes with questions as LLaVA-Instruct JSON and image files, to train mergers of the demo model on.
 
     python examples/make_demo_data.py demo_data
 
@@ -25,11 +25,11 @@ from llava_merge.demo.scenes import (
 )
 
 
-def write_scene(split: str, index: int, num_questions: int, hard: bool, folder: Path) -> tuple[str, list[tuple]]:
-    """Draws a scene to a PNG file; the name of that, and questions with answers."""
+def write_scene(split: str, index: int, num_questions: int, hard: bool, args: argparse.Namespace) -> tuple[str, list]:
+    """Draws a scene to a file; the name of that, and questions with answers."""
     scene, rng = scene_of(split, index, hard)
-    name = f"images/{split}-{index:06}.png"
-    draw_scene(scene).save(folder / name, compress_level=1)
+    name = f"images/{split}-{index:06}.{args.format}"
+    draw_scene(scene).save(args.folder / name, compress_level=1)
     types = HARD_QUESTION_TYPES if hard else QUESTION_TYPES
     asked = [ask_question(scene, rng.choice(types), rng) for _ in range(3 * num_questions)]
     return name, list(dict.fromkeys((item.text, item.answer) for item in asked if item))[:num_questions]
@@ -48,7 +48,7 @@ def write_split(split: str, num_scenes: int, num_questions: int, args: argparse.
     drawn = []
     for index in range(num_scenes):
         hard = int((index + 1) * args.hard_share) > int(index * args.hard_share)
-        drawn.append(pool.submit(write_scene, split, index, num_questions, hard, args.folder))
+        drawn.append(pool.submit(write_scene, split, index, num_questions, hard, args))
     rows = []
     for future in tqdm(drawn, split):
         name, turns = future.result()
@@ -66,6 +66,7 @@ def main():
         "--turns", type=int, default=8, help="questions in a conversation; more of a scene are more rows"
     )
     parser.add_argument("--num-validation", type=int, default=300, help="scenes, with one question each")
+    parser.add_argument("--format", choices=("png", "bmp"), default="png", help="bmp is large, and quick to open")
     parser.add_argument("--hard-share", type=float, default=0.0, help="of hard scenes, from 0 to 1")
     args = parser.parse_args()
     (args.folder / "images").mkdir(parents=True, exist_ok=True)

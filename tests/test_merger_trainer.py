@@ -571,6 +571,14 @@ class TestCommand:
         card = (tmp_path / "out" / "README.md").read_text()
         assert "| steps | 10 |" in card and "| 9 accuracy |" in card and str(llava_folder / "llava") in card
 
+    def test_pictures_are_handed_over_as_bytes(self, tmp_path):
+        losses = []
+        for as_bytes in (False, True):
+            trainer = trainer_of(tmp_path, max_steps=2)
+            trainer.data_collator = MergerCollator(make_processor(), NUM_PATCHES, as_bytes)
+            losses.append(trainer.train().training_loss)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
     def test_an_adapter_is_saved_where_lora_trains(self, llava_folder, tmp_path):
         """Which can be loaded by itself, and by PEFT."""
         method = {**METHODS[0], "attention_mass": 1.0}

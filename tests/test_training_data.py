@@ -248,6 +248,24 @@ class TestCollator:
         ids, _ = MergerCollator(processor, 576).encode(sample_of(llava_row(), folder))
         assert (ids == processor.tokenizer.eos_token_id).sum() == 1
 
+    def test_pictures_as_bytes_are_normalised_later(self, folder):
+        items = [item(sample_of(llava_row(image="a.png"), folder))]
+        processor = make_processor()
+        wanted = MergerCollator(processor, NUM_PATCHES)(items)["pixel_values"]
+        collator = MergerCollator(processor, NUM_PATCHES, as_bytes=True)
+        found = collator(items)["pixel_values"]
+        assert found.dtype == torch.uint8 and found.unique().numel() > 10
+        torch.testing.assert_close(collator.normalized(found), wanted, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("left_out", ["do_rescale", "do_normalize"])
+    def test_a_processor_that_does_not_normalise_is_asked_as_it_is(self, left_out, folder):
+        items = [item(sample_of(llava_row(image="a.png"), folder))]
+        processor = make_processor()
+        setattr(processor.image_processor, left_out, False)
+        wanted = MergerCollator(processor, NUM_PATCHES)(items)["pixel_values"]
+        found = MergerCollator(processor, NUM_PATCHES, as_bytes=True)(items)["pixel_values"]
+        assert torch.equal(found, wanted)
+
     def test_a_batch_is_padded_on_the_right(self, collator, folder):
         rows = [llava_row("<image><image>\nwhat ?", image=["a.png", "b.png"]), llava_row("how many ?", image=None)]
         batch = collator([item(sample_of(row, folder), index) for index, row in enumerate(rows)])

@@ -146,7 +146,7 @@ def make_trainer(settings, args, schedule, loaded, train_set, validation) -> Mer
     """The trainer of a run with what [`load_model`] `loaded`."""
     model, processor, teacher_projector = loaded
     budgets, data = settings.budgets, settings.data
-    collator = MergerCollator(processor, model.config.num_patches)
+    collator = MergerCollator(processor, model.config.num_patches, as_bytes=True)
     if isinstance(train_set, ChatDataset):
         collator.encode(train_set.sample(0))  # the template is the same for all
     if data.max_length is not None:

@@ -121,6 +121,13 @@ class MergerTrainer(Trainer):
             self.optimizer = kind(parameter_groups(model, self.trained, self.args.weight_decay), **options)
         return self.optimizer
 
+    def _prepare_inputs(self, inputs):
+        """As in transformers; pictures that are uint8 are normalised, on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.data_collator.normalized(inputs["pixel_values"])
+        return inputs
+
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
