@@ -28,6 +28,8 @@ PLACES = {  # fields of a merger's name, and what they mean
     "position_ids=packed,attention_mass=0": "packed, mass 0",
 }
 BUDGETS = ("64", "16", "4")
+LORA_MERGERS = ("question_aware", "agnostic")
+LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -98,6 +100,32 @@ def types_table(hard: dict) -> str:
     return table(["16 tokens, hard scenes", *types], rows)
 
 
+def lora_table(reports: dict[tuple[str, str], dict]) -> str:
+    """Scores in % where the language model was trained along, and flips; `reports` by merger and kind of scenes."""
+    head = ["", *(f"{kind}, {budget}" for kind in LORA_SCENES for budget in ("576", *BUDGETS))]
+    rows = []
+    for merger in LORA_MERGERS:
+        results = [reports[merger, scenes]["results"] for scenes in LORA_SCENES.values()]
+        keys = ("none@all", *(f"own@{budget}" for budget in BUDGETS))
+        name = TRAINED[f"llava_merge/demo/mergers/{merger}"]
+        rows.append([f"{name}, LoRA", *(percent(found[key]) for found in results for key in keys)])
+    return table(head, rows)
+
+
+def flips_sentence(report: dict) -> str:
+    """How many answers change with the size of the batch."""
+    protocol, flips = report["protocol"], report["flips"]
+    sizes = ", ".join(map(str, flips["batch_sizes"][:-1])) + f" or {flips['batch_sizes'][-1]}"
+    stock = flips["cells"]["none@all"]
+    merged = max(cell["score"] for key, cell in flips["cells"].items() if key != "none@all")
+    return (
+        f"Of {stock['n']} questions about hard scenes, in {protocol['dtype']} on one {protocol['hardware']}, "
+        f"{100 * stock['score']:.1f} % get another answer from the unmerged model in batches of {sizes}, and at most "
+        f"{100 * merged:.1f} % from a merged one at 64 or 16 tokens (95 % interval up to {100 * stock['ci95'][1]:.1f} "
+        f"%; [evaluation_flips.json](examples/results/evaluation_flips.json))."
+    )
+
+
 def first_numbers(simple: dict, hard: dict) -> str:
     """The first measured sentence of README."""
     merger = "llava_merge/demo/mergers/question_aware"
@@ -150,17 +178,28 @@ def training_cost_table(report: dict) -> str:
     )
 
 
+def read_result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def updated(text: str) -> str:
     """README with the tables of today between their marks."""
-    simple, hard, training, cost = (
-        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("evaluation_demo", "evaluation_demo_hard", "demo_training", "training_benchmark")
+    simple, hard, training, cost, flips = map(
+        read_result,
+        ("evaluation_demo", "evaluation_demo_hard", "demo_training", "training_benchmark", "evaluation_flips"),
     )
+    lora = {
+        (merger, scenes): read_result(f"evaluation_lora_{merger}_{scenes}")
+        for merger in LORA_MERGERS
+        for scenes in LORA_SCENES.values()
+    }
     accuracy, placed = evaluation_tables(simple, hard)
     tables = {
         "mergers": mergers_table(),
         "first numbers": first_numbers(simple, hard),
         "accuracy of mergers": accuracy,
+        "accuracy with LoRA": lora_table(lora),
+        "flips": flips_sentence(flips),
         "accuracy by positions": placed,
         "accuracy by type": types_table(hard),
         "training": training_table(training),

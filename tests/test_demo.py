@@ -79,6 +79,21 @@ class TestEmbeddedModel:
                 row = results[f"llava_merge/demo/mergers/{merger}@{budget}"]
                 assert row["scores"]["all"]["score"] >= share * unmerged, (merger, budget)
 
+    @pytest.mark.parametrize("merger", MERGERS)
+    def test_the_committed_scores_where_the_language_model_was_trained_along(self, merger):
+        """Of the score of the bundled model without a merger, on the same questions."""
+        for scenes, shares in (("demo", (0.995, 0.99, 0.95)), ("demo_hard", (0.98, 0.95, 0.75))):
+            report = json.loads((EXAMPLES / "results" / f"evaluation_lora_{merger}_{scenes}.json").read_text())
+            bundled = RESULTS[f"evaluation_{scenes}"]
+            assert report["protocol"]["questions_sha256"] == bundled["protocol"]["questions_sha256"]
+            unmerged = bundled["results"]["none@all"]["scores"]["all"]["score"]
+            for budget, share in zip((64, 16, 4), shares, strict=True):
+                assert report["results"][f"own@{budget}"]["scores"]["all"]["score"] >= share * unmerged, budget
+
+    def test_the_committed_flips_of_merged_answers_are_no_more_than_stock_s(self):
+        flips = json.loads((EXAMPLES / "results" / "evaluation_flips.json").read_text())["flips"]["cells"]
+        assert all(cell["score"] <= flips["none@all"]["score"] + 0.002 for cell in flips.values()) and len(flips) == 9
+
     def test_the_readme_says_what_was_measured(self):
         readme = README.read_text(encoding="utf-8")
         for report in RESULTS.values():

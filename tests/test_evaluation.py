@@ -476,7 +476,7 @@ class TestReport:
         lines = make_table(make_results(self.asked, rows, self.cells, "exact_match")).splitlines()
         assert lines[0] == "| merger | tokens | x | y | all | agreement | token KL | entered | cached | ms |"
         assert lines[2].startswith(
-            "| none | all | 100.0 | 0.0 | 50.0 (9.4–90.5) | 100.0 (34.2–100.0) | 0.1000 | 20 | 22 |"
+            "| none | all | 100.0 (20.6–100.0) | 0.0 (0.0–79.3) | 50.0 (9.4–90.5) | 100.0 (34.2–100.0) | 0.1000 | 20 |"
         )
         assert len(lines) == 4
 

@@ -579,8 +579,8 @@ class TestCommand:
             losses.append(trainer.train().training_loss)
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    def test_an_adapter_is_saved_where_lora_trains(self, llava_folder, tmp_path):
-        """Which can be loaded by itself, and by PEFT."""
+    def test_an_adapter_is_saved_where_lora_trains(self, llava_folder, tmp_path, monkeypatch):
+        """Which can be loaded by itself, by PEFT, and folded into its base."""
         method = {**METHODS[0], "attention_mass": 1.0}
         train(settings_of(settings_for(llava_folder, tmp_path, method, "merger_lora", budgets={"train": [4, 9]})))
         merger_config = {"num_merged_tokens": 9, "num_heads": 4, "attention_mass": 1.0}
@@ -598,6 +598,12 @@ class TestCommand:
             assert config.trained_num_tokens == [4, 9] and config.attention_mass == 1.0
             with torch.no_grad():
                 torch.testing.assert_close(model(**batch).logits, by_peft, atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(tmp_path), str(tmp_path / "whole")])
+        runpy.run_path(str(EXAMPLES / "merge_lora.py"), run_name="__main__")
+        whole = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+        assert LlavaMergeProcessor.from_pretrained(tmp_path / "whole").num_merged_tokens == 9
+        with torch.no_grad():
+            torch.testing.assert_close(whole(**batch).logits, by_peft, atol=1e-4, rtol=1e-4)
 
     def test_a_whole_model_is_saved_where_all_trains(self, llava_folder, tmp_path):
         train(settings_of(settings_for(llava_folder, tmp_path, METHODS[0], "all", budgets={"train": [9]})))

@@ -145,11 +145,11 @@ def summary_of(row: dict) -> dict:
 
 
 def table_row(row: dict, types: list[str]) -> list[str]:
-    scores = [percent(row["scores"][name], name == "all") for name in types]
+    scores = [percent(row["scores"][name]) for name in types]
     counts = [f"{100 * value:.1f}" for value in (row.get("pope") or {}).values()]
     divergence = "" if row["token_kl"] is None else f"{row['token_kl']:.4f}"
     tokens = [f"{row[name]:.0f}" for name in ("tokens_entered", "tokens_cached")]
-    agreement = percent(row["agreement"], True)
+    agreement = percent(row["agreement"])
     return [
         row["merger"],
         row["budget"],
@@ -162,6 +162,6 @@ def table_row(row: dict, types: list[str]) -> list[str]:
     ]
 
 
-def percent(summary: dict, with_interval: bool) -> str:
+def percent(summary: dict) -> str:
     low, high = summary["ci95"]
-    return f"{100 * summary['score']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if with_interval else "")
+    return f"{100 * summary['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
