@@ -50,7 +50,7 @@ def demo(
     from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
     from llava_merge.pictures import open_picture
-    from llava_merge.visualization import side_by_side
+    from llava_merge.visualization import side_by_side, thumbnail
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
@@ -61,15 +61,16 @@ def demo(
         picture = open_picture(image or PICTURE)
         comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
         columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
-        drawn = []
+        drawn = {"the picture": thumbnail(picture)}
         for index, name in enumerate([*mergers, *(["random"] if "random" not in mergers else [])]):
             if index:
                 comparison.use(name)
             columns[name or comparison.name] = [comparison.with_merged_tokens(picture, text) for text in questions]
             if name in mergers:
-                drawn += comparison.pictures(picture, questions[0])[1 if drawn else 0 :]
+                caption = f"{name or comparison.name}, {comparison.num_merged_tokens} tokens"
+                drawn[caption] = comparison.picture(picture, questions[0])
         print_answers(questions, columns)
-        side_by_side(drawn).save(output)
+        side_by_side([*drawn.values()], [*drawn]).save(output)
     typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
 
 

@@ -80,11 +80,11 @@ def join_heads(tensor: Tensor) -> Tensor:
 
 
 def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention averaged over the heads, (I, M, N) float32: what `scaled_dot_product_attention` does not return."""
-    scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5  # (I, heads, M, N)
+    """Attention (I, heads, M, N) float32: what `scaled_dot_product_attention` does not return."""
+    scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5
     if bias is not None:
         scores = scores + bias.float()
-    return scores.softmax(dim=-1).mean(dim=1)
+    return scores.softmax(dim=-1)
 
 
 @register_merging_method("fixed_pooling")
@@ -96,7 +96,7 @@ class FixedPooling(MergingMethod):
     and learns which patches of the window matter. The second looks at the whole image, in each head through a window of
     learned width, and enters through `output_proj`, which starts at zero. With `init="random"` only the second is left,
     without windows and with random weights: the plain resampler (Perceiver, arXiv 2103.03206; Flamingo, 2204.14198).
-    `source` is that of the first attention. Pooling as the start: D-Abstractor (2312.06742). One map of queries for
+    `source` counts both attentions. Pooling as the start: D-Abstractor (2312.06742). One map of queries for
     every M: after MQT (2405.19315).
     """
 
@@ -139,7 +139,7 @@ class FixedPooling(MergingMethod):
         queries, keys, values = self.pool_attention(self.make_queries(features, context), features)
         if not self.pools_windows:
             pooled = join_heads(scaled_dot_product_attention(queries, keys, values))
-            source = attention_weights(queries, keys, None) if context.return_source else None
+            source = attention_weights(queries, keys, None).mean(dim=1) if context.return_source else None
             return MergeOutput(merged_features=self.output_proj(pooled), source=source)
 
         windows = context.geometry.log_windows  # (M, N)
@@ -148,8 +148,28 @@ class FixedPooling(MergingMethod):
         local = scaled_dot_product_attention(queries, keys, raw, attn_mask=windows.to(queries.dtype))
         pooled = scaled_dot_product_attention(queries, keys, values, attn_mask=locality.to(queries.dtype))
         merged = join_heads(local) + self.output_proj(join_heads(pooled))  # (I, M, vision_dim)
-        source = attention_weights(queries, keys, windows) if context.return_source else None
+        source = None
+        if context.return_source:
+            source = attention_weights(queries, keys, windows).mean(dim=1)
+            source = self.with_second_attention(source, features, values, attention_weights(queries, keys, locality))
         return MergeOutput(merged_features=merged, source=source)
+
+    @torch.no_grad()
+    def _lengths_of_values(self, values: Tensor) -> Tensor:
+        """Length of what each value adds to a token through `output_proj`: (I, heads, N)."""
+        weight = self.output_proj.weight.float().unflatten(1, (self.config.num_heads, -1))  # (dim, heads, head_dim)
+        gram = torch.einsum("dhi,dhj->hij", weight, weight)
+        return torch.einsum("bhni,hij,bhnj->bhn", values.float(), gram, values.float()).clamp(min=0).sqrt()
+
+    def with_second_attention(self, source: Tensor, features: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+        """`source` (I, M, N) of the first attention with the `weights` (I, heads, M, N) of the second.
+
+        A weight counts by the length of what it adds, in mean lengths of a feature (arXiv 2004.10102).
+        """
+        unit = features.float().norm(dim=-1).mean(dim=1)[:, None, None]  # (I, 1, 1)
+        added = (weights * self._lengths_of_values(values)[:, :, None]).sum(dim=1)
+        source = source + added / unit.clamp(min=1e-9)
+        return source / source.sum(dim=-1, keepdim=True)
 
     def make_queries(self, features: Tensor, context: MergeContext) -> Tensor:
         """Queries of each image: (I, M, internal_dim)."""

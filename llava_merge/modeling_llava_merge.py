@@ -277,6 +277,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         grid: tuple[int, int] | None = None,
         num_merged_tokens: int | str | None = None,
         extras: MergeExtras | None = None,
+        return_source: bool = False,
     ) -> MergeOutput:
         """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`.
 
@@ -285,17 +286,21 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             grid: Rows and columns of the patches, default a square.
             num_merged_tokens: M, or "all" to merge nothing; default the config's.
             extras: What the method requires besides; see [`get_merge_extras`].
+            return_source: Also return how much of each token came from each patch, (I, M, N).
         """
         num_images, num_patches = features.shape[:2]
         budget = self.budgets(num_images, num_merged_tokens)[0]
         if budget == ALL_TOKENS:
             places = torch.arange(num_patches, device=features.device).expand(num_images, -1)
             sizes = torch.ones(num_images, num_patches, device=features.device)
-            return MergeOutput(merged_features=features, positions=places, sizes=sizes)
+            source = None
+            if return_source:
+                source = torch.eye(num_patches, device=features.device).expand(num_images, -1, -1)
+            return MergeOutput(merged_features=features, source=source, positions=places, sizes=sizes)
         weight = next(self.merger.parameters(), features)
         # the budget of this config: PEFT copies the merger with a config of its own
         features_there = features.to(device_of(weight, features))
-        output = self.merger(features_there, question, budget, grid, extras=extras)
+        output = self.merger(features_there, question, budget, grid, return_source=return_source, extras=extras)
         output.merged_features = output.merged_features.to(features.dtype)
         return output
 
@@ -333,7 +338,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             projected, places, sizes = self._merge_alike(features, question, grid, budgets[0], extras)
             outputs.pooler_output = list(projected)  # I × (M, hidden)
         else:
-            tokens = self._merge_by_budget(features, question, grid, budgets, extras)
+            tokens = self._by_budget(self._merge_alike, features, question, grid, budgets, extras)
             outputs.pooler_output, places, sizes = (tokens[0], *map(torch.cat, tokens[1:]))
         if not self.places_tokens:
             return outputs
@@ -345,15 +350,15 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         device = device_of(self.multi_modal_projector.linear_1.weight, features)
         return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions, merged.sizes
 
-    def _merge_by_budget(self, features, question, grid, budgets, extras) -> list[list[Tensor]]:
-        """What [`_merge_alike`] returns, as a list with one tensor (M, ...) for each image."""
+    def _by_budget(self, merge, features, question, grid, budgets, extras) -> list[list[Tensor]]:
+        """What `merge` returns for images of one budget, as a list with one tensor (M, ...) for each image."""
         of_image = {}
         for budget in dict.fromkeys(budgets):
             images = [image for image, asked in enumerate(budgets) if asked == budget]
             index = torch.tensor(images, device=features.device)
             about = None if question is None else question.of_images(index)
             extras_of_images = None if extras is None or budget == ALL_TOKENS else extras.of_images(index)
-            merged = self._merge_alike(features[index], about, grid, budget, extras_of_images)
+            merged = merge(features[index], about, grid, budget, extras_of_images)
             of_image |= zip(images, zip(*merged, strict=True), strict=True)
         return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
 
@@ -419,19 +424,52 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
+        features, outputs, question, budgets, extras = self._read_images(
+            pixel_values, prompt, num_merged_tokens, kwargs
+        )
+        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
+
+    def _read_images(self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens, options: dict) -> tuple:
+        """Features, output of the tower, question, budgets and extras of the images that are new in the prompt."""
         budgets = self.budgets(len(pixel_values), num_merged_tokens)
         features, outputs, extras = self._run_tower(
             pixel_values,
-            kwargs.pop("vision_feature_layer", None),
-            kwargs.pop("vision_feature_select_strategy", None),
+            options.pop("vision_feature_layer", None),
+            options.pop("vision_feature_select_strategy", None),
             with_extras=set(budgets) != {ALL_TOKENS},
-            **kwargs,
+            **options,
         )
         num_patches = features.shape[1]
         num_tokens = [num_patches if budget == ALL_TOKENS else budget for budget in budgets]
         check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
-        question = self.get_question(prompt, num_tokens)
-        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
+        return features, outputs, self.get_question(prompt, num_tokens), budgets, extras
+
+    @torch.no_grad()
+    def merge_sources(self, pixel_values: Tensor, num_merged_tokens=None, **inputs) -> list[Tensor]:
+        """Which patches each merged token of a prompt came from, to be looked at: see `llava_merge.visualization`.
+
+        Args:
+            pixel_values: (I, 3, H, W).
+            num_merged_tokens: See `forward`.
+            inputs: What else the processor returned, `input_ids` and `attention_mask`, and the masks of `forward`.
+
+        Returns:
+            For each image (M, N) float32: the share of each patch in each token; rows sum to 1. Where two attentions
+            make a token, as in V3, the share is by weight times length of what is added (arXiv 2004.10102).
+
+        Raises:
+            ValueError: As `forward`.
+        """
+        masks = {name: inputs.pop(name, None) for name in ("question_mask", "answer_mask")}
+        prompt, options = self._prompt_of_call(masks, inputs)
+        features, _, question, budgets, extras = self._read_images(pixel_values, prompt, num_merged_tokens, options)
+        extras = self._with_relevance(extras, features, question)
+        grid = self.config.patch_grid(pixel_values.shape[-2:])
+
+        def source_of(*merged_alike) -> tuple[Tensor]:
+            return (self.merge_features(*merged_alike, return_source=True).source.float(),)
+
+        return self._by_budget(source_of, features, question, grid, budgets, extras)[0]
 
     @takes_arguments_of(LlavaModel.forward)
     @can_return_tuple
@@ -478,13 +516,17 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
     def _encode_images_of_call(self, pixel_values: Tensor, masks: dict, num_merged_tokens, arguments: dict):
         """The images of a forward whose other `arguments` these are."""
+        prompt, options = self._prompt_of_call(masks, arguments)
+        return self.encode_images_of_prompt(pixel_values, prompt, num_merged_tokens, **options)
+
+    def _prompt_of_call(self, masks: dict, arguments: dict) -> tuple[Prompt, dict]:
+        """The prompt of a forward with these `arguments`, and those of them that are for the tower."""
         input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         masks |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
         options = {name: arguments[name] for name in TOWER_ARGUMENTS if name in arguments}
-        prompt = self.read_prompt(input_ids, inputs_embeds, **masks)
-        return self.encode_images_of_prompt(pixel_values, prompt, num_merged_tokens, **options)
+        return self.read_prompt(input_ids, inputs_embeds, **masks), options
 
     def _join_image_parts(self, arguments: dict):
         """Puts a trained merger and projector into the graph of a batch without images, with weight 0.
@@ -557,6 +599,10 @@ class LlavaMergeForConditionalGeneration(
     def get_image_features(self, pixel_values: Tensor, *args, **kwargs):
         """Merged and projected features of each image; see [`LlavaMergeModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, *args, **kwargs)
+
+    def merge_sources(self, **inputs) -> list[Tensor]:
+        """Which patches each merged token came from, (M, N) of each image; see [`LlavaMergeModel.merge_sources`]."""
+        return self.model.merge_sources(**inputs)
 
     @takes_arguments_of(LlavaForConditionalGeneration.forward)
     def forward(

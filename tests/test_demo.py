@@ -20,9 +20,8 @@ from llava_merge.demo import MERGERS, MODEL_DIR, PICTURE, QUESTIONS, find_merger
 from llava_merge.demo.compare import Comparison
 from llava_merge.demo.scenes import HARD_QUESTION_TYPES, QUESTION_TYPES, draw_scene, sample_scene, scene_rng
 from llava_merge.evaluation.data import demo_questions
-from llava_merge.merging_grid import window_weights
 from llava_merge.pictures import open_picture
-from llava_merge.visualization import draw_merged_tokens, side_by_side
+from llava_merge.visualization import CAPTION_HEIGHT, thumbnail
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -173,12 +172,11 @@ class TestComparison:
         answer = comparison.with_merged_tokens(Image.open(PICTURE), QUESTIONS[0], repeats=1)
         assert answer.num_image_tokens == 36 and answer.text
 
-    def test_the_picture_shows_the_question_and_what_is_left(self, comparison):
-        seen, merged = comparison.pictures(Image.open(PICTURE), QUESTIONS[0])
-        assert seen.size == merged.size == (336, 336)
-        seen = torch.tensor(list(seen.tobytes())).float()
-        given = torch.tensor(list(Image.open(PICTURE).convert("RGB").tobytes())).float()
-        assert (seen - given).abs().mean() < 4  # it went through the size of the tower
+    def test_the_picture_shows_what_is_left(self, comparison):
+        source = comparison.source(Image.open(PICTURE), QUESTIONS[0])
+        assert source.shape == (36, comparison.model.config.num_patches)
+        drawn = comparison.picture(Image.open(PICTURE), QUESTIONS[0], 168)
+        assert drawn.size == (168, 168) and drawn.tobytes() != thumbnail(Image.open(PICTURE), 168).tobytes()
 
 
 class TestCommand:
@@ -196,7 +194,7 @@ class TestCommand:
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
             line = next(line for line in output.splitlines() if line.startswith(question))
             assert line.removeprefix(question).split()[0] == answer
-        assert Image.open(tmp_path / "demo.png").size == (680, 336)
+        assert Image.open(tmp_path / "demo.png").size == (680, 336 + CAPTION_HEIGHT)
 
     def test_own_picture_question_and_budget(self, tmp_path):
         rng = scene_rng("test", 3)
@@ -214,7 +212,7 @@ class TestCommand:
         )
         heads = [f"36 tokens, {name}" for name in ("visionzip", "cdpruner", "random")]
         assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == ["576 tokens", *heads]
-        assert Image.open(tmp_path / "out.png").size == (3 * 336 + 2 * 8, 336)
+        assert Image.open(tmp_path / "out.png").size == (3 * 336 + 2 * 8, 336 + CAPTION_HEIGHT)
 
     def test_random_alone_is_shown_once(self, tmp_path):
         arguments = ("--merger", "random", "--question", "What color is the star?", "--output", tmp_path / "out.png")
@@ -315,23 +313,3 @@ class TestPictures:
     def test_every_mode_becomes_rgb(self, tmp_path, mode):
         Image.new(mode, (8, 6)).save(tmp_path / "picture.tiff")
         assert open_picture(tmp_path / "picture.tiff").mode == "RGB"
-
-
-class TestVisualization:
-    def test_each_token_is_painted_in_the_mean_of_its_patches(self):
-        image = Image.new("RGB", (80, 80), "red")
-        image.paste("blue", (40, 0, 80, 80))
-        drawn = draw_merged_tokens(image, window_weights((4, 4), 4), (4, 4), line=1)
-        assert drawn.size == (80, 80)
-        assert drawn.getpixel((10, 10)) == (255, 0, 0) and drawn.getpixel((70, 70)) == (0, 0, 255)
-        assert drawn.getpixel((40, 10)) == (255, 255, 255)  # the line between two tokens
-        one = draw_merged_tokens(image, window_weights((4, 4), 1), (4, 4))
-        assert one.getpixel((10, 10)) == one.getpixel((70, 70)) == (128, 0, 128)
-
-    def test_source_of_another_grid_is_refused(self):
-        with pytest.raises(ValueError, match=r"\(4, 16\).*6 × 6 = 36"):
-            draw_merged_tokens(Image.new("RGB", (8, 8)), torch.ones(4, 16), (6, 6))
-
-    def test_side_by_side_brings_pictures_to_one_height(self):
-        row = side_by_side([Image.new("RGB", (50, 100)), Image.new("RGB", (100, 50))], gap=10)
-        assert row.size == (50 + 10 + 200, 100)

@@ -314,7 +314,9 @@ class TestAveragePoolingInit:
 
     def test_trained_windows_still_mix_only_their_own_patches(self):
         """The first branch stays inside the slot's window, so that a token keeps its place in the picture."""
-        source = make("fixed_pooling")(**inputs(), return_source=True).source
+        merger = make("fixed_pooling")
+        torch.nn.init.zeros_(merger.method.output_proj.weight)  # the second branch
+        source = merger(**inputs(), return_source=True).source
         outside = window_weights((6, 6), 9) == 0
         assert source[:, outside].abs().max() == 0
 

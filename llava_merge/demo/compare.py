@@ -12,7 +12,7 @@ from PIL import Image
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.candidates import OWN, Candidate
-from llava_merge.visualization import draw_merged_tokens, to_image
+from llava_merge.visualization import draw_merging, thumbnail
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,19 @@ class Comparison:
         return self._answer(image, question, self.num_merged_tokens, repeats)
 
     def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | str, repeats: int) -> Answer:
-        """Greedy answer; the median time of `repeats` runs after one to warm up.
+        """Greedy answer; the median time of `repeats` runs after one to warm up."""
+        inputs = self._inputs(image, question, num_merged_tokens)
+        times = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            output = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+            times.append(1000 * (time.perf_counter() - start))
+        text = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        num_image_tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return Answer(text, num_image_tokens, statistics.median(times[1:]))
+
+    def _inputs(self, image: Image.Image, question: str, num_merged_tokens: int | str):
+        """What the processor makes of a question about a picture, on the model's device.
 
         Raises:
             ValueError: The question holds the image placeholder, so that there would be more of them than pictures.
@@ -110,32 +122,13 @@ class Comparison:
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         budget = {"num_merged_tokens": num_merged_tokens}
         inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt", **budget)
-        inputs = inputs.to(self.device, self.model.dtype)
-        times = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            output = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
-            times.append(1000 * (time.perf_counter() - start))
-        text = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        num_image_tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
-        return Answer(text, num_image_tokens, statistics.median(times[1:]))
+        return inputs.to(self.device, self.model.dtype)
 
-    @torch.no_grad()
-    def pictures(self, image: Image.Image, question: str) -> list[Image.Image]:
-        """What the model sees of the picture, and what the present merger's tokens keep of it."""
-        inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)  # (1, 3, H, W)
-        words = self.processor.tokenizer(question, return_tensors="pt")["input_ids"].to(self.device)
-        question_embeds = self.model.get_input_embeddings()(words)  # (1, T, text_dim)
-        features = self.model.get_vision_features(pixel_values)
-        extras = self.model.model.get_merge_extras(pixel_values, question=question_embeds)
-        merged = self.model.model.merger(features, question_embeds, return_source=True, extras=extras)
-        grid = self.model.config.patch_grid(pixel_values.shape[-2:])
-        seen = self.undo_normalization(pixel_values[0].float().cpu()).resize((336, 336), Image.Resampling.BICUBIC)
-        return [seen, draw_merged_tokens(seen, merged.source[0], grid)]
+    def source(self, image: Image.Image, question: str) -> torch.Tensor:
+        """Which patches each token of the present merger came from: (M, N)."""
+        (source,) = self.model.merge_sources(**self._inputs(image, question, self.num_merged_tokens))
+        return source
 
-    def undo_normalization(self, pixel_values: torch.Tensor) -> Image.Image:
-        """(3, H, W) as the tower gets it → picture."""
-        processor = self.processor.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        return to_image(((pixel_values * std + mean) * 255).permute(1, 2, 0))
+    def picture(self, image: Image.Image, question: str, size: int = 336) -> Image.Image:
+        """What the present merger's tokens keep of the picture, not larger than `size`."""
+        return draw_merging(thumbnail(image, size), self.source(image, question), self.processor)
