@@ -80,12 +80,3 @@ def test_readme_has_two_commands_and_a_changelog():
     lines = [line for block in blocks for line in block.strip().splitlines()]
     assert len(lines) == 2 and "llava-merge demo" in lines[0] and "pytest" in lines[1]
     assert "## Changelog" in README
-
-
-def test_readme_example_code_compiles():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
-        for name in re.findall(r"from llava_merge import ([\w, ]+)", block):
-            assert all(hasattr(llava_merge, part.strip()) for part in name.split(","))

@@ -1,0 +1,84 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The code in README, docstrings and model cards, run as it stands, with the bundled model for LLaVA-1.5-7B."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, run_python
+from PIL import Image
+
+import llava_merge
+from llava_merge.demo import MODEL_DIR, PICTURE
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SEVEN_B = "llava-hf/llava-1.5-7b-hf"
+START = f"""
+import os
+from llava_merge import LlavaMergeForConditionalGeneration
+os.chdir({{folder!r}})
+model = LlavaMergeForConditionalGeneration.from_pretrained({str(MODEL_DIR)!r})
+model.push_merger_to_hub("org/another-merger")
+"""
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub after README's Python was run against it, the blocks one after the other, in one process."""
+    folder = tmp_path_factory.mktemp("readme")
+    Image.open(PICTURE).save(folder / "my.png")
+    code = "\n".join([START.format(folder=str(folder)), *python_blocks(README)]).replace(SEVEN_B, str(MODEL_DIR))
+    with HubServer() as server:
+        environment = server.environment(folder / "home")
+        answer = run_python(code, environment).stdout
+        yield server, environment, folder, answer
+
+
+def test_readme(hub):
+    server, _, folder, answer = hub
+    assert "ASSISTANT:" in answer
+    assert {path.name for path in folder.iterdir()} >= {"merged.png", "tokens.png", "my-merger", "my-llava-merge"}
+    assert set(server.repos) == {"org/another-merger", "org/my-merger", "org/llava-merge"}
+
+
+@pytest.mark.parametrize("repo", ["org/llava-merge", "org/my-merger"])
+def test_the_snippet_of_a_model_card_runs_as_pasted(hub, repo):
+    server, environment, _, _ = hub
+    (snippet,) = python_blocks(server.repos[repo]["README.md"].decode())
+    check = "print(type(model).__name__, model.config.merger_config.merger_type, processor.num_merged_tokens)"
+    found = run_python(f"{snippet}\n{check}".replace(SEVEN_B, str(MODEL_DIR)), environment).stdout
+    assert found.split() == ["LlavaMergeForConditionalGeneration", "fixed_pooling", "64"]
+
+
+def docstring_examples() -> list[doctest.DocTest]:
+    finder, found = doctest.DocTestFinder(exclude_empty=True), []
+    for module in pkgutil.walk_packages(llava_merge.__path__, "llava_merge."):
+        if not module.name.endswith(("__main__", "lmms_eval")):
+            found += [test for test in finder.find(importlib.import_module(module.name)) if test.examples]
+    return found
+
+
+@pytest.mark.parametrize("test", docstring_examples(), ids=lambda test: test.name)
+def test_docstring(test):
+    names = {name: getattr(llava_merge, name) for name in llava_merge.__all__}
+    image = Image.open(PICTURE).convert("RGB")
+    test.globs |= {**names, "torch": torch, "image": image, "prompt": "USER: <image>\nWhat is it? ASSISTANT:"}
+    for example in test.examples:
+        example.source = example.source.replace(SEVEN_B, str(MODEL_DIR))
+    report = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert result.attempted and not result.failed, "".join(report)
+
+
+def test_docstrings_have_examples():
+    names = {test.name.rpartition(".")[2] for test in docstring_examples()}
+    assert names >= {"LlavaMergeForConditionalGeneration", "LlavaMergeProcessor", "TokenMerger"}
