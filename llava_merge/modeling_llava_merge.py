@@ -600,8 +600,14 @@ class LlavaMergeForConditionalGeneration(
         """Merged and projected features of each image; see [`LlavaMergeModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, *args, **kwargs)
 
-    def merge_sources(self, **inputs) -> list[Tensor]:
-        """Which patches each merged token came from, (M, N) of each image; see [`LlavaMergeModel.merge_sources`]."""
+    def merge_sources(self, labels: Tensor | None = None, **inputs) -> list[Tensor]:
+        """Which patches each merged token came from, (M, N) of each image; see [`LlavaMergeModel.merge_sources`].
+
+        Args:
+            labels: As in `forward`: tokens with a label are answer, which the merger does not read.
+        """
+        if labels is not None:
+            inputs["answer_mask"] = labels != -100
         return self.model.merge_sources(**inputs)
 
     @takes_arguments_of(LlavaForConditionalGeneration.forward)

@@ -53,6 +53,10 @@ class TestSources:
         other["input_ids"][0, -2] = 8 if other["input_ids"][0, -2] != 8 else 9
         asked = model.merge_sources(**other, pixel_values=images)
         assert [torch.equal(*pair) for pair in zip(found, asked, strict=True)] == [False, True, True]
+        labels = torch.where(other["input_ids"] == batch["input_ids"], -100, other["input_ids"])  # answer: not read
+        asked = model.merge_sources(**other, pixel_values=images, labels=labels)
+        shortened = model.merge_sources(**batch, pixel_values=images, labels=labels)
+        assert torch.equal(torch.stack(asked), torch.stack(shortened))
         assert not any(source.requires_grad for source in found)
 
     @pytest.mark.parametrize("merger_type", ["fixed_pooling", "average_pooling", "tome", "visionzip", "cdpruner"])
