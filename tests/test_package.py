@@ -80,3 +80,14 @@ def test_readme_has_two_commands_and_a_changelog():
     lines = [line for block in blocks for line in block.strip().splitlines()]
     assert len(lines) == 2 and "llava-merge demo" in lines[0] and "pytest" in lines[1]
     assert "## Changelog" in README
+
+
+def test_readme_quotes_errors_as_they_are():
+    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    quoted = re.findall(r'^\| "(.*?)" \|', section, flags=re.MULTILINE)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "llava_merge").rglob("*.py"))
+    plain = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
+    assert len(quoted) > 8
+    for text in quoted:
+        parts = [part for part in re.split(r"…|\d+(?:, \d+)*|none|:", text) if len(part.strip(" ('=")) > 5]
+        assert parts and all(part.strip() in plain for part in parts), text
