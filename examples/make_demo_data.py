@@ -25,14 +25,13 @@ from llava_merge.demo.scenes import (
 )
 
 
-def write_scene(split: str, index: int, num_questions: int, hard: bool, args: argparse.Namespace) -> tuple[str, list]:
-    """Draws a scene to a file; the name of that, and questions with answers."""
+def write_scene(split: str, index: int, num_questions: int, hard: bool, file: Path) -> list[tuple]:
+    """Draws a scene to a file; questions about it with answers."""
     scene, rng = scene_of(split, index, hard)
-    name = f"images/{split}-{index:06}.{args.format}"
-    draw_scene(scene).save(args.folder / name, compress_level=1)
+    draw_scene(scene).save(file, compress_level=1)
     types = HARD_QUESTION_TYPES if hard else QUESTION_TYPES
     asked = [ask_question(scene, rng.choice(types), rng) for _ in range(3 * num_questions)]
-    return name, list(dict.fromkeys((item.text, item.answer) for item in asked if item))[:num_questions]
+    return list(dict.fromkeys((item.text, item.answer) for item in asked if item))[:num_questions]
 
 
 def conversation(image: str, turns: list[tuple]) -> dict:
@@ -45,13 +44,14 @@ def conversation(image: str, turns: list[tuple]) -> dict:
 
 
 def write_split(split: str, num_scenes: int, num_questions: int, args: argparse.Namespace, pool: ProcessPoolExecutor):
-    drawn = []
+    drawn = {}
     for index in range(num_scenes):
+        name = f"images/{split}-{index:06}.{args.format}"
         hard = int((index + 1) * args.hard_share) > int(index * args.hard_share)
-        drawn.append(pool.submit(write_scene, split, index, num_questions, hard, args))
+        drawn[name] = pool.submit(write_scene, split, index, num_questions, hard, args.folder / name)
     rows = []
-    for future in tqdm(drawn, split):
-        name, turns = future.result()
+    for name, future in tqdm(drawn.items(), split):
+        turns = future.result()
         starts = range(0, len(turns), args.turns)
         rows += [conversation(name, turns[start : start + args.turns]) for start in starts]
     random.Random(0).shuffle(rows)

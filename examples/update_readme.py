@@ -101,7 +101,7 @@ def types_table(hard: dict) -> str:
 
 
 def lora_table(reports: dict[tuple[str, str], dict]) -> str:
-    """Scores in % where the language model was trained along, and flips; `reports` by merger and kind of scenes."""
+    """Scores in % where the language model was trained along; `reports` by merger and kind of scenes."""
     head = ["", *(f"{kind}, {budget}" for kind in LORA_SCENES for budget in ("576", *BUDGETS))]
     rows = []
     for merger in LORA_MERGERS:

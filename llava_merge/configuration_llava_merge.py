@@ -470,6 +470,11 @@ def check_trained_with(saved: dict, given: dict):
             )
 
 
+def own_merger_fields() -> set[str]:
+    """Fields of a merger's configuration that not every configuration has."""
+    return {*MergerConfig().to_dict()} - {*PretrainedConfig().to_dict(), "has_projector"}
+
+
 def check_merger_fields(fields: dict):
     """Refuses misspelt fields, which would otherwise be kept and ignored.
 

@@ -147,9 +147,7 @@ def kind_of_source(source: Tensor) -> str:
 def lit(image: Image.Image, weights: Tensor) -> Image.Image:
     """The picture as bright as `weights` (rows, columns), the largest at full brightness."""
     shares = weights / weights.max().clamp(min=1e-9)
-    brightness = (255 * shares**0.5).round().to(torch.uint8).numpy()
-    mask = Image.fromarray(brightness).resize(image.size, Image.Resampling.NEAREST)
-    return Image.composite(image.convert("RGB"), faded(image), mask)
+    return Image.composite(image.convert("RGB"), faded(image), mask_of(shares**0.5, image.size))
 
 
 def patch_colors(image: Image.Image, grid: tuple[int, int]) -> Tensor:
@@ -168,9 +166,10 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).numpy())
 
 
-def mask_of(chosen: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Mask of the patches that are `chosen` (rows, columns) bool, for a picture of this size."""
-    return Image.fromarray((255 * chosen).to(torch.uint8).numpy()).resize(size, Image.Resampling.NEAREST)
+def mask_of(shares: Tensor, size: tuple[int, int]) -> Image.Image:
+    """Mask for a picture of this size, of `shares` (rows, columns) from 0 to 1, or bool."""
+    values = (255 * shares.float()).round().to(torch.uint8).numpy()
+    return Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
 
 
 def outline(image: Image.Image, owner: Tensor, line: int) -> Image.Image:
@@ -182,7 +181,7 @@ def outline(image: Image.Image, owner: Tensor, line: int) -> Image.Image:
     for shift in range(1, line + 1):
         edge[shift:] |= of_pixel[shift:] != of_pixel[:-shift]
         edge[:, shift:] |= of_pixel[:, shift:] != of_pixel[:, :-shift]
-    image.paste((255, 255, 255), (0, 0), Image.fromarray((255 * edge).to(torch.uint8).numpy()))
+    image.paste((255, 255, 255), (0, 0), mask_of(edge, image.size))
     return image
 
 
@@ -223,25 +222,23 @@ def resized(width: int, height: int, size) -> tuple[int, int]:
 def tower_view(image: Image.Image, processor=None) -> Image.Image:
     """What the tower sees of a picture, at the picture's own resolution."""
     image = image.convert("RGB")
-    return image if processor is None else image.crop(rounded(tower_box(image.size, image_processor_of(processor))))
+    return image if processor is None else image.crop(whole_box(image.size, processor))
 
 
 def on_picture(image: Image.Image, processor, draw) -> Image.Image:
     """The picture with `draw(view)` in the place of what the tower sees, and dark around it."""
     if processor is None:
         return draw(image.convert("RGB"))
-    left, top, *_ = rounded(tower_box(image.size, image_processor_of(processor)))
+    left, top, *_ = whole_box(image.size, processor)
     whole = faded(image)
     whole.paste(draw(tower_view(image, processor)), (left, top))
     return whole
 
 
-def image_processor_of(processor):
-    return processor.image_processor if isinstance(processor, ProcessorMixin) else processor
-
-
-def rounded(box: tuple[float, ...]) -> tuple[int, ...]:
-    return tuple(round(value) for value in box)
+def whole_box(size: tuple[int, int], processor) -> tuple[int, ...]:
+    """[`tower_box`] in whole pixels, by a model's processor or its image processor."""
+    image_processor = processor.image_processor if isinstance(processor, ProcessorMixin) else processor
+    return tuple(round(value) for value in tower_box(size, image_processor))
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -367,6 +367,14 @@ class TestRun:
             next(other.merger.parameters())[0] += 1
         assert run_module.describe_merger(one) != run_module.describe_merger(other)
 
+    def test_a_merger_s_description_does_not_say_where_it_lies(self, model, processor, tmp_path):
+        folders = [str(tmp_path / name) for name in ("one", "other")]
+        for folder in folders:
+            model.save_merger(folder)
+        *_, one, other = make_candidates(model, processor, folders, PLACES)
+        assert run_module.describe_merger(one) == run_module.describe_merger(other)
+        assert "num_heads" in run_module.describe_merger(one)
+
     def test_reports_are_shown_along_where_the_protocol_is_the_same(self, tmp_path):
         evaluate(settings(), tmp_path / "one")
         earlier = [tmp_path / "one" / "report.json"]

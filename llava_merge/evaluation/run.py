@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, MergerConfig
-from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS
+from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS, own_merger_fields
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
 from llava_merge.evaluation.candidates import OWN, UNMERGED, Candidate, make_candidates
@@ -160,8 +160,8 @@ def describe_merger(candidate: Candidate) -> dict:
     config = candidate.config
     widths = {"vision_dim": config.vision_dim, "text_dim": config.text_dim}
     fields, default = config.to_dict(), MergerConfig(**widths).to_dict()
-    of_model = {*BUDGET, *QUESTION_MARKS, "query_grid", "auto_map", "transformers_version"}
-    particular = {name: value for name, value in fields.items() if name not in of_model and value != default.get(name)}
+    described = own_merger_fields() - {*BUDGET, *QUESTION_MARKS, "query_grid"}
+    particular = {name: fields[name] for name in fields if name in described and fields[name] != default[name]}
     weights = hash_of([*candidate.merger.parameters(), *candidate.projector.parameters()])
     return {"merger_type": config.merger_type, "position_ids": config.position_ids, **particular, "sha256": weights}
 

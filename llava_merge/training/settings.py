@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from yaml import YAMLError
 
-from llava_merge import MergerConfig
+from llava_merge.configuration_llava_merge import own_merger_fields
 
 
 PARTS = ("merger", "merger_projector", "merger_lora", "all")
@@ -170,7 +170,7 @@ class Settings:
 
 
 FREE_SECTIONS = {  # keys that sections have which are no dataclass of ours
-    "method_settings": {*MergerConfig().to_dict()} - {*PretrainedConfig().to_dict(), "has_projector"},
+    "method_settings": own_merger_fields(),
     "training": {item.name for item in dataclasses.fields(TrainingArguments)},
 }
 
