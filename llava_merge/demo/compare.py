@@ -4,14 +4,14 @@
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
-from llava_merge.demo import MODEL_DIR, find_merger
-from llava_merge.evaluation.candidates import OWN, Candidate
+from llava_merge.demo import MODEL_DIR
+from llava_merge.evaluation.candidates import OWN, PLACES, Candidate, parse_candidate, put_merger
+from llava_merge.placeholders import ALL_TOKENS
 from llava_merge.visualization import draw_merging, thumbnail
 
 
@@ -29,7 +29,7 @@ class Comparison:
 
     Args:
         model_dir: Directory or Hub repo of a LLaVA; default the embedded one.
-        num_merged_tokens: Tokens per image after merging.
+        num_merged_tokens: Tokens per image after merging; may be set anew between calls.
         attention_mass: What merged tokens weigh, see [`MergerConfig`].
         merger: The first merger, see [`use`]; default the model's own, which in a stock LLaVA pools averages.
     """
@@ -49,7 +49,9 @@ class Comparison:
             model_dir, dtype=dtype, merger_config=self.given
         ).to(self.device)
         self.processor = LlavaMergeProcessor.from_pretrained(model_dir)
-        self.own = Candidate.of(OWN, self.model)
+        self.own = self.used = Candidate.of(OWN, self.model)
+        self.num_merged_tokens = self.own.config.num_merged_tokens
+        self.candidates = {OWN: self.own}
         if merger is not None:
             self.use(merger)
 
@@ -57,43 +59,39 @@ class Comparison:
         """Answers with another merger from now on.
 
         Args:
-            merger: Name of a method or of a bundled merger, or directory or Hub repo of a merger checkpoint.
+            merger: Name of a method or of a bundled merger, or directory or Hub repo of a merger checkpoint, or "own";
+                `NAME:FIELD=VALUE,FIELD=VALUE` sets fields. A method sits and weighs as the merger before, a checkpoint
+                as it was saved.
 
         Raises:
             ValueError: It is none of these.
         """
-        merger = find_merger(merger)
-        self.model.model.multi_modal_projector = self.own.projector  # not one that was trained with another merger
-        methods = [method.name for method in list_mergers() if method.name != "none"]
-        if merger in methods:
-            self.model.set_merger({"merger_type": merger})
-            if self.model.config.merger_config.question_aware:
-                self.model.set_question_marks(self.processor)
-            return
-        if "/" not in merger and not Path(merger).is_dir():
-            raise ValueError(
-                f"merger={merger!r} is neither a method ({', '.join(methods)}) nor a folder or Hub repo of a merger."
-            )
-        self.model.load_merger(merger)
-        if "num_merged_tokens" in self.given:
-            self.model.set_num_merged_tokens(self.given["num_merged_tokens"])
-        if "attention_mass" in self.given:
-            self.model.config.merger_config.attention_mass = self.given["attention_mass"]
+        if merger not in self.candidates:
+            self.candidates[merger] = self._make(merger)
+        self.used = self.candidates[merger]
+        if parse_candidate(merger)[0] not in [method.name for method in list_mergers()]:
+            self.num_merged_tokens = self.given.get("num_merged_tokens", self.used.config.num_merged_tokens)
+
+    def _make(self, merger: str) -> Candidate:
+        """The merger, on the device, and the model as it was."""
+        places = {name: getattr(self.used.config, name) for name in PLACES}
+        mass = {name: value for name, value in self.given.items() if name == "attention_mass"}
+        name, fields = parse_candidate(merger)
+        with self.own.answering(self.model):
+            put_merger(self.model, self.processor, name, {**mass, **fields}, places)
+            return Candidate.of(merger, self.model)
 
     @property
     def name(self) -> str:
-        return self.model.config.merger_config.merger_type
-
-    @property
-    def num_merged_tokens(self) -> int:
-        return self.model.config.merger_config.num_merged_tokens
+        return self.used.config.merger_type
 
     def with_all_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
         with self.own.answering(self.model):
-            return self._answer(image, question, "all", repeats)
+            return self._answer(image, question, ALL_TOKENS, repeats)
 
     def with_merged_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
-        return self._answer(image, question, self.num_merged_tokens, repeats)
+        with self.used.answering(self.model):
+            return self._answer(image, question, self.num_merged_tokens, repeats)
 
     def _answer(self, image: Image.Image, question: str, num_merged_tokens: int | str, repeats: int) -> Answer:
         """Greedy answer; the median time of `repeats` runs after one to warm up."""
@@ -126,7 +124,8 @@ class Comparison:
 
     def source(self, image: Image.Image, question: str) -> torch.Tensor:
         """Which patches each token of the present merger came from: (M, N)."""
-        (source,) = self.model.merge_sources(**self._inputs(image, question, self.num_merged_tokens))
+        with self.used.answering(self.model):
+            (source,) = self.model.merge_sources(**self._inputs(image, question, self.num_merged_tokens))
         return source
 
     def picture(self, image: Image.Image, question: str, size: int = 336) -> Image.Image:

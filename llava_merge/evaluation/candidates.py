@@ -68,7 +68,6 @@ def make_candidates(
     for text in dict.fromkeys([*BASELINES, *mergers]):
         with own.answering(model):  # which puts it back behind
             put_merger(model, processor, *parse_candidate(text), places, seed)
-            model.model.merger.eval()
             candidates.append(Candidate.of(text, model))
     return candidates
 
@@ -99,8 +98,13 @@ def read_value(text: str):
         return text
 
 
-def put_merger(model, processor, name: str, fields: dict, places: dict, seed: int):
-    """Puts the merger of a name into the model.
+def put_merger(model, processor, name: str, fields: dict, places: dict, seed: int = 0):
+    """Puts the merger of a name into the model, to answer with.
+
+    Args:
+        fields: To be set, of a saved merger `position_ids` and `attention_mass` alone.
+        places: Those two, of a method whose `fields` do not say them.
+        seed: Of `random`.
 
     Raises:
         ValueError: There is none, or it has no such fields.
@@ -127,6 +131,7 @@ def put_merger(model, processor, name: str, fields: dict, places: dict, seed: in
         )
     if model.config.merger_config.question_aware:
         model.set_question_marks(processor)
+    model.model.merger.eval()
 
 
 def budgets_of(candidate: Candidate, budgets: list[int]) -> list[int | str]:
