@@ -1,9 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Pushing with a model card."""
 
+from pathlib import Path
+
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 
+
+SEVEN_B = "llava-hf/llava-1.5-7b-hf"  # in snippets
 TAG = "token-merging"  # "merge" means merged weights on the Hub
 
 CARD_TEMPLATE = """---
@@ -12,8 +17,8 @@ CARD_TEMPLATE = """---
 
 # {{ name }}
 
-A {{ kind }}. It merges each image's visual tokens in CLIP space, before the multi-modal projector, which then runs
-once, on the merged tokens.
+{{ kind[0] | upper }}{{ kind[1:] }}. It merges each image's visual tokens in CLIP space, before the multi-modal
+projector, which then runs once, on the merged tokens.
 
 | | |
 |---|---|
@@ -50,8 +55,17 @@ base = "llava-hf/llava-1.5-7b-hf"  # or the LLaVA that the merger was made for
 model = LlavaMergeForConditionalGeneration.from_pretrained(base, merger="{repo_id}")
 processor = LlavaMergeProcessor.from_pretrained(base, num_merged_tokens=model.config.merger_config.num_merged_tokens)"""
 
+ADAPTER_USAGE = """from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 
-def push_card_if_missing(model, repo_id: str, usage: str, push_kwargs: dict):
+# with PEFT; on transformers 5.16 and 5.17 by PeftModel.from_pretrained(model of the base, "{repo_id}")
+model = LlavaMergeForConditionalGeneration.from_pretrained("{repo_id}")
+processor = LlavaMergeProcessor.from_pretrained("{repo_id}")"""
+
+MERGER, MODEL, ADAPTER = "token merger for LLaVA", "LLaVA with a token merger", "adapter of a LLaVA with a token merger"
+USAGE = {MERGER: MERGER_USAGE, MODEL: MODEL_USAGE, ADAPTER: ADAPTER_USAGE}
+
+
+def push_card_if_missing(config: MergerConfig | LlavaMergeConfig, repo_id: str, kind: str, push_kwargs: dict):
     """Creates the repo where needed and gives it a card where it has none; a user's card stays.
 
     Not for pull requests (`create_pr=True`), which may come from somebody who cannot write to the repo.
@@ -61,7 +75,7 @@ def push_card_if_missing(model, repo_id: str, usage: str, push_kwargs: dict):
     api = HfApi(token=push_kwargs.get("token"))
     repo_id = api.create_repo(repo_id, exist_ok=True, private=push_kwargs.get("private")).repo_id
     if not api.file_exists(repo_id, "README.md"):
-        card = make_card(model, repo_id, usage)
+        card = make_card(config, repo_id, kind)
         api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=repo_id)
 
 
@@ -87,25 +101,34 @@ def push_folder(
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **where, **kwargs)
 
 
-def make_card(model, repo_id: str, usage: str, run: dict[str, str] | None = None) -> ModelCard:
-    """Model card of a merger, or of a LLaVA with one, that is called `repo_id` on the Hub.
+def make_card(
+    config: MergerConfig | LlavaMergeConfig,
+    repo_id: str,
+    kind: str,
+    base: str | None = None,
+    run: dict[str, str] | None = None,
+) -> ModelCard:
+    """Model card of what is called `repo_id` on the Hub.
 
     Args:
+        config: Of the merger, or of the LLaVA that has it.
+        kind: MERGER, MODEL or ADAPTER.
+        base: The LLaVA that it was made for, where that is known.
         run: What there is to say about its training, by name.
     """
-    is_merger = model.config.model_type == "llava_merger"
-    merger = model.config if is_merger else model.config.merger_config
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=None if is_merger else "image-text-to-text",
+        pipeline_tag="image-text-to-text" if kind == MODEL else None,
         tags=[TAG, "llava"],
+        base_model=None if base is None or Path(base).exists() else base,
     )
+    usage = USAGE[kind].format(repo_id=repo_id)
     return ModelCard.from_template(
         card_data,
         template_str=CARD_TEMPLATE,
         name=repo_id.split("/")[-1],
-        kind="token merger for LLaVA" if is_merger else "LLaVA with a token merger",
-        merger=merger,
-        usage=usage.format(repo_id=repo_id),
+        kind=kind,
+        merger=config if isinstance(config, MergerConfig) else config.merger_config,
+        usage=usage if base is None else usage.replace(SEVEN_B, base),
         run=run,
     )

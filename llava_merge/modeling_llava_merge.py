@@ -22,7 +22,7 @@ from .compat import (
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation_llava_merge import EncodesImagesBeforeForward
-from .hub import MODEL_USAGE, push_card_if_missing
+from .hub import MODEL, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import MergeExtras, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
@@ -638,5 +638,5 @@ class LlavaMergeForConditionalGeneration(
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As in transformers, with the code; a repo without a model card gets one."""
-        push_card_if_missing(self, repo_id, MODEL_USAGE, kwargs)
+        push_card_if_missing(self.config, repo_id, MODEL, kwargs)
         return super().push_to_hub(repo_id, **kwargs)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .checkpoint_files import hub_arguments, naming_broken_files, refuse_missing_weights
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
-from .hub import MERGER_USAGE, push_card_if_missing, push_folder
+from .hub import MERGER, push_card_if_missing, push_folder
 from .merge_extras import MergeExtras
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import (
@@ -247,7 +247,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, as in
                 transformers.
         """
-        push_card_if_missing(self, repo_id, MERGER_USAGE, kwargs)
+        push_card_if_missing(self.config, repo_id, MERGER, kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, projector=projector)
             return push_folder(folder, repo_id, gone=[] if projector is not None else [PROJECTOR], **kwargs)

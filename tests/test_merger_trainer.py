@@ -583,6 +583,8 @@ class TestCommand:
         """Which can be loaded by itself, by PEFT, and folded into its base."""
         method = {**METHODS[0], "attention_mass": 1.0}
         train(settings_of(settings_for(llava_folder, tmp_path, method, "merger_lora", budgets={"train": [4, 9]})))
+        card = (tmp_path / "README.md").read_text()
+        assert "Adapter of a LLaVA with a token merger" in card and "AutoModel" not in card
         merger_config = {"num_merged_tokens": 9, "num_heads": 4, "attention_mass": 1.0}
         stock = LlavaMergeForConditionalGeneration.from_pretrained(
             llava_folder / "llava", merger_config=merger_config

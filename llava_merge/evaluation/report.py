@@ -1,7 +1,9 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """What comes out of an evaluation: numbers, a table, warnings, and the smallest budget that will do."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from llava_merge.evaluation.candidates import UNMERGED
 from llava_merge.evaluation.data import PictureQuestion
@@ -124,6 +126,16 @@ def describe_choice(report: dict) -> Iterator[str]:
         )
 
 
+def protocol_in_words(protocol: dict) -> str:
+    """How it was measured, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in protocol["versions"].items())
+    return (
+        f"{protocol['model']}, {protocol['dtype']}, {protocol['metric'] or 'no labels'}, batches of "
+        f"{protocol['batch_size']}; {protocol['hardware']}; {versions}. Intervals of 95 %. Milliseconds of a question "
+        f"are those of the batch, shared out, with the tower's."
+    )
+
+
 def make_table(results: dict[str, dict]) -> str:
     """The results as a Markdown table: scores in % with their 95 % interval, best first within a budget."""
     first = next(iter(results.values()))
@@ -165,3 +177,17 @@ def table_row(row: dict, types: list[str]) -> list[str]:
 def percent(summary: dict) -> str:
     low, high = summary["ci95"]
     return f"{100 * summary['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def read_evaluation(path: Path) -> dict:
+    """The report of an evaluation.
+
+    Raises:
+        ValueError: There is none at the path.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["protocol"], report["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report.json of an evaluation: {error}") from error
+    return report

@@ -28,6 +28,8 @@ from llava_merge.evaluation.report import (
     make_results,
     make_table,
     make_warnings,
+    protocol_in_words,
+    read_evaluation,
 )
 from llava_merge.files import write_whole
 from llava_merge.loading import read_checkpoint
@@ -198,11 +200,8 @@ def read_report(path: Path, protocol: dict) -> dict:
     Raises:
         ValueError: There is none, or it is of another protocol.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no report.json of an evaluation: {error}") from error
-    check_same_protocol(protocol, report.get("protocol", {}), str(path))
+    report = read_evaluation(path)
+    check_same_protocol(protocol, report["protocol"], str(path))
     where = f" ({path.parent.name})"
     merged = {key: row for key, row in report["results"].items() if row["budget"] != "all"}
     return {key + where: {**row, "merger": row["merger"] + where} for key, row in merged.items()}
@@ -214,15 +213,12 @@ def write_report(report: dict, output: Path, others: list[dict]):
     for other in others:
         shown |= other
     protocol = report["protocol"]
-    versions = ", ".join(f"{name} {version}" for name, version in protocol["versions"].items())
     text = [
         f"# {protocol['questions']} questions of {protocol['data']} ({protocol['split']})",
         make_table(shown),
         *(f"**Warning:** {warning}" for warning in report["warnings"]),
         *describe_choice(report),
-        f"{protocol['model']}, {protocol['dtype']}, {protocol['metric'] or 'no labels'}, batches of "
-        f"{protocol['batch_size']}; {protocol['hardware']}; {versions}. Intervals of 95 %. Milliseconds of a question "
-        f"are those of the batch, shared out, with the tower's.",
+        protocol_in_words(protocol),
     ]
     write_whole(output / "report.md", "\n\n".join(text) + "\n")
     write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")

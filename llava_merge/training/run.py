@@ -15,7 +15,7 @@ from transformers.utils import logging
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.configuration_llava_merge import BUDGET
 from llava_merge.files import write_whole
-from llava_merge.hub import MERGER_USAGE, MODEL_USAGE, make_card
+from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
@@ -179,11 +179,10 @@ def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, 
     from llava_merge.training.curves import draw_curves  # matplotlib is slow to import
 
     draw_curves(trainer.state.log_history, folder / "curves.png")
-    mllm = settings.backbone_settings.mllm_settings
-    usage = MERGER_USAGE.replace("llava-hf/llava-1.5-7b-hf", mllm.model) if trainer.saves_parts else MODEL_USAGE
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    described = model.headless_model.merger if trainer.saves_parts else model
-    card = make_card(described, folder.resolve().name, usage, run=run_facts(settings, trainer, metrics))
+    kind = MERGER if trainer.saves_parts else ADAPTER if settings.trained.parts == "merger_lora" else MODEL
+    config = trainer.accelerator.unwrap_model(trainer.model).config.merger_config
+    base, facts = settings.backbone_settings.mllm_settings.model, run_facts(settings, trainer, metrics)
+    card = make_card(config, folder.resolve().name, kind, base, facts)
     write_whole(folder / "README.md", str(card))
 
 

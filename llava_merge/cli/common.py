@@ -1,0 +1,67 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The `llava-merge` command itself, and what its subcommands share."""
+
+import sys
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated
+
+
+try:
+    import PIL  # noqa: F401 - said here what is missing, not in the middle
+    import typer
+except ModuleNotFoundError as error:
+    sys.exit(f"The llava-merge command needs {error.name}: pip install 'llava-merge[demo]'")
+
+INTERRUPTED = 130  # as shells have it
+ModelOption = Annotated[str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe():
+    """LLaVA with fewer visual tokens, merged in CLIP space, before the projector.
+
+    Exit codes: 0 done, 1 a bug, 2 something given cannot be used, 130 interrupted.
+    """
+
+
+def command(name: str, extra: str | None = None):
+    """Makes a function the command `name`, with errors of one line.
+
+    Args:
+        extra: The extra of the package that holds what it needs.
+    """
+
+    def register(function):
+        @app.command(name)
+        @wraps(function)
+        def run(*args, **kwargs):
+            with one_line_errors(extra):
+                return function(*args, **kwargs)
+
+        return function
+
+    return register
+
+
+@contextmanager
+def one_line_errors(extra: str | None = None):
+    """Ends the command with one line, and exit code 2, where something the user gave cannot be used."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        fail(f"This needs {error.name}: pip install 'llava-merge[{extra}]'", error)
+    except (OSError, ValueError) as error:
+        fail(str(error).splitlines()[0], error)
+
+
+def fail(message: str, error: Exception):
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(2) from error

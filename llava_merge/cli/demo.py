@@ -1,0 +1,86 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""`llava-merge demo`"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated
+
+import typer
+
+from llava_merge.cli.common import JsonOption, ModelOption, command
+
+
+@command("demo")
+def demo(
+    image: Annotated[str | None, typer.Option(help="Picture, a file or URL; default a bundled one.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
+    num_merged_tokens: Annotated[int | None, typer.Option(help="Tokens per picture after merging.")] = None,
+    model: ModelOption = None,
+    merger: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method (see `llava-merge mergers`), a bundled merger (question_aware, agnostic), or directory or "
+            "Hub repo of one; several to compare. Default the model's own; of the bundled model, question_aware."
+        ),
+    ] = None,
+    attention_mass: Annotated[
+        float | None, typer.Option(help="Weight of merged tokens, from 0 (one token) to 1 (all their patches).")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("llava_merge_demo.png"),
+    as_json: JsonOption = False,
+):
+    """Answers questions about a picture with all visual tokens and with merged ones, and draws what was merged.
+
+    A baseline that keeps tokens at random stands beside every merger.
+    """
+    from transformers.utils import logging
+
+    from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
+    from llava_merge.demo.compare import Comparison
+    from llava_merge.files import save_picture
+    from llava_merge.pictures import open_picture
+    from llava_merge.visualization import side_by_side, thumbnail
+
+    logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
+    logging.disable_progress_bar()
+    questions, mergers = question or list(QUESTIONS), merger or [None]
+    if model is None and merger is None:
+        mergers, num_merged_tokens = [MERGERS[0]], NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
+    picture = open_picture(image or PICTURE)
+    comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
+    columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
+    drawn = {"the picture": thumbnail(picture)}
+    for index, name in enumerate([*mergers, *(["random"] if "random" not in mergers else [])]):
+        if index:
+            comparison.use(name)
+        columns[name or comparison.name] = [comparison.with_merged_tokens(picture, text) for text in questions]
+        if name in mergers:
+            caption = f"{name or comparison.name}, {comparison.num_merged_tokens} tokens"
+            drawn[caption] = comparison.picture(picture, questions[0])
+    save_picture(side_by_side([*drawn.values()], [*drawn]), output)
+    if as_json:
+        answers = {name or "none": [asdict(answer) for answer in given] for name, given in columns.items()}
+        typer.echo(json.dumps({"questions": questions, "answers": answers, "picture": str(output)}, indent=1))
+        return
+    print_answers(questions, columns)
+    typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
+
+
+def print_answers(questions: list[str], columns: dict[str, list]):
+    """A table: each question, then answer and milliseconds with all tokens and with those of each merger."""
+    rows = [[shorten(answer.text, 32, placeholder=" …") for answer in answers] for answers in columns.values()]
+    heads = [
+        f"{answers[0].num_image_tokens} tokens{', ' if name else ''}{Path(name).name}"
+        for name, answers in columns.items()
+    ]
+    widths = [max(len(head) - 10, 11, *map(len, texts)) for head, texts in zip(heads, rows, strict=True)]
+    first = max(map(len, questions))
+    typer.echo("  ".join([" " * first, *(f"{head:{width + 10}}" for head, width in zip(heads, widths, strict=True))]))
+    for index, question in enumerate(questions):
+        cells = [
+            f"{texts[index]:{width}} {answers[index].milliseconds:6.0f} ms"
+            for texts, answers, width in zip(rows, columns.values(), widths, strict=True)
+        ]
+        typer.echo("  ".join([f"{question:{first}}", *cells]))

@@ -1,0 +1,130 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Pushing of a folder that was saved: a merger, a LLaVA with one, or an adapter."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from transformers import PretrainedConfig
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from llava_merge.checkpoint_files import check_safetensors_files
+from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from llava_merge.evaluation.cards import add_evaluation
+from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
+from llava_merge.loading import read_checkpoint
+from llava_merge.saving import WEIGHTS, finish_interrupted_save
+
+
+CARD = "README.md"
+NOT_PUSHED = ("*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json")  # pickles, as Trainer writes some too
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """A folder with a checkpoint.
+
+    Attributes:
+        kind: What it holds, as cards call it.
+        config: Of the merger, or of the LLaVA.
+        base: The LLaVA of an adapter.
+    """
+
+    path: Path
+    kind: str
+    config: MergerConfig | LlavaMergeConfig
+    base: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "SavedFolder":
+        """What is at a path.
+
+        Raises:
+            ValueError: Nothing that this package saves, or a file of it is broken.
+        """
+        if not path.is_dir():
+            raise ValueError(f"{path}: there is no such folder. Save a model or merger first, with save_pretrained.")
+        finish_interrupted_save(path)
+        check_safetensors_files(path)
+        if (path / ADAPTER_CONFIG_NAME).is_file():
+            checkpoint = read_checkpoint(str(path), {})
+            if checkpoint.adapter_merger is None:
+                raise ValueError(f"{path} is an adapter without a merger; push it with PEFT.")
+            return cls(path, ADAPTER, MergerConfig(**checkpoint.adapter_merger), checkpoint.adapter_base)
+        model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+        for kind, config in ((MERGER, MergerConfig), (MODEL, LlavaMergeConfig)):
+            if model_type == config.model_type:
+                return cls(path, kind, config.from_pretrained(path))
+        raise ValueError(f"{path} holds a {model_type!r}, not a merger or a LLaVA with one.")
+
+    def files(self) -> list[str]:
+        """What is pushed, without the card, by its path in the folder: no pickles, hidden files or training states."""
+        names = [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
+        return [
+            name.as_posix()
+            for name in names
+            if name.as_posix() != CARD
+            and not any(part.startswith((".", "checkpoint-", "__pycache__", "runs")) for part in name.parts)
+            and not any(fnmatch(name.name, pattern) for pattern in NOT_PUSHED)
+        ]
+
+
+def push_directory(
+    directory: Path,
+    repo_id: str,
+    report: dict | None = None,
+    merger: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> CommitInfo:
+    """Pushes a folder in one commit, with a card; weights that the folder does not have are removed from the repo.
+
+    Args:
+        directory: As `save_pretrained`, `save_merger` or `llava-merge train` wrote it.
+        repo_id: Repo on the Hub, made where it does not exist.
+        report: report.json of an evaluation, for the card.
+        merger: Which of the report's mergers the folder is; default the only one.
+        private: For a new repo.
+        revision: Branch, made where it does not exist.
+        create_pr: Open a pull request instead.
+        token: Of the Hub; default the one that was logged in with.
+
+    Raises:
+        ValueError: The folder holds nothing that can be pushed, or the report has no such merger.
+    """
+    saved, api = SavedFolder.read(Path(directory)), HfApi(token=token)
+    if report is not None:  # before anything is made on the Hub
+        add_evaluation(make_card(saved.config, repo_id, saved.kind, saved.base), report, merger)
+    if not create_pr:
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+    card = find_card(saved, repo_id, CARD in there, token)
+    if report is not None:
+        add_evaluation(card, report, merger)
+    files = saved.files()
+    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, saved.path / name) for name in files),
+            CommitOperationAdd(CARD, str(card).encode()),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=f"Upload {saved.kind}",
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def find_card(saved: SavedFolder, repo_id: str, has_card: bool, token: str | None) -> ModelCard:
+    """The card of the folder, else of the repo, else a new one."""
+    if (saved.path / CARD).is_file():
+        return ModelCard.load(saved.path / CARD)
+    if has_card:
+        return ModelCard.load(repo_id, token=token)
+    return make_card(saved.config, repo_id, saved.kind, saved.base)

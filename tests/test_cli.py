@@ -1,0 +1,170 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The `llava-merge` command as a program: its help, its JSON, its exit codes, Ctrl-C, and pushing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import agnostic, make_processor, tiny_model
+from hub_server import HubServer, run_python
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from llava_merge import LlavaMergeProcessor, list_mergers
+from llava_merge.cli import app
+from llava_merge.demo import MODEL_DIR, find_merger
+from llava_merge.evaluation.cards import add_evaluation
+from llava_merge.evaluation.report import read_evaluation
+from llava_merge.hub import MERGER, make_card
+
+
+RESULTS = Path(__file__).parents[1] / "examples" / "results"
+COMMANDS = typer.main.get_command(app).commands
+
+
+def llava_merge(*arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "llava_merge", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_command_and_option_is_explained(self, name):
+        assert len(COMMANDS[name].help) > 40
+        for parameter in COMMANDS[name].params:
+            assert parameter.help and parameter.help.endswith((".", ".)")), parameter.name
+
+    def test_exit_codes_are_named(self):
+        assert "Exit codes: 0 done" in CliRunner().invoke(app, ["--help"]).output.replace("\n", " ")
+
+
+class TestJson:
+    def test_demo(self, tmp_path):
+        output = ("--output", str(tmp_path / "demo.png"))
+        done = CliRunner().invoke(app, ["demo", "--json", "--question", "What color is the star?", *output])
+        found = json.loads(done.stdout)
+        assert found["questions"] == ["What color is the star?"] and Path(found["picture"]).exists()
+        assert list(found["answers"]) == ["none", "question_aware", "random"]
+        assert found["answers"]["none"][0]["text"] == "yellow"
+        assert found["answers"]["random"][0]["num_image_tokens"] == 16
+
+    def test_mergers(self):
+        found = json.loads(CliRunner().invoke(app, ["mergers", "--json"]).stdout)
+        assert [each["name"] for each in found] == [each.name for each in list_mergers()]
+        assert all(each["summary"] for each in found)
+
+
+class TestCtrlC:
+    def test_an_evaluation_ends_and_goes_on(self, tmp_path):
+        arguments = ("evaluate", "--limit", 4, "--merger", "tome", "--num-merged-tokens", 16, "--batch-size", 2)
+        running = llava_merge(*arguments, "--output", tmp_path)
+        answers, start = tmp_path / "answers.jsonl", time.monotonic()
+        while not (answers.exists() and answers.read_text().count("\n") > 2):
+            assert running.poll() is None and time.monotonic() - start < 240
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+        assert running.returncode == 130 and errors.strip().endswith("Interrupted.") and "Traceback" not in errors
+        assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl"}
+        lines = answers.read_text().splitlines()
+        assert len([json.loads(line) for line in lines]) > 2
+        going_on = llava_merge(*arguments, "--output", tmp_path)
+        going_on.communicate(timeout=240)
+        assert going_on.returncode == 0 and answers.read_text().splitlines()[: len(lines)] == lines
+        assert {"report.json", "report.md"} <= {path.name for path in tmp_path.iterdir()}
+
+    def test_without_work_done(self, monkeypatch, tmp_path):
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("llava_merge.demo.compare.Comparison.with_all_tokens", interrupt)
+        done = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "demo.png")])
+        assert done.exit_code == 130 and done.stderr == "Interrupted.\n" and not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "llava_merge.demo.browser", raising=False)
+    done = CliRunner().invoke(app, ["app"])
+    assert done.exit_code == 2 and done.stderr == "Error: This needs gradio: pip install 'llava-merge[app]'\n"
+
+
+class TestPush:
+    @pytest.fixture
+    def server(self):
+        with HubServer() as running:
+            yield running
+
+    def push(self, server, home, *arguments, code=0) -> tuple[str, str]:
+        done = llava_merge("push", *arguments, env=server.environment(home))
+        output, errors = done.communicate(timeout=240)
+        assert done.returncode == code, errors
+        return output, errors
+
+    def test_a_merger_with_its_evaluation(self, server, tmp_path):
+        report = RESULTS / "evaluation_demo.json"
+        asked = ("--report", report, "--merger", "llava_merge/demo/mergers/agnostic")
+        output, _ = self.push(server, tmp_path, find_merger("agnostic"), "org/merger", *asked, "--json")
+        files = server.repos["org/merger"]
+        assert {"config.json", "model.safetensors", "multi_modal_projector.safetensors", "README.md"} <= set(files)
+        assert json.loads(output)["repo_id"] == "org/merger"
+        card = ModelCard(files["README.md"].decode())
+        assert "| none | all |" in card.text and "mergers/agnostic | 16 |" in card.text and "tome" not in card.text
+        scores = {each.metric_name: each.metric_value for each in card.data.eval_results}
+        row = json.loads(report.read_text())["results"]["llava_merge/demo/mergers/agnostic@16"]
+        assert scores["exact_match, 16 tokens"] == round(100 * row["scores"]["all"]["score"], 2) and len(scores) == 3
+
+    def test_a_model_without_what_does_not_belong_there(self, server, tmp_path):
+        folder = tmp_path / "model"
+        tiny_model(agnostic()).save_pretrained(folder)
+        make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9).save_pretrained(folder)
+        for name in ("training_args.bin", "optimizer.pt", "checkpoint-5/model.safetensors", ".cache/x.json", "runs/x"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"x")
+        before = """
+from huggingface_hub import HfApi
+HfApi().create_repo("org/model")
+for name, content in (("model-00001-of-00002.safetensors", b"x"), ("README.md", b"My own.")):
+    HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="org/model")
+"""
+        run_python(before, server.environment(tmp_path))
+        self.push(server, tmp_path, folder, "org/model")
+        files = server.repos["org/model"]
+        assert files["README.md"].decode().endswith("My own.")
+        assert {"config.json", "model.safetensors", "modeling_llava_merge.py", "processor_config.json"} <= set(files)
+        assert not {"training_args.bin", "optimizer.pt", "model-00001-of-00002.safetensors", "runs/x"} & set(files)
+        assert not any(name.startswith((".cache", "checkpoint-")) for name in files)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("/nowhere/at/all",), "/nowhere/at/all: there is no such folder"),
+            ((MODEL_DIR,), "holds a 'llava', not a merger or a LLaVA with one"),
+            ((find_merger("agnostic"), "--report", MODEL_DIR / "config.json"), "is no report.json of an evaluation"),
+            (
+                (find_merger("agnostic"), "--report", RESULTS / "evaluation_demo.json"),
+                "say which of its mergers this is",
+            ),
+        ],
+    )
+    def test_what_cannot_be_pushed_makes_no_repo(self, arguments, message, server, tmp_path):
+        directory, *rest = arguments
+        _, errors = self.push(server, tmp_path, directory, "org/no", *rest, code=2)
+        assert message in errors and len(errors.strip().splitlines()) == 1 and not server.repos
+
+
+def test_results_in_a_card_are_replaced_by_newer_ones():
+    report = read_evaluation(RESULTS / "evaluation_lora_agnostic_demo.json")
+    card = make_card(tiny_model(agnostic()).config, "org/mine", MERGER)
+    plain = card.text
+    add_evaluation(card, report)
+    once = str(card)
+    add_evaluation(card, report, "own")
+    assert str(card) == once and card.text.startswith(plain.rstrip()) and once.count("## Evaluation") == 1
+    with pytest.raises(ValueError, match="has the mergers own: it has no merger 'tome'"):
+        add_evaluation(card, report, "tome")
