@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """`llava-merge evaluate`"""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -82,5 +84,5 @@ def evaluate(
     from llava_merge.evaluation.run import evaluate as run
     from llava_merge.evaluation.run import settings_of_options
 
-    run(settings_of_options(options), output, against, choose)
+    run(settings_of_options(options), output, against, choose, shlex.join(["llava-merge", *sys.argv[1:]]))
     typer.echo((output / ("report.json" if as_json else "report.md")).read_text(encoding="utf-8"))

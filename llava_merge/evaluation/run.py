@@ -3,8 +3,6 @@
 
 import hashlib
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +40,11 @@ FLIP_SIZES = (1, 8, 32)  # batches in which the same questions are asked
 
 
 def evaluate(
-    settings: EvaluationSettings, output: Path, against: list[Path] | None = None, choose: float | None = None
+    settings: EvaluationSettings,
+    output: Path,
+    against: list[Path] | None = None,
+    choose: float | None = None,
+    command: str | None = None,
 ) -> dict:
     """Asks every merger at every budget and writes `answers.jsonl`, `report.json`, `report.md` and `scores.png`.
 
@@ -52,6 +54,7 @@ def evaluate(
         against: Reports of the same protocol, whose mergers are shown along.
         choose: Share of answers that have to agree with the unmerged model's; the smallest budgets that hold it are
             chosen.
+        command: That does the same, for the report.
 
     Returns:
         The report: `protocol`, `results` by merger and budget, `flips`, `choice`, `warnings`.
@@ -84,7 +87,7 @@ def evaluate(
     results = make_results(questions, rows, keys, protocol["metric"])
     warnings = list(make_warnings(results, flips))
     report = {
-        "command": shlex.join(["llava-merge", *sys.argv[1:]]),
+        "command": command,
         "protocol": protocol,
         "candidates": described,
         "results": results,
