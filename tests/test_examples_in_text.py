@@ -5,6 +5,9 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,11 @@ from PIL import Image
 
 import llava_merge
 from llava_merge.demo import MODEL_DIR, PICTURE
+from llava_merge.training.settings import load_settings
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SEVEN_B = "llava-hf/llava-1.5-7b-hf"
 START = f"""
 import os
@@ -82,3 +87,53 @@ def test_docstring(test):
 def test_docstrings_have_examples():
     names = {test.name.rpartition(".")[2] for test in docstring_examples()}
     assert names >= {"LlavaMergeForConditionalGeneration", "LlavaMergeProcessor", "TokenMerger"}
+
+
+COMMANDS = [
+    command
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.strip().splitlines()
+    for command in line.split(" && ")
+]
+SHORTER = {  # what makes a command of README one of seconds
+    "llava-merge demo": "",
+    "python examples/make_demo_data.py": "--num-train 12 --num-validation 2",
+    "llava-merge train examples/configs/demo.yaml": "--set training.max_steps=2",
+    "llava-merge evaluate": "--limit 1",
+}
+FOR_7B = ("llava-merge train examples/configs/llava_7b.yaml", "torchrun --nproc-per-node 8 -m llava_merge train")
+BY_CI = ("pip install", "pytest", "pre-commit install")
+
+
+def commands_of(*starts: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(starts)]
+
+
+def test_every_command_of_the_readme_is_run_somewhere():
+    assert len(COMMANDS) == len(commands_of(*SHORTER, *FOR_7B, *BY_CI)) and len(commands_of(*SHORTER)) == len(SHORTER)
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+    """One after the other in a new folder, since one makes what the next one reads."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for folder in ("examples", "llava_merge"):  # configs name the bundled model by its path in a clone
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for command in commands_of(*SHORTER):
+        (options,) = (options for start, options in SHORTER.items() if command.startswith(start))
+        program = command.replace("llava-merge ", "python -m llava_merge ", 1).replace("python", sys.executable, 1)
+        done = subprocess.run(
+            [*shlex.split(program), *shlex.split(options)], cwd=tmp_path, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made >= {"llava_merge_demo.png", "demo_data", "demo_merger", "llava_merge_evaluation"}
+    assert (tmp_path / "demo_merger" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("command", commands_of(*FOR_7B))
+def test_the_commands_for_7b_have_settings_that_are_accepted(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    given = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    settings = load_settings(Path(words[words.index("train") + 1]), given)
+    assert settings.backbone_settings.mllm_settings.model == SEVEN_B and Path(settings.data.train).suffix == ".json"
