@@ -19,6 +19,7 @@ class Bypassable:
 
     @property
     def is_bypassed(self) -> bool:
+        """Whether this thread answers without merging now."""
         return self._num_bypassing > 0 and id(self) in _bypassed.get()
 
 

@@ -14,6 +14,7 @@ class KeepsEncodedImagesToThePrefill:
 
         @takes_arguments_of(LlavaForConditionalGeneration.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(self, *, mm_encoder_outputs: dict | None = None, **kwargs) -> dict:
+            """As in transformers, with the images that `generate` encoded."""
             model_inputs = super().prepare_inputs_for_generation(**kwargs)
             if mm_encoder_outputs:
                 model_inputs.pop("pixel_values", None)

@@ -45,6 +45,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
     if TRANSFORMERS_V5:
 
         def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+            """The placeholders of one image, as many as its budget."""
             budget = self.budget(image_idx)
             if budget == ALL_TOKENS:
                 return super().replace_image_token(image_inputs, image_idx, **kwargs)

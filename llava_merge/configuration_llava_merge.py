@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of a merger, and of a LLaVA with one."""
+
 import copy
 import inspect
 
@@ -26,6 +28,7 @@ DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
 def is_number(value) -> bool:
+    """Whether it is a number, which True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -223,6 +226,7 @@ class MergerConfig(PretrainedConfig):
         return cls.from_dict(as_saved_by_this_release(fields), **kwargs)
 
     def to_dict(self) -> dict:
+        """All fields, as JSON has them."""
         fields = super().to_dict()
         fields.pop("_pre_quantization_dtype", None)  # transformers 4.57 leaves it here, a torch.dtype that is no JSON
         return fields

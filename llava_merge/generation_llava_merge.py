@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""`generate` of a LLaVA with a merger: images are merged once, whatever is drafted or searched behind."""
+
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -174,6 +174,7 @@ def check_loaded_keys(checkpoint: Checkpoint, config: LlavaMergeConfig, info: di
 
 
 def is_merger_key(key: str) -> bool:
+    """Whether a weight of a LLaVA is of its merger."""
     return key.startswith(("merger.", "model.merger."))
 
 

@@ -52,6 +52,7 @@ class MergeExtras:
         return self._each(lambda tensor: tensor[images.to(tensor.device)])
 
     def to(self, device: torch.device) -> "MergeExtras":
+        """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change) -> "MergeExtras":

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Average pooling: means over windows of the patch grid."""
+
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, as_source, register_merging_method, weighted_sum

@@ -95,6 +95,7 @@ class OwnInitialization:
     """
 
     def reset_parameters(self):
+        """Gives the parameters that it owns their values at the start."""
         raise NotImplementedError
 
 
@@ -136,6 +137,7 @@ class MergingMethod(nn.Module):
         """Says how much of the training is done, from 0 to 1; nothing to do where nothing is annealed."""
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        """Merges features (I, N, vision_dim) to `context.num_tokens` (I, M, vision_dim), in any floating dtype."""
         raise NotImplementedError
 
 

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""CDPruner: patches that are unlike each other and matter for the question."""
+
 import torch
 from torch import Tensor
 

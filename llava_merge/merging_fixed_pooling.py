@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""V3: learned queries, shifted by the question, that attend over all visual tokens."""
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,6 +15,7 @@ class ZeroLinear(OwnInitialization, nn.Linear):
     """Linear layer that starts at zero, so that the branch it ends adds nothing before training."""
 
     def reset_parameters(self):
+        """All zero, so that it adds nothing at the start."""
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -33,6 +36,7 @@ class QuestionModulator(nn.Module):
         self.output_proj = ZeroLinear(dim, dim)
 
     def forward(self, question: Question) -> Tensor:
+        """What the question adds to the queries: (I, internal_dim)."""
         tokens = self.token_proj(self.norm(question.embeds)).flatten(0, 1)  # (B·T, dim)
         shift = self.output_proj(nn.functional.gelu(soft_maximum_of_turns(tokens, question, self.sharpness)))
         return shift * question.has_text[:, None]  # no question: the queries as they are
@@ -64,6 +68,7 @@ class PoolAttention(nn.Module):
         self.v_proj = nn.Linear(vision_dim, dim)
 
     def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries (I, M, dim) and features (I, N, vision_dim), each (I, num_heads, length, dim / num_heads)."""
         normed = self.norm(features)
         projected = self.q_proj(queries), self.k_proj(normed), self.v_proj(normed)
         return tuple(split_heads(tensor, self.num_heads) for tensor in projected)

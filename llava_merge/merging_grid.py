@@ -40,11 +40,13 @@ def slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -
 
 @functools.lru_cache(maxsize=64)
 def kept_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    """[`make_slot_geometry`], made once for each grid, number of slots and device."""
     with torch.inference_mode(False):  # a later call may train
         return make_slot_geometry(grid, num_slots, device)
 
 
 def make_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    """The windows, distances, centres and places of the slots."""
     windows = window_weights(grid, num_slots, device)
     distances = squared_distances(grid, num_slots, device)
     places = slot_places(grid, num_slots, device)

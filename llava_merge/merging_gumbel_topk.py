@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""V1: a learned score chooses tokens, and the others merge into the nearest of these."""
+
 import torch
 from torch import Tensor, nn
 
@@ -107,6 +109,7 @@ class GumbelTopK(MergingMethod):
         nn.init.zeros_(self.progress)
 
     def set_progress(self, progress: float):
+        """Anneals the temperature; see [`MergingMethod.set_progress`]."""
         self.progress.fill_(progress)
 
     @property

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""V2: as V1, with a score that reads the question."""
+
 from torch import Tensor, nn
 
 from .configuration_llava_merge import MergerConfig
@@ -21,6 +23,7 @@ class GumbelTopKQuestion(GumbelTopK):
         self.query_modulator = QuestionModulator(config.text_dim, config.internal_dim)
 
     def score(self, features: Tensor, context: MergeContext) -> Tensor:
+        """Of each token, from itself and the question: (I, N)."""
         hidden = self.token_proj(self.norm(features))
         if context.question is not None:
             hidden = hidden + self.query_modulator(context.question)[:, None]

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Patches at random, a baseline."""
+
 import torch
 from torch import Tensor
 

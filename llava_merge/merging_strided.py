@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Every n-th patch, a baseline."""
+
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method

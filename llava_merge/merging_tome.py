@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""ToMe: the most similar tokens merge pairwise."""
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""VisionZip: patches that CLS attends to, and the rest merged by their keys."""
+
 import torch
 from torch import Tensor
 

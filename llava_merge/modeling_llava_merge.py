@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""LLaVA with a merger between vision tower and projector, without and with its head."""
+
 from dataclasses import replace
 
 import torch
@@ -100,6 +102,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
     @property
     def headless_model(self) -> "LlavaMergeModel":
+        """This model itself."""
         return self
 
     @property
@@ -590,6 +593,7 @@ class LlavaMergeForConditionalGeneration(
 
     @property
     def headless_model(self) -> LlavaMergeModel:
+        """The model without its head, which holds tower, merger, projector and language model."""
         return self.model
 
     def get_vision_features(self, pixel_values: Tensor, **kwargs) -> Tensor:

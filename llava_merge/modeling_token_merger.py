@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""A merger as a model of its own, with its checkpoints."""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -221,6 +223,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
 
     @property
     def merging_config(self) -> MergerConfig:
+        """Its configuration."""
         return self.config
 
     def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):

@@ -13,6 +13,7 @@ ALL_TOKENS = "all"  # of an image that is not merged
 
 
 def is_whole_number(value) -> bool:
+    """Whether it is a whole number of 1 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

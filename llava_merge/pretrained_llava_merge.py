@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Loading and saving, and changing of the merger, for LLaVA with and without its head."""
+
 import copy
 import re
 from contextlib import contextmanager
@@ -64,6 +66,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
 
     @property
     def merging_config(self) -> MergerConfig:
+        """The configuration of its merger."""
         return self.config.merger_config
 
     @property

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The processor, which writes as many placeholders as tokens are left."""
+
 import copy
 
 from transformers import BatchFeature

@@ -1,4 +1,6 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What a prompt says to merging: where images and questions are."""
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,7 @@ class ReadsPrompt:
 
     @property
     def reads_question(self) -> bool:
+        """Whether the merger needs the question in this call."""
         return self.merger_enabled and self.config.merger_config.question_aware
 
     def read_prompt(

@@ -63,6 +63,7 @@ def tokens_of_mark(tokenizer, mark: str) -> list[list[int]]:
 
 
 def encode(tokenizer, text: str) -> list[int]:
+    """The ids of a text, without special tokens around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 

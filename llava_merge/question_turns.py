@@ -36,10 +36,12 @@ class TurnMarks:
 
     @property
     def sequences(self) -> list[list[int]]:
+        """All marks that are sequences of ids."""
         return self.question_start + self.question_end
 
     @property
     def eos_between_samples(self) -> list[int]:
+        """Those ends of sequence that do not belong to a mark."""
         in_sequences = {id for marks in self.sequences for id in marks}
         return [id for id in self.eos if id not in in_sequences]
 
@@ -139,6 +141,7 @@ class Question:
         return question if mask is None else question.narrowed(mask)
 
     def to(self, device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> "Question":
+        """The same on another device, in another dtype."""
         embeds = self.embeds.to(device, dtype or self.embeds.dtype, non_blocking=non_blocking)
         ids = None if self.ids is None else self.ids.to(device)
         return Question(embeds, self.token_turns.to(device), self.image_turns.to(device), ids)
@@ -232,6 +235,7 @@ def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Ten
 
 
 def is_one_of(ids: Tensor, wanted: list[int]) -> Tensor:
+    """Which ids (B, L) are among those wanted."""
     return (ids[:, :, None] == ids.new_tensor(wanted)).any(dim=-1)
 
 

@@ -29,11 +29,13 @@ class TokenLayout:
 
     @classmethod
     def of_text(cls, num_rows: int, num_tokens: int, device: torch.device) -> "TokenLayout":
+        """The layout of rows without images."""
         nothing = torch.zeros(num_rows, num_tokens + 1, dtype=torch.long, device=device)
         return cls(nothing, nothing, nothing.float(), True)
 
     @property
     def num_tokens(self) -> int:
+        """Length of the rows."""
         return self.skipped.shape[1] - 1
 
     def columns(self, start: int | Tensor, length: int) -> Tensor:
@@ -127,10 +129,12 @@ def place_in_image(num_tokens: list[int], device: torch.device) -> tuple[Tensor,
 
 
 def pad_left(tensor: Tensor) -> Tensor:
+    """With a zero before the first of the last dimension."""
     return torch.nn.functional.pad(tensor, (1, 0))
 
 
 def pad_right(tensor: Tensor) -> Tensor:
+    """With a zero behind the last of the last dimension."""
     return torch.nn.functional.pad(tensor, (0, 1))
 
 

@@ -44,6 +44,7 @@ class EncodedImages(BaseModelOutputWithPooling):
     def of(
         cls, outputs: BaseModelOutputWithPooling, token_places: Tensor, token_sizes: Tensor, num_patches: int
     ) -> "EncodedImages":
+        """The tower's output with where its merged tokens sit."""
         parts = outputs.last_hidden_state, outputs.pooler_output, outputs.hidden_states, outputs.attentions
         return cls(*parts, token_places, token_sizes, num_patches)
 

@@ -245,6 +245,7 @@ def whole_box(size: tuple[int, int], processor) -> tuple[int, ...]:
 
 
 def as_floats(source: Tensor) -> Tensor:
+    """The source on the CPU, in float32."""
     return source.detach().float().cpu()
 
 

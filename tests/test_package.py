@@ -58,7 +58,7 @@ def test_the_top_level_is_as_agreed():
 def test_metadata_is_in_one_place():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"demo", "app", "evaluate", "train", "serve", "test", "dev"} == set(project["optional-dependencies"])
+    assert {"demo", "docs", "app", "evaluate", "train", "serve", "test", "dev"} == set(project["optional-dependencies"])
     assert {re.split("[<>=]", name)[0] for name in project["dependencies"]} == {
         "torch",
         "transformers",

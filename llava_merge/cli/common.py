@@ -63,5 +63,6 @@ def one_line_errors(extra: str | None = None):
 
 
 def fail(message: str, error: Exception):
+    """Ends the command with a line of error and exit code 2."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(2) from error

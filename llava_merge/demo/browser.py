@@ -71,6 +71,7 @@ def read(path: str | None, question: str) -> tuple[Image.Image, str]:
 
 
 def in_words(answer: Answer) -> str:
+    """An answer and its numbers as Markdown."""
     return f"### {answer.text or '(no answer)'}\n{answer.num_image_tokens} visual tokens, {answer.milliseconds:.0f} ms"
 
 
@@ -110,6 +111,7 @@ def picture_upload() -> gr.Image:
 
 
 def answer_column(title: str, name: str) -> gr.Markdown:
+    """A place for an answer, with a title above."""
     with gr.Column(min_width=140):
         gr.Markdown(title)
         return gr.Markdown(elem_id=name)

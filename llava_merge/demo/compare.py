@@ -83,13 +83,16 @@ class Comparison:
 
     @property
     def name(self) -> str:
+        """The method of the present merger."""
         return self.used.config.merger_type
 
     def with_all_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
+        """The answer without merging; its time is the median of `repeats` runs."""
         with self.own.answering(self.model):
             return self._answer(image, question, ALL_TOKENS, repeats)
 
     def with_merged_tokens(self, image: Image.Image, question: str, repeats: int = 3) -> Answer:
+        """The answer with the present merger; its time is the median of `repeats` runs."""
         with self.used.answering(self.model):
             return self._answer(image, question, self.num_merged_tokens, repeats)
 

@@ -95,10 +95,12 @@ class SceneObject:
 
     @property
     def row(self) -> int:
+        """Of the grid, from the top."""
         return self.cell // self.grid
 
     @property
     def column(self) -> int:
+        """Of the grid, from the left."""
         return self.cell % self.grid
 
 
@@ -112,23 +114,29 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[SceneObject, ...]:
+        """All objects but card and needle."""
         return tuple(item for item in self.objects if item.shape in SHAPES)
 
     @property
     def needle(self) -> SceneObject | None:
+        """The tiny diamond of a hard scene."""
         return next((item for item in self.objects if item.shape == NEEDLE), None)
 
     @property
     def is_hard(self) -> bool:
+        """Whether it has a needle, which all hard scenes have."""
         return self.needle is not None
 
     @property
     def card(self) -> SceneObject | None:
+        """The card with a number, if there is one."""
         return next((item for item in self.objects if item.digit is not None), None)
 
 
 @dataclass(frozen=True)
 class Question:
+    """A question of one type, and its answer."""
+
     type: str
     text: str
     answer: str
@@ -372,6 +380,7 @@ def describe_scene(scene: Scene) -> str:
 
 
 def describe_object(item: SceneObject) -> str:
+    """The object as captions name it."""
     if item.digit is not None:
         return f"the {'digit' if item.grid == GRID else 'number'} {item.digit}"
     return f"a {item.size} {item.color} {item.shape}"
@@ -430,6 +439,7 @@ def _countable(scene: Scene) -> Iterator[tuple[str, int]]:
 
 
 def plural(shape: str) -> str:
+    """Of a shape, as questions write it."""
     return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 

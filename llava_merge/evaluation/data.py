@@ -145,6 +145,7 @@ def demo_questions(split: str, per_type: int, hard: bool = False) -> list[Pictur
 
 
 def asked_scenes(split: str, per_type: int, hard: bool) -> Iterator[PictureQuestion]:
+    """Questions about the scenes of a split, in their order, until each type has `per_type`."""
     missing = dict.fromkeys(HARD_QUESTION_TYPES if hard else QUESTION_TYPES, per_type)
     for index in count():
         wanted = [name for name, number in missing.items() if number]
@@ -170,6 +171,7 @@ def fingerprint(questions: list[PictureQuestion]) -> str:
 
 
 def describe_image(image) -> str | dict:
+    """What tells a picture from others: its scene, the hash of its pixels, or the name of its file."""
     if isinstance(image, Scene):
         return asdict(image)
     if isinstance(image, Image.Image):

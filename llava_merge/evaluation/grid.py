@@ -24,10 +24,12 @@ class Cell:
 
     @property
     def key(self) -> str:
+        """What reports call it, such as `tome@16`."""
         return f"{self.candidate.name}@{self.budget}"
 
 
 def make_cells(candidates: list[Candidate], budgets: list[int]) -> list[Cell]:
+    """Every merger at each of its budgets."""
     return [Cell(candidate, budget) for candidate in candidates for budget in budgets_of(candidate, budgets)]
 
 

@@ -45,6 +45,7 @@ def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def is_close(answer: str, reference: str) -> bool:
+    """Whether a number is within 5 % of the right one; other text has to be equal."""
     written, right = to_number(answer), to_number(reference)
     if written is None or not right:
         return plain(answer) == plain(reference)
@@ -77,6 +78,11 @@ def pope(answer: str, references: Sequence[str]) -> float:
 
 
 def is_yes(references: Sequence[str]) -> bool:
+    """Whether the right answer is yes.
+
+    Raises:
+        ValueError: It is neither yes nor no.
+    """
     label = plain(references[0])
     if label not in ("yes", "no"):
         raise ValueError(f"metric 'pope': the right answer {references[0]!r} has to be 'yes' or 'no'; use exact_match.")

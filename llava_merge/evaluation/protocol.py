@@ -102,6 +102,7 @@ def describe_protocol(
 
 
 def attention_of(module: PreTrainedModel) -> str:
+    """Name of the attention kind that a module runs."""
     return module.config._attn_implementation
 
 

@@ -11,6 +11,7 @@ from llava_merge.evaluation.metrics import METRICS, exact_match, pope_report, su
 
 
 def mean(values: list[float]) -> float:
+    """Of one number or more."""
     return sum(values) / len(values)
 
 
@@ -147,6 +148,7 @@ def make_table(results: dict[str, dict]) -> str:
 
 
 def sort_key(row: dict) -> tuple:
+    """Unmerged first, then large budgets, then high scores."""
     budget = float("inf") if row["budget"] == "all" else int(row["budget"])
     return row["merger"] != UNMERGED, -budget, -summary_of(row)["score"]
 
@@ -157,6 +159,7 @@ def summary_of(row: dict) -> dict:
 
 
 def table_row(row: dict, types: list[str]) -> list[str]:
+    """The cells of a result in [`make_table`]."""
     scores = [percent(row["scores"][name]) for name in types]
     counts = [f"{100 * value:.1f}" for value in (row.get("pope") or {}).values()]
     divergence = "" if row["token_kl"] is None else f"{row['token_kl']:.4f}"
@@ -175,6 +178,7 @@ def table_row(row: dict, types: list[str]) -> list[str]:
 
 
 def percent(summary: dict) -> str:
+    """A score and its interval in %."""
     low, high = summary["ci95"]
     return f"{100 * summary['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 

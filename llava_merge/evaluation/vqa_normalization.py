@@ -47,5 +47,6 @@ def strip_punctuation(text: str) -> str:
 
 
 def strip_words(text: str) -> str:
+    """Words without articles, with digits for numbers and apostrophes where they belong."""
     words = [DIGITS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

@@ -75,10 +75,12 @@ class LlavaMergeChat(lmms):
 
     @property
     def rank(self) -> int:
+        """Of this process."""
         return self._rank
 
     @property
     def world_size(self) -> int:
+        """Number of processes."""
         return self._world_size
 
     @torch.inference_mode()

@@ -78,6 +78,7 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
 
 
 def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     try:
         json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):

@@ -112,6 +112,7 @@ class MergerCollator:
         return pieces
 
     def render(self, messages: list[dict], **kwargs) -> str:
+        """Messages as the chat template writes them."""
         return self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def ended(self, answer: str) -> str:

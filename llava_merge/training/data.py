@@ -44,6 +44,7 @@ class ChatDataset(Dataset):
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
+        """Row `index`, checked."""
         row = self.rows[index]
         return read_sample(row, sample_name(self.source, row, index), self.image_folder)
 
@@ -85,6 +86,7 @@ class ChatStream(IterableDataset):
         self.on_broken_image, self.accepts = on_broken_image, accepts
 
     def set_epoch(self, epoch: int):
+        """Shuffles anew."""
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:

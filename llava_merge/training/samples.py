@@ -156,4 +156,5 @@ def check_sample(messages: list[dict], images: list):
 
 
 def text_of(message: dict) -> str:
+    """The text of a message, without its images."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -54,6 +54,8 @@ class MllmSettings:
 
 @dataclass
 class BackboneSettings:
+    """What the merger is trained for."""
+
     mllm_settings: MllmSettings = field(default_factory=MllmSettings)
 
 
@@ -228,6 +230,11 @@ def check_keys(given: dict, section: type, source: str):
 
 
 def check_key(key: str, known, source: str):
+    """Refuses a key that is not known, with the nearest that is.
+
+    Raises:
+        ValueError: So it is.
+    """
     if key not in known:
         near = get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."

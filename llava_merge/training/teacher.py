@@ -54,6 +54,7 @@ class LogitsCache:
         self.of_sample: dict[int, Tensor] = {}
 
     def has(self, sample_ids: Tensor) -> bool:
+        """Whether the answers of all samples are there."""
         return all(sample in self.of_sample for sample in sample_ids.tolist())
 
     def put(self, sample_ids: Tensor, logits: Tensor, num_answer_tokens: list[int]):

@@ -105,6 +105,7 @@ class MergerTrainer(Trainer):
 
     @property
     def merger(self) -> nn.Module:
+        """The merger that trains."""
         return self.accelerator.unwrap_model(self.model).headless_model.merger
 
     def train(self, *args, **kwargs):
@@ -302,9 +303,11 @@ class StepCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Tells the merger how far training is."""
         self.trainer.merger.set_progress(min(1.0, state.global_step / max(1, state.max_steps)))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Leaves out a step whose gradients are not finite."""
         trainer = self.trainer
         if has_finite_gradients(model):
             trainer.num_bad_steps_in_a_row = 0
