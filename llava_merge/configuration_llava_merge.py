@@ -228,6 +228,7 @@ class MergerConfig(PretrainedConfig):
     def to_dict(self) -> dict:
         """All fields, as JSON has them."""
         fields = super().to_dict()
+        fields.pop("_name_or_path", None)  # where it was loaded from, which is nobody's business
         fields.pop("_pre_quantization_dtype", None)  # transformers 4.57 leaves it here, a torch.dtype that is no JSON
         return fields
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import PretrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import find_adapter_config_file
 
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
@@ -47,7 +47,7 @@ class SavedFolder:
             raise ValueError(f"{path}: there is no such folder. Save a model or merger first, with save_pretrained.")
         finish_interrupted_save(path)
         check_safetensors_files(path)
-        if (path / ADAPTER_CONFIG_NAME).is_file():
+        if find_adapter_config_file(str(path)) is not None:
             checkpoint = read_checkpoint(str(path), {})
             if checkpoint.adapter_merger is None:
                 raise ValueError(f"{path} is an adapter without a merger; push it with PEFT.")

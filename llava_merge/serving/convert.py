@@ -1,0 +1,127 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""A whole checkpoint, of a stock LLaVA and a merger, without loading the LLaVA."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
+
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
+from llava_merge.evaluation.candidates import parse_candidate, put_merger
+from llava_merge.merging_base import method_file
+from llava_merge.saving import save_at_once
+from llava_merge.serving.shards import tensors_of, weight_files, write_shards
+
+
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of what is downloaded: no pickles, no code
+GENERATION_CONFIG = "generation_config.json"
+
+
+def convert(
+    base: str, output: Path, merger: str, num_merged_tokens: int | None = None, revision: str | None = None
+) -> LlavaMergeConfig:
+    """Writes a folder that loads as `from_pretrained(base, merger=merger)` does, with code and processor.
+
+    Weight files of the base are hard links where they can be; one that holds a projector that another one replaces is
+    copied without. All at once or not at all.
+
+    Args:
+        base: Directory or Hub repo of a stock LLaVA, in safetensors.
+        merger: Directory or Hub repo of a merger, or a method; `NAME:FIELD=VALUE,FIELD=VALUE` sets fields.
+        num_merged_tokens: Tokens per image; default the merger's.
+        revision: Of the base on the Hub.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        ValueError: The base is no stock LLaVA or lacks weights, or the merger does not fit it.
+    """
+    directory = find_base(base, revision)
+    model, processor = make_hollow_model(directory, merger, num_merged_tokens)
+    files = weight_files(directory)
+    own = name_as_saved(model, files)
+    check_complete(model, base, files, own)
+
+    def write(folder: Path):
+        write_shards(files, own, folder)
+        custom_object_save(model, folder, config=model.config)
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for file in (directory / GENERATION_CONFIG, method_file(model.config.merger_config)):
+            if file is not None and Path(file).is_file():
+                shutil.copy(file, folder)
+
+    save_at_once(write, output)
+    return model.config
+
+
+def find_base(base: str, revision: str | None) -> Path:
+    """The folder of a LLaVA, downloaded where it is on the Hub.
+
+    Raises:
+        ValueError: A file of it is broken.
+    """
+    directory = Path(base)
+    if not directory.is_dir():
+        directory = Path(snapshot_download(base, revision=revision, allow_patterns=list(PATTERNS)))
+    check_safetensors_files(directory)
+    return directory
+
+
+def make_hollow_model(
+    directory: Path, merger: str, num_merged_tokens: int | None
+) -> tuple[LlavaMergeForConditionalGeneration, LlavaMergeProcessor]:
+    """The model with real weights in the merger, and in a projector that came with it, alone; and its processor.
+
+    Raises:
+        ValueError: It is no stock LLaVA, or the merger does not fit it.
+    """
+    config = LlavaMergeConfig.from_pretrained(directory)
+    stock = LlavaMergeConfig.get_config_dict(directory)[0].get("merger_config") is None
+    if not stock:
+        raise ValueError(
+            f"{directory} has a merger already. Give the stock LLaVA that it was made of; to change the merger of a "
+            f"model, load it, call model.load_merger(...), and save it."
+        )
+    config = LlavaMergeConfig.from_pretrained(directory, merger_config={"merger_type": "none"})
+    dtype = config.dtype
+    with torch.device("meta"):
+        model = LlavaMergeForConditionalGeneration(config)
+    processor = LlavaMergeProcessor.from_pretrained(directory)
+    put_merger(model, processor, *parse_candidate(merger), places={})
+    if model.config.merger_config.merger_type != "none":
+        model.set_num_merged_tokens(num_merged_tokens or model.config.merger_config.num_merged_tokens, processor)
+    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+    return model, processor
+
+
+def name_as_saved(model: LlavaMergeForConditionalGeneration, files: list[Path]) -> dict[str, Tensor]:
+    """The weights that the model really has, by the names that the files have for them."""
+    saved = {name_in_model(model, name): name for file in files for name in tensors_of(file)}
+    return {saved.get(name, name): tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+
+
+def check_complete(model: LlavaMergeForConditionalGeneration, base: str, files: list[Path], own: dict[str, Tensor]):
+    """Refuses a base that lacks weights.
+
+    Raises:
+        ValueError: So it does.
+    """
+    found = {name_in_model(model, name) for name in [*own, *(name for file in files for name in tensors_of(file))]}
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    refuse_missing_weights(base, {without_level(name) for name in model.state_dict()} - found - tied)
+
+
+def name_in_model(model: LlavaMergeForConditionalGeneration, name: str) -> str:
+    """What the model calls a weight of a file, but for a level of the tower that not every release has."""
+    return without_level(model._name_in_model(name))
+
+
+def without_level(name: str) -> str:
+    """The name of a weight of the tower as on transformers 5; remove when 4.57 is no longer supported."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
