@@ -175,7 +175,7 @@ class TestRefused:
             (
                 find_merger("agnostic"),
                 9,
-                "has weights .* this model needs .* Use a merger that was trained with this LLaVA",
+                "has weights .* this model needs .* Use a merger that was trained with this",
             ),
         ],
     )

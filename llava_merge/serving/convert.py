@@ -96,7 +96,8 @@ def make_hollow_model(
     put_merger(model, processor, *parse_candidate(merger), places={})
     if model.config.merger_config.merger_type != "none":
         model.set_num_merged_tokens(num_merged_tokens or model.config.merger_config.num_merged_tokens, processor)
-    model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.config.merger_config.dtype = dtype
     return model, processor
 
 
