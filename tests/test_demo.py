@@ -294,7 +294,7 @@ class TestCommand:
 
     def test_every_command_is_in_the_table(self):
         names = [command.name for command in app.registered_commands]
-        assert names == ["convert", "demo", "evaluate", "mergers", "push", "app", "train"]
+        assert names == ["benchmark", "convert", "demo", "evaluate", "mergers", "push", "app", "train"]
 
 
 class TestPictures:

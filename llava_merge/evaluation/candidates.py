@@ -102,6 +102,7 @@ def put_merger(model, processor, name: str, fields: dict, places: dict, seed: in
     """Puts the merger of a name into the model, to answer with.
 
     Args:
+        processor: Of the model; None leaves unknown what stands between question and answer.
         fields: To be set, of a saved merger `position_ids` and `attention_mass` alone.
         places: Those two, of a method whose `fields` do not say them.
         seed: Of `random`.
@@ -129,7 +130,7 @@ def put_merger(model, processor, name: str, fields: dict, places: dict, seed: in
             f"merger {name!r} is neither a method ({', '.join(methods)}), nor a folder or Hub repo of a merger, nor "
             f"{OWN!r}."
         )
-    if model.config.merger_config.question_aware:
+    if model.config.merger_config.question_aware and processor is not None:
         model.set_question_marks(processor)
     model.model.merger.eval()
 

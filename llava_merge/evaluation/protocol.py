@@ -69,7 +69,6 @@ def describe_protocol(
     questions: list[PictureQuestion],
 ) -> dict:
     """All that the numbers depend on, besides mergers and budgets."""
-    device = model.device
     return {
         "model": BUNDLED if settings.model == str(MODEL_DIR) else settings.model,
         "data": settings.data,
@@ -89,6 +88,13 @@ def describe_protocol(
             "language_model": attention_of(model.model.language_model),
         },
         "seed": settings.seed,
+        **describe_machine(model.device),
+    }
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Hardware and versions."""
+    return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": {

@@ -1,0 +1,67 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What came out of a benchmark, as Markdown."""
+
+MIB = 1 << 20
+COLUMNS = {
+    "first_token": "first token",
+    "vision_tower": "tower",
+    "merger": "merger",
+    "multi_modal_projector": "projector",
+    "prefill": "prefill",
+    "rest": "rest",
+    "decode": "a token",
+    "answer": "answer",
+}
+
+
+def make_tables(report: dict) -> str:
+    """A table for each batch size, one of throughput if it was measured, and how all was measured."""
+    protocol, parts = report["protocol"], []
+    for size, rows in report["results"].items():
+        parts += [f"## {size} at once", make_table(rows)]
+    if report["throughput"] is not None:
+        parts += [f"## Requests a second in {protocol['memory']} GiB", make_throughput_table(report["throughput"])]
+    return "\n\n".join([f"# {protocol['model']}, {protocol['dtype']}", *parts, describe(protocol)]) + "\n"
+
+
+def make_table(rows: dict[str, dict]) -> str:
+    """Milliseconds as median and quartiles, with ratios to the stock model."""
+    head = ["merger", "tokens", *COLUMNS.values(), "first token ×", "answer ×", "KV MiB", "peak MiB"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows.values():
+        peak = row["peak_memory_bytes"]
+        times = [row["milliseconds"][name] for name in COLUMNS]
+        lines.append(
+            [
+                row["merger"],
+                row["budget"],
+                *(f"{each['median']:.2f} ({each['low']:.2f}–{each['high']:.2f})" for each in times),
+                f"{row['first_token_ratio']:.2f}",
+                f"{row['answer_ratio']:.2f}",
+                f"{row['kv_bytes_of_image'] / MIB:.1f}",
+                "" if peak is None else f"{peak / MIB:.0f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def make_throughput_table(rows: dict[str, dict]) -> str:
+    """Largest batches and their requests a second."""
+    lines = [["cell", "batch", "requests/s", "×"], ["---"] * 4]
+    for key, row in rows.items():
+        lines.append([key, str(row["batch_size"]), f"{row['requests_per_second']:.2f}", f"{row['ratio']:.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(protocol: dict) -> str:
+    """How it was measured, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in protocol["versions"].items())
+    attention = protocol["attention"]
+    return (
+        f"{protocol['parameters'] / 1e6:.1f} million parameters, weights {protocol['weights']}; "
+        f"{protocol['hardware']}, {protocol['threads']} threads; {versions}; attention {attention['vision_tower']} in "
+        f"the tower, {attention['language_model']} in the language model. One picture and {protocol['text_tokens']} "
+        f"other tokens a prompt, answers of {protocol['new_tokens']} tokens. Milliseconds of the whole batch: medians "
+        f"(quartiles) of {protocol['rounds']} rounds, in which the rows took turns; × is how many times faster than "
+        f"the first row."
+    )

@@ -1,0 +1,226 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""A whole benchmark, from settings to a report."""
+
+import json
+import logging
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.benchmark.memory import measure_throughput
+from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model
+from llava_merge.benchmark.report import make_tables
+from llava_merge.benchmark.timing import time_generate
+from llava_merge.demo import MERGERS, MODEL_DIR
+from llava_merge.evaluation.candidates import UNMERGED, Candidate, parse_candidate, put_merger
+from llava_merge.evaluation.grid import Cell, make_cells
+from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
+from llava_merge.files import write_whole
+from llava_merge.placeholders import ALL_TOKENS
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BenchmarkSettings:
+    """What is measured, and how; see `llava-merge benchmark --help`.
+
+    Attributes:
+        model: A shape of `SHAPES`, or directory or Hub repo of a LLaVA.
+        mergers: Methods, directories or Hub repos; `NAME:FIELD=VALUE,FIELD=VALUE` sets fields.
+        budgets: Merged tokens of an image.
+        batch_sizes: Prompts at once, each with a picture.
+        text_tokens: Of a prompt, besides the picture's.
+        new_tokens: Of an answer.
+        rounds: Of which the median is taken.
+        memory: GiB in which requests a second are measured, at the largest batch; None leaves that out.
+    """
+
+    model: str
+    mergers: list[str]
+    budgets: list[int] = field(default_factory=lambda: [64, 16])
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    text_tokens: int = 64
+    new_tokens: int = 32
+    rounds: int = 5
+    memory: float | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+
+def benchmark(settings: BenchmarkSettings, output: Path, command: str | None = None) -> dict:
+    """Measures every merger at every budget beside the stock model and writes report.json, report.md and times.png.
+
+    The cells of a round follow each other, so that what slows the machine down slows all of them.
+
+    Returns:
+        The report: `protocol`, `results` by batch size and cell.
+
+    Raises:
+        ValueError: A setting cannot be used.
+    """
+    check_settings(settings)
+    model = make_model(settings.model, getattr(torch, settings.dtype), settings.device, settings.attn_implementation)
+    cells = make_cells(make_mergers(model, settings), settings.budgets)
+    results = {str(size): measure_cells(model, cells, size, settings) for size in settings.batch_sizes}
+    report = {
+        "command": command,
+        "protocol": describe_run(settings, model),
+        "results": results,
+        "throughput": None if settings.memory is None else measure_throughput(model, cells, settings),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
+    write_whole(output / "report.md", make_tables(report))
+    draw_if_possible(report, output / "times.png")
+    return report
+
+
+def settings_of_options(given: dict) -> BenchmarkSettings:
+    """Settings, with what suits the machine where nothing is given."""
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.startswith("cuda")
+    default = {"device": device, "dtype": "bfloat16" if on_gpu else "float32"}
+    default |= {"model": "llava-1.5-7b"} if on_gpu else {"model": str(MODEL_DIR)}
+    default |= {"batch_sizes": [1, 8, 32]} if on_gpu else {}
+    settings = {**default, **given}
+    bundled = settings["model"] == str(MODEL_DIR)
+    settings.setdefault("mergers", [*MERGERS] if bundled else ["fixed_pooling", "fixed_pooling:question_aware=true"])
+    return BenchmarkSettings(**settings)
+
+
+def check_settings(settings: BenchmarkSettings):
+    """Refuses settings that can be told to be wrong without a model.
+
+    Raises:
+        ValueError: So they are.
+    """
+    for name, least in (("text_tokens", 2), ("new_tokens", 2), ("rounds", 1)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name}={getattr(settings, name)}: has to be {least} or more.")
+    for name in ("budgets", "batch_sizes"):
+        if not getattr(settings, name) or min(getattr(settings, name)) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: has to be whole numbers of 1 or more.")
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={settings.dtype!r}: has to be float32, bfloat16 or float16.")
+    if settings.memory is not None and not settings.device.startswith("cuda"):
+        raise ValueError(f"memory={settings.memory}: can be measured on a GPU only, not on {settings.device!r}.")
+
+
+def make_mergers(model: LlavaMergeForConditionalGeneration, settings: BenchmarkSettings) -> list[Candidate]:
+    """The stock model, and the mergers; the model is as before.
+
+    Raises:
+        ValueError: One cannot be used, or a budget is above the number of visual tokens.
+    """
+    num_patches = model.config.num_patches
+    if max(settings.budgets) > num_patches:
+        raise ValueError(
+            f"num_merged_tokens={max(settings.budgets)} is more than the {num_patches} tokens of an image."
+        )
+    processor = None if settings.model in SHAPES else LlavaMergeProcessor.from_pretrained(settings.model)
+    before, candidates = Candidate.of(UNMERGED, model), []
+    for name in dict.fromkeys([UNMERGED, *settings.mergers]):
+        with before.answering(model):
+            put_merger(model, processor, *parse_candidate(name), places={})
+            candidates.append(Candidate.of(name, model))
+    return candidates
+
+
+def measure_cells(
+    model: LlavaMergeForConditionalGeneration, cells: list[Cell], batch_size: int, settings: BenchmarkSettings
+) -> dict[str, dict]:
+    """Of each cell, [`time_generate`] as median and quartiles, its ratio to the stock model, tokens and memory."""
+    rounds: dict[str, list[dict]] = {cell.key: [] for cell in cells}
+    peaks = {}
+    with tqdm(total=len(cells) * (settings.rounds + 1), desc=f"batch {batch_size}", disable=None) as bar:
+        for number in range(settings.rounds + 1):  # the first one warms up
+            for cell in cells[number % len(cells) :] + cells[: number % len(cells)]:
+                times, peaks[cell.key] = measure_once(model, cell, batch_size, settings)
+                if number:
+                    rounds[cell.key].append(times)
+                bar.update()
+    stock = rounds[cells[0].key]
+    return {cell.key: summarize_cell(model, cell, rounds[cell.key], stock, peaks[cell.key], settings) for cell in cells}
+
+
+def measure_once(
+    model, cell: Cell, batch_size: int, settings: BenchmarkSettings
+) -> tuple[dict[str, float], int | None]:
+    """Milliseconds of a cell, and the most memory that was used, in bytes, on a GPU."""
+    on_gpu = model.device.type == "cuda"
+    with cell.candidate.answering(model):
+        inputs = inputs_of_cell(model, cell, batch_size, settings)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = time_generate(model, inputs, settings.new_tokens)
+    return times, torch.cuda.max_memory_allocated() if on_gpu else None
+
+
+def summarize_cell(model, cell: Cell, rounds: list[dict], stock: list[dict], peak, settings: BenchmarkSettings) -> dict:
+    """What a report says of a cell; ratios are medians of those of each round."""
+    num_tokens = model.config.num_patches if cell.budget == ALL_TOKENS else cell.budget
+    ratios = {
+        f"{name}_ratio": statistics.median(one[name] / own[name] for one, own in zip(stock, rounds, strict=True))
+        for name in ("first_token", "answer")
+    }
+    return {
+        "merger": cell.candidate.name,
+        "budget": str(cell.budget),
+        "tokens_entered": num_tokens + settings.text_tokens,
+        "tokens_cached": num_tokens + settings.text_tokens + settings.new_tokens - 1,
+        "kv_bytes_of_image": num_tokens * kv_bytes_of_token(model),
+        "peak_memory_bytes": peak,
+        "milliseconds": {name: spread([each[name] for each in rounds]) for name in rounds[0]},
+        **{name: round(ratio, 3) for name, ratio in ratios.items()},
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+@torch.inference_mode()
+def kv_bytes_of_token(model: LlavaMergeForConditionalGeneration) -> int:
+    """Bytes of keys and values of one token in all layers, as its cache has them."""
+    cache = model(input_ids=torch.tensor([[1]], device=model.device), use_cache=True).past_key_values
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def describe_run(settings: BenchmarkSettings, model) -> dict:
+    """All that the numbers depend on, besides mergers, budgets and batch sizes."""
+    given = asdict(settings)
+    for name in ("mergers", "budgets", "batch_sizes", "device", "attn_implementation"):
+        given.pop(name)
+    given["model"] = BUNDLED if settings.model == str(MODEL_DIR) else settings.model
+    return {
+        **given,
+        "weights": "random" if settings.model in SHAPES else "of the checkpoint",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "attention": {
+            "vision_tower": attention_of(model.model.vision_tower),
+            "language_model": attention_of(model.model.language_model),
+        },
+        **describe_machine(model.device),
+    }
+
+
+def draw_if_possible(report: dict, path: Path):
+    """Draws the phases of the first token, where matplotlib is installed."""
+    try:
+        from llava_merge.benchmark.plot import draw_phases  # slow to import
+    except ModuleNotFoundError as error:
+        logger.warning(f"No {path.name} was drawn, since {error.name} is not installed.")
+        return
+    temporary = path.with_suffix(".tmp")
+    draw_phases(report, temporary)
+    temporary.replace(path)

@@ -1,0 +1,90 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Milliseconds of the parts of a model, from its own calls."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+PHASES = ("vision_tower", "merger", "multi_modal_projector", "language_model")
+
+
+class Stopwatch:
+    """Moments on a device: events in the stream of a GPU, which wait for nothing, or the clock of the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+
+    def now(self):
+        """This moment."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start, end) -> float:
+        """Milliseconds; the device has to have reached both moments."""
+        return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
+
+    def wait(self):
+        """Until the device is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def timed_calls(modules: dict[str, nn.Module], stopwatch: Stopwatch):
+    """Times every call of the modules inside; hands over a dict that has their moments by name.
+
+    On a GPU the time between two launches counts to the part that waits for the second one.
+    """
+    moments: dict[str, list] = {name: [] for name in modules}
+    hooks = []
+    for name, module in modules.items():
+        seen = moments[name]
+        hooks += [
+            module.register_forward_pre_hook(lambda *arguments, seen=seen: seen.append([stopwatch.now()])),
+            module.register_forward_hook(lambda *arguments, seen=seen: seen[-1].append(stopwatch.now())),
+        ]
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def time_generate(model, inputs: dict, new_tokens: int) -> dict[str, float]:
+    """Milliseconds of a greedy answer of `new_tokens`, two or more, and of its parts.
+
+    Returns:
+        `first_token` and of it `vision_tower`, `merger`, `multi_modal_projector`, `prefill` of the language model, and
+        `rest`, which is host, embeddings and head; `decode`, of a token; `answer`, of all.
+    """
+    stopwatch = Stopwatch(model.device)
+    modules = {name: getattr(model.model, name) for name in PHASES}
+    with timed_calls(modules, stopwatch) as moments:
+        first = wall_time(model, inputs, 1, stopwatch)
+    phases = {name: sum(stopwatch.between(*each) for each in seen) for name, seen in moments.items()}
+    phases["prefill"] = phases.pop("language_model")
+    answer = wall_time(model, inputs, new_tokens, stopwatch)
+    rest = first - sum(phases.values())
+    return {
+        "first_token": first,
+        **phases,
+        "rest": rest,
+        "decode": (answer - first) / (new_tokens - 1),
+        "answer": answer,
+    }
+
+
+def wall_time(model, inputs: dict, new_tokens: int, stopwatch: Stopwatch) -> float:
+    """Milliseconds of a greedy answer of just so many tokens, with the device idle at both ends."""
+    stopwatch.wait()
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    stopwatch.wait()
+    return 1000 * (time.perf_counter() - start)

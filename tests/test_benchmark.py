@@ -1,0 +1,177 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""`llava-merge benchmark`: phases, ratios and reports, on tiny models."""
+
+import json
+
+import pytest
+import torch
+from conftest import NUM_PATCHES, agnostic, make_processor, tiny_model, tiny_stock
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_merge.benchmark import memory, run
+from llava_merge.benchmark.models import SHAPES, make_inputs, make_model
+from llava_merge.benchmark.report import make_tables
+from llava_merge.benchmark.run import BenchmarkSettings, benchmark, kv_bytes_of_token
+from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls
+from llava_merge.cli import app
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_stock().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def settings_for(base, **fields) -> BenchmarkSettings:
+    fields = {"mergers": ["tome"], "budgets": [9, 4], "text_tokens": 6, "new_tokens": 3, "rounds": 2, **fields}
+    return BenchmarkSettings(str(base), **fields)
+
+
+class TestTiming:
+    def test_the_phases_are_parts_of_the_first_token(self):
+        model = tiny_model(agnostic(9))
+        times = [time_generate(model, make_inputs(model, 2, 9, 6, 0), 3) for _ in range(2)][1]  # the first warms up
+        parts = ("vision_tower", "merger", "multi_modal_projector", "prefill", "rest")
+        assert sum(times[name] for name in parts) == pytest.approx(times["first_token"])
+        assert all(times[name] > 0 for name in (*parts, "answer"))
+        assert times["decode"] == pytest.approx((times["answer"] - times["first_token"]) / 2)
+
+    def test_hooks_are_removed(self):
+        model = tiny_model(agnostic(9))
+        with (
+            pytest.raises(RuntimeError),
+            timed_calls({"merger": model.model.merger}, Stopwatch(model.device)) as moments,
+        ):
+            model.model.merger(torch.zeros(1, NUM_PATCHES, 32))
+            raise RuntimeError
+        assert len(moments["merger"]) == 1 and len(moments["merger"][0]) == 2
+        assert not model.model.merger._forward_hooks and not model.model.merger._forward_pre_hooks
+
+    def test_prompts_have_just_their_placeholders(self):
+        model = tiny_model(agnostic(9))
+        inputs = make_inputs(model, 3, 9, 7, 0)
+        is_image = inputs["input_ids"] == model.config.image_token_index
+        assert inputs["input_ids"].shape == (3, 16) and (is_image.sum(dim=1) == 9).all()
+        assert inputs["pixel_values"].shape == (3, 3, 84, 84)
+
+
+class TestBenchmark:
+    def test_the_report(self, base, tmp_path):
+        report = benchmark(settings_for(base, batch_sizes=[1, 2]), tmp_path, "the command")
+        assert json.loads((tmp_path / "report.json").read_text()) == report and report["command"] == "the command"
+        assert list(report["results"]) == ["1", "2"] and report["throughput"] is None
+        rows = report["results"]["1"]
+        assert list(rows) == ["none@all", "tome@9", "tome@4"]
+        assert rows["none@all"]["answer_ratio"] == rows["none@all"]["first_token_ratio"] == 1
+        assert [row["tokens_entered"] for row in rows.values()] == [42, 15, 10]
+        assert [row["tokens_cached"] for row in rows.values()] == [44, 17, 12]
+        stock = tiny_stock().config.text_config
+        of_token = 2 * stock.num_hidden_layers * stock.num_key_value_heads * stock.head_dim * 4
+        assert [row["kv_bytes_of_image"] for row in rows.values()] == [number * of_token for number in (36, 9, 4)]
+        for row in rows.values():
+            assert row["peak_memory_bytes"] is None
+            assert all(each["low"] <= each["median"] <= each["high"] for each in row["milliseconds"].values())
+        protocol = report["protocol"]
+        assert protocol["rounds"] == 2 and protocol["attention"] == {"vision_tower": "sdpa", "language_model": "sdpa"}
+        text = (tmp_path / "report.md").read_text()
+        assert text == make_tables(report) and "| tome | 4 |" in text and "## 2 at once" in text
+        assert Image.open(tmp_path / "times.png").width > 500
+
+    def test_cells_take_turns_at_being_first(self, base, tmp_path, monkeypatch):
+        order, measure_once = [], run.measure_once
+
+        def listed(model, cell, *arguments):
+            order.append(cell.key)
+            return measure_once(model, cell, *arguments)
+
+        monkeypatch.setattr(run, "measure_once", listed)
+        benchmark(settings_for(base), tmp_path)
+        keys = ["none@all", "tome@9", "tome@4"]
+        assert order == keys + keys[1:] + keys[:1] + keys[2:] + keys[:2]
+
+    def test_merging_shows_where_the_prompt_is_long(self, tmp_path):
+        settings = BenchmarkSettings("0.2b", ["average_pooling"], [16], text_tokens=8, new_tokens=2, rounds=1)
+        report = benchmark(settings, tmp_path)
+        rows = report["results"]["1"]
+        prefill = [row["milliseconds"]["prefill"]["median"] for row in rows.values()]
+        assert prefill[1] < prefill[0] / 2 and rows["average_pooling@16"]["first_token_ratio"] > 1
+        assert 1.5e8 < report["protocol"]["parameters"] < 2.5e8 and report["protocol"]["weights"] == "random"
+
+    def test_the_shape_of_7b_is_that_of_llava(self, monkeypatch):
+        vision, text = SHAPES["llava-1.5-7b"]
+        monkeypatch.setitem(SHAPES, "llava-1.5-7b", (vision, {**text, "num_hidden_layers": 1}))
+        model = make_model("llava-1.5-7b", torch.float32, "meta")
+        assert model.config.num_patches == 576 and model.config.vision_config.hidden_size == 1024
+        assert model.model.multi_modal_projector.linear_2.weight.shape == (4096, 4096)
+
+    def test_a_question_aware_merger_without_a_processor(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(SHAPES, "small", (SMALL, SMALL))
+        mergers = ["fixed_pooling:question_aware=true,num_heads=4"]
+        report = benchmark(settings_for("small", mergers=mergers, rounds=1), tmp_path)
+        assert list(report["results"]["1"]) == ["none@all", f"{mergers[0]}@9", f"{mergers[0]}@4"]
+
+    def test_bytes_of_a_token_follow_the_dtype(self):
+        model = tiny_model(agnostic(9))
+        assert kv_bytes_of_token(model.to(torch.bfloat16)) * 2 == kv_bytes_of_token(model.to(torch.float32))
+
+
+class TestThroughput:
+    """With made-up memory, since the CPU does not tell its own."""
+
+    def largest(self, monkeypatch, limit: float, seen: list | None = None) -> dict:
+        def made_up(model, cell, size, settings):
+            (seen if seen is not None else []).append(size)
+            if size > 40:
+                raise torch.cuda.OutOfMemoryError
+            return size / 100, int((2 + 0.1 * size + 0.001 * size**2) * memory.GIB)
+
+        monkeypatch.setattr(memory, "run", made_up)
+        return memory.measure_largest(None, None, BenchmarkSettings("x", [], memory=limit))
+
+    def test_the_largest_batch_that_fits(self, monkeypatch):
+        found = self.largest(monkeypatch, 5.0)
+        assert found["peak_memory_bytes"] <= 5 * memory.GIB and found["requests_per_second"] == 100
+        assert 18 <= found["batch_size"] <= 24
+
+    def test_out_of_memory_takes_a_smaller_one(self, monkeypatch):
+        seen = []
+        found = self.largest(monkeypatch, 100.0, seen)
+        assert seen[2] > 40 and 30 <= found["batch_size"] <= 40
+
+    def test_memory_in_which_nothing_fits(self, monkeypatch):
+        with pytest.raises(ValueError, match="not one request fits"):
+            self.largest(monkeypatch, 1.0)
+
+
+class TestCommand:
+    def test_json(self, base, tmp_path):
+        arguments = ["benchmark", str(base), "--merger", "tome", "--num-merged-tokens", "9", "--rounds", "1"]
+        arguments += ["--new-tokens", "2", "--text-tokens", "4", "--output", str(tmp_path), "--json"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert list(json.loads(done.stdout)["results"]["1"]) == ["none@all", "tome@9"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--rounds", "0"], "rounds=0: has to be 1 or more"),
+            (["--new-tokens", "1"], "new_tokens=1: has to be 2 or more"),
+            (["--num-merged-tokens", "0"], "budgets=[0]: has to be whole numbers of 1 or more"),
+            (["--num-merged-tokens", "577"], "num_merged_tokens=577 is more than the 576 tokens"),
+            (["--batch-size", "0"], "batch_sizes=[0]"),
+            (["--dtype", "int8"], "dtype='int8'"),
+            (["--memory", "8", "--device", "cpu"], "memory=8.0: can be measured on a GPU only"),
+            (["--merger", "nothing"], "neither a method"),
+            (["/nowhere/at/all"], "/nowhere/at/all"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, arguments, message, tmp_path):
+        done = CliRunner().invoke(app, ["benchmark", *arguments, "--output", str(tmp_path / "out")])
+        assert done.exit_code == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
