@@ -18,8 +18,10 @@ def save_picture(picture: Image.Image, path: Path):
     """Saves a picture under another name of the same extension first, and then renames it.
 
     Raises:
-        ValueError: The extension is of no format that Pillow writes.
+        ValueError: There is no such folder, or the extension is of no format that Pillow writes.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}.")
     written = path.with_name(f".new-{path.name}")
     picture.save(written)
     os.replace(written, path)

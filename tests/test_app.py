@@ -54,7 +54,7 @@ def page(request, chromium, address):
     page.set_default_timeout(TIMEOUT)
     page.hosts, page.problems = set(), []
     page.on("request", lambda asked: page.hosts.add(urllib.parse.urlsplit(asked.url).hostname))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("pageerror", lambda error: page.problems.append(f"{error} {error.stack}"))
     page.goto(address)
     expect_answer(page, "merged", "yellow")
     yield page

@@ -147,7 +147,8 @@ def make_app(
                 picture = picture_upload()
                 scene = gr.Button("Draw another scene", size="sm", visible=bundled)
                 question = gr.Textbox(QUESTIONS[0], label="Question", max_length=MAX_QUESTION_LENGTH)
-                examples = gr.Examples([[each] for each in QUESTIONS], question, label="For example", visible=bundled)
+                with gr.Row(visible=bundled):
+                    examples = [gr.Button(each, size="sm", min_width=180) for each in QUESTIONS]
                 merger = gr.Dropdown(choices, value=choices[0][1], label="Merger")
                 budget = gr.Slider(
                     1,
@@ -169,7 +170,8 @@ def make_app(
         call = {"inputs": [picture, question, merger, budget], "concurrency_limit": 1, "concurrency_id": "model"}
         both, merged = for_visitors(asking.both), for_visitors(asking.merged)
         gr.on([ask.click, question.submit, *([page.load] if bundled else [])], both, outputs=outputs, **call)
-        examples.load_input_event.then(both, outputs=outputs, **call)
+        for example in examples:
+            example.click(lambda text: text, example, question).then(both, outputs=outputs, **call)
         gr.on([merger.change, budget.change], merged, outputs=outputs[1:], trigger_mode="always_last", **call)
         scene.click(draw_other_scene, outputs=picture)
         picture.change(lambda: [None] * len(outputs), outputs=outputs)  # they are of the picture before
