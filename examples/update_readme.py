@@ -178,6 +178,43 @@ def training_cost_table(report: dict) -> str:
     )
 
 
+def speed_table(report: dict) -> str:
+    """Times and throughput at 7B's shape, beside the stock model of the same run."""
+    results, throughput, protocol = report["results"], report["throughput"], report["protocol"]
+    largest = [*results][-1]
+    head = [
+        "",
+        "tokens",
+        *(f"first token, {size} at once" for size in results),
+        f"answer, {largest} at once",
+        "requests/s",
+    ]
+    rows = []
+    for key, row in results[largest].items():
+        name = row["merger"].partition(":attention_mass")[0].replace(":question_aware=true", ", question-aware")
+        times = [timed(rows_of_size[key], "first_token") for rows_of_size in results.values()]
+        rate = throughput[key]
+        requests = f"{rate['requests_per_second']:.0f} ({rate['ratio']:.2f} ×), {rate['batch_size']} at once"
+        shown = "stock" if name == "none" else f"`{name}`"
+        rows.append([shown, row["budget"], *times, timed(row, "answer"), requests])
+    phases = [row["milliseconds"] for row in results[largest].values()]
+    share = max(each["merger"]["median"] for each in phases) / phases[0]["first_token"]["median"]
+    versions = protocol["versions"]
+    return (
+        f"{table(head, rows)}\n\n{protocol['parameters'] / 1e9:.1f} billion parameters, random weights, "
+        f"{protocol['dtype']}, one {protocol['hardware']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; prompts of a picture and {protocol['text_tokens']} other tokens, answers of "
+        f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock. The "
+        f"slowest merger takes {100 * share:.1f} % of the stock time to the first token at {largest} at once. Requests a "
+        f"second are measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
+        f"([benchmark_7b.json](examples/results/benchmark_7b.json))."
+    )
+
+
+def timed(row: dict, name: str) -> str:
+    return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
+
+
 def read_result(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -204,6 +241,7 @@ def updated(text: str) -> str:
         "accuracy by type": types_table(hard),
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
+        "speed": speed_table(read_result("benchmark_7b")),
     }
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
