@@ -205,8 +205,8 @@ def speed_table(report: dict) -> str:
         f"{protocol['dtype']}, one {protocol['hardware']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; prompts of a picture and {protocol['text_tokens']} other tokens, answers of "
         f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock. The "
-        f"slowest merger takes {100 * share:.1f} % of the stock time to the first token at {largest} at once. Requests a "
-        f"second are measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
+        f"slowest merger takes {100 * share:.1f} % of the stock time to the first token at {largest} at once. Requests "
+        f"a second are measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
         f"([benchmark_7b.json](examples/results/benchmark_7b.json))."
     )
 
