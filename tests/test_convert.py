@@ -171,6 +171,8 @@ class TestRefused:
         [
             ("nothing", 9, "neither a method"),
             ("tome", 37, "more than the 36 visual tokens"),
+            ("tome", 0, "num_merged_tokens=0"),
+            ("none", 9, "merger_type='none' keeps all tokens"),
             (str(MODEL_DIR), 9, "not of a merger"),
             (
                 find_merger("agnostic"),

@@ -82,8 +82,8 @@ def for_visitors(function):
         try:
             return function(*arguments)
         except ValueError as error:
-            path = arguments[0]
-            raise gr.Error(str(error).splitlines()[0].replace(str(path), "The file"), duration=None) from error
+            message = str(error).splitlines()[0].replace(arguments[0] or "\0", "The file")
+            raise gr.Error(message, duration=None) from error
 
     return shown
 

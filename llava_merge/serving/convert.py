@@ -94,8 +94,10 @@ def make_hollow_model(
         model = LlavaMergeForConditionalGeneration(config)
     processor = LlavaMergeProcessor.from_pretrained(directory)
     put_merger(model, processor, *parse_candidate(merger), places={})
-    if model.config.merger_config.merger_type != "none":
-        model.set_num_merged_tokens(num_merged_tokens or model.config.merger_config.num_merged_tokens, processor)
+    if num_merged_tokens is None:
+        num_merged_tokens = model.config.merger_config.num_merged_tokens
+    if num_merged_tokens is not None:  # as of merger_type="none"
+        model.set_num_merged_tokens(num_merged_tokens, processor)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.config.merger_config.dtype = dtype
     return model, processor
