@@ -16,7 +16,6 @@ def train(
         list[str] | None, typer.Option(help="Another value for a key, such as training.max_steps=100.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint of training.output_dir.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json at the end.")] = False,
 ):
     """Trains a merger, on one GPU, or on many under torchrun or accelerate: `torchrun -m llava_merge train ...`."""
     import logging
