@@ -11,7 +11,7 @@ from transformers.utils import find_adapter_config_file
 
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from llava_merge.evaluation.cards import add_evaluation
+from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.loading import read_checkpoint
 from llava_merge.saving import WEIGHTS, finish_interrupted_save
@@ -97,7 +97,7 @@ def push_directory(
     """
     saved, api = SavedFolder.read(Path(directory)), HfApi(token=token)
     if report is not None:  # before anything is made on the Hub
-        add_evaluation(make_card(saved.config, repo_id, saved.kind, saved.base), report, merger)
+        merger = find_merger_of_report(report, merger)
     if not create_pr:
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
         if revision is not None:

@@ -71,12 +71,16 @@ def make_inputs(
     }
 
 
+def tokens_of_cell(model, cell: Cell) -> int:
+    """Tokens of an image in a cell."""
+    return model.config.num_patches if cell.budget == ALL_TOKENS else cell.budget
+
+
 def inputs_of_cell(model, cell: Cell, batch_size: int, settings) -> dict:
     """A batch of prompts with the placeholders of a cell, and its budget.
 
     Args:
         settings: A [`BenchmarkSettings`].
     """
-    num_tokens = model.config.num_patches if cell.budget == ALL_TOKENS else cell.budget
-    inputs = make_inputs(model, batch_size, num_tokens, settings.text_tokens, settings.seed)
+    inputs = make_inputs(model, batch_size, tokens_of_cell(model, cell), settings.text_tokens, settings.seed)
     return inputs if cell.budget == ALL_TOKENS else {**inputs, "num_merged_tokens": cell.budget}

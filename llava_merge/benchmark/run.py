@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.benchmark.memory import measure_throughput
-from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model
+from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model, tokens_of_cell
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.timing import time_generate
 from llava_merge.demo import MERGERS, MODEL_DIR
@@ -20,7 +20,6 @@ from llava_merge.evaluation.candidates import UNMERGED, Candidate, parse_candida
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
 from llava_merge.files import write_whole
-from llava_merge.placeholders import ALL_TOKENS
 
 
 logger = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ def measure_once(
 
 def summarize_cell(model, cell: Cell, rounds: list[dict], stock: list[dict], peak, settings: BenchmarkSettings) -> dict:
     """What a report says of a cell; ratios are medians of those of each round."""
-    num_tokens = model.config.num_patches if cell.budget == ALL_TOKENS else cell.budget
+    num_tokens = tokens_of_cell(model, cell)
     ratios = {
         f"{name}_ratio": statistics.median(one[name] / own[name] for one, own in zip(stock, rounds, strict=True))
         for name in ("first_token", "answer")
