@@ -358,6 +358,15 @@ class LlavaMergeConfig(LlavaConfig):
         return vision_config
 
     @property
+    def mrope_section(self) -> list[int] | None:
+        """Makes vLLM ask the model where tokens sit instead of counting them; None where they are packed.
+
+        vLLM looks for it here; the rotary embedding, which looks elsewhere, stays as it is.
+        """
+        merger_config = self.merger_config
+        return [1, 1, 1] if merger_config.position_ids == "source" and merger_config.merger_type != "none" else None
+
+    @property
     def merged_vision_dim(self) -> int:
         """Width of the merged features: the tower's hidden size times the number of feature layers."""
         return self.vision_config.hidden_size * len(self.feature_layers())

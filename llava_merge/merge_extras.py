@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from .merging_base import full_precision
+from .placeholders import ALL_TOKENS
 from .question_turns import Question
 
 
@@ -74,6 +75,19 @@ class MergeExtras:
                     f"{name} has shape {tuple(tensor.shape)}; for features of shape {tuple(features.shape)} it has to "
                     f"begin with {tuple(features.shape[:2])}. Take both from the same images."
                 )
+
+
+def merge_by_budget(merge, features, question, grid, budgets: list[int | str], extras) -> list[list[Tensor]]:
+    """What `merge` returns for images of one budget, as lists with one tensor (M, ...) for each image."""
+    of_image = {}
+    for budget in dict.fromkeys(budgets):
+        images = [image for image, asked in enumerate(budgets) if asked == budget]
+        index = torch.tensor(images, device=features.device)
+        about = None if question is None else question.of_images(index)
+        extras_of_images = None if extras is None or budget == ALL_TOKENS else extras.of_images(index)
+        merged = merge(features[index], about, grid, budget, extras_of_images)
+        of_image |= zip(images, zip(*merged, strict=True), strict=True)
+    return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
 
 
 def read_tower(

@@ -14,6 +14,7 @@ class AveragePooling(MergingMethod):
     """
 
     training_free = True
+    sits_on_slots = True
     paper = "DeCo, 2405.20985"
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:

@@ -106,6 +106,7 @@ class MergingMethod(nn.Module):
         uses_question: Whether it can read the question (`MergerConfig.question_aware`).
         needs_grid: Whether the features have to lie on a rows × columns grid.
         training_free: Whether it has no parameters.
+        sits_on_slots: Whether it always leaves `MergeOutput.positions` out, so that they are known without the picture.
         requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"` and `"relevance"`: the model
             then puts it into the [`MergeContext`].
         extra_layers: Hidden states of the tower that `"layers"` means, as `vision_feature_layer` counts.
@@ -121,6 +122,7 @@ class MergingMethod(nn.Module):
     uses_question = False
     needs_grid = True
     training_free = False
+    sits_on_slots = False
     requires: frozenset[str] = frozenset()
     extra_layers: tuple[int, ...] = ()
     options: tuple[str, ...] = ()

@@ -106,6 +106,7 @@ class FixedPooling(MergingMethod):
     """
 
     uses_question = True
+    sits_on_slots = True
     options = ("init", "query_grid")
     paper = "resampler 2103.03206, pooled start 2312.06742, one map for every M 2405.19315"
 

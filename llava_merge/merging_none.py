@@ -16,6 +16,7 @@ class Identity(MergingMethod):
 
     needs_grid = False
     training_free = True
+    sits_on_slots = True
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         source = None

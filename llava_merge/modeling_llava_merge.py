@@ -26,7 +26,7 @@ from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation_llava_merge import EncodesImagesBeforeForward
 from .hub import MODEL, push_card_if_missing
 from .loading import read_checkpoint  # noqa: F401
-from .merge_extras import MergeExtras, projected_relevance, read_tower
+from .merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
@@ -341,7 +341,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             projected, places, sizes = self._merge_alike(features, question, grid, budgets[0], extras)
             outputs.pooler_output = list(projected)  # I × (M, hidden)
         else:
-            tokens = self._by_budget(self._merge_alike, features, question, grid, budgets, extras)
+            tokens = merge_by_budget(self._merge_alike, features, question, grid, budgets, extras)
             outputs.pooler_output, places, sizes = (tokens[0], *map(torch.cat, tokens[1:]))
         if not self.places_tokens:
             return outputs
@@ -352,18 +352,6 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         merged = self.merge_features(features, question, grid, budget, extras)
         device = device_of(self.multi_modal_projector.linear_1.weight, features)
         return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions, merged.sizes
-
-    def _by_budget(self, merge, features, question, grid, budgets, extras) -> list[list[Tensor]]:
-        """What `merge` returns for images of one budget, as a list with one tensor (M, ...) for each image."""
-        of_image = {}
-        for budget in dict.fromkeys(budgets):
-            images = [image for image, asked in enumerate(budgets) if asked == budget]
-            index = torch.tensor(images, device=features.device)
-            about = None if question is None else question.of_images(index)
-            extras_of_images = None if extras is None or budget == ALL_TOKENS else extras.of_images(index)
-            merged = merge(features[index], about, grid, budget, extras_of_images)
-            of_image |= zip(images, zip(*merged, strict=True), strict=True)
-        return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
 
     def get_image_features(
         self,
@@ -472,7 +460,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         def source_of(*merged_alike) -> tuple[Tensor]:
             return (self.merge_features(*merged_alike, return_source=True).source.float(),)
 
-        return self._by_budget(source_of, features, question, grid, budgets, extras)[0]
+        return merge_by_budget(source_of, features, question, grid, budgets, extras)[0]
 
     @takes_arguments_of(LlavaModel.forward)
     @can_return_tuple

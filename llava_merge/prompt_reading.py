@@ -20,6 +20,17 @@ EMPTY_QUESTION = (
 )
 
 
+def turn_marks_of(config) -> TurnMarks:
+    """Ids that tell the turns of a prompt apart for the model of a [`LlavaMergeConfig`]."""
+    eos, bos = (
+        [id] if isinstance(id, int) else list(id or ())
+        for id in (config.text_config.eos_token_id, config.text_config.bos_token_id)
+    )
+    merger_config = config.merger_config
+    starts, ends = merger_config.question_start_token_ids, merger_config.question_end_token_ids
+    return TurnMarks(starts or [], ends or [], eos, bos)
+
+
 def as_row_mask(name: str, mask, shape: torch.Size) -> Tensor | None:
     """A mask (B, L or more) of a prompt of `shape` (B, L), if any; with a filled cache it also covers what is in there.
 
@@ -71,13 +82,7 @@ class ReadsPrompt:
     @property
     def turn_marks(self) -> TurnMarks:
         """Ids that tell the turns of a prompt apart."""
-        merger_config, text_config = self.config.merger_config, self.config.text_config
-        eos, bos = (
-            [id] if isinstance(id, int) else list(id or ())
-            for id in (text_config.eos_token_id, text_config.bos_token_id)
-        )
-        starts, ends = merger_config.question_start_token_ids, merger_config.question_end_token_ids
-        return TurnMarks(starts or [], ends or [], eos, bos)
+        return turn_marks_of(self.config)
 
     @property
     def reads_question(self) -> bool:

@@ -1,0 +1,125 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
+
+import torch
+from torch import Tensor
+
+from llava_merge import LlavaMergeConfig
+from llava_merge.merging_grid import slot_places
+from llava_merge.placeholders import is_whole_number
+from llava_merge.prompt_reading import turn_marks_of
+from llava_merge.question_turns import split_turns
+
+
+BUDGET = "num_merged_tokens"
+PLAIN_ROPE = ("default", "linear", "llama3")  # whose frequencies do not depend on the number of positions
+ROPE_ROWS = 4  # positions prepared for each token that a request may have
+
+
+def keeps_places(config: LlavaMergeConfig) -> bool:
+    """Whether merged tokens keep the positions of their patches."""
+    return config.merger_config.position_ids == "source" and config.merger_config.merger_type != "none"
+
+
+def check_servable(config: LlavaMergeConfig):
+    """Refuses what a serving engine could only do wrong.
+
+    Raises:
+        ValueError: It has `attention_mass`.
+    """
+    mass = config.merger_config.attention_mass
+    if mass:
+        raise ValueError(
+            f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens, so that "
+            f"answers would differ from transformers'. Convert with `--merger NAME:attention_mass=0`, and evaluate that "
+            f"merger, or train it with attention_mass=0."
+        )
+
+
+def served_budgets(config: LlavaMergeConfig) -> list[int]:
+    """Tokens per image that a request may ask for, rising: those that the merger was trained with, else any."""
+    merger_config = config.merger_config
+    if merger_config.merger_type == "none":
+        return [config.num_patches]
+    if merger_config.trained_num_tokens:
+        return sorted({merger_config.num_merged_tokens, *merger_config.trained_num_tokens})
+    return list(range(1, config.num_patches + 1))
+
+
+def check_budget(config: LlavaMergeConfig, asked: object = None) -> int:
+    """Tokens per image of a request that asks for `asked`; the checkpoint's where that is None.
+
+    Raises:
+        ValueError: It is not among the [`served_budgets`].
+    """
+    served = served_budgets(config)
+    if asked is None:
+        return config.merger_config.num_tokens(config.num_patches)
+    if not is_whole_number(asked) or asked not in served:
+        listed = ", ".join(map(str, served)) if len(served) < 20 else f"whole numbers from {served[0]} to {served[-1]}"
+        raise ValueError(f"num_merged_tokens={asked!r}: this checkpoint is served with {listed}. Ask for one of them.")
+    return asked
+
+
+def questions_of_images(ids: list[int], config: LlavaMergeConfig, num_images: int) -> list[list[int]]:
+    """What each image is merged for, as ids: the text of its turn, by the rule of `llava_merge.question_turns`.
+
+    Args:
+        ids: The prompt, with one placeholder for each image.
+        num_images: Images that came with it.
+
+    Raises:
+        ValueError: There are more or fewer placeholders.
+    """
+    row = torch.tensor([ids])
+    image_mask = row == config.image_token_id
+    if int(image_mask.sum()) != num_images:
+        raise ValueError(
+            f"The prompt holds {int(image_mask.sum())} image placeholders for {num_images} images. Write one for each."
+        )
+    turns = split_turns(row, image_mask, turn_marks_of(config))
+    number, text = turns.number[0], turns.is_text[0]
+    return [row[0][text & (number == turn)].tolist() for turn in number[image_mask[0]].tolist()]
+
+
+def place_prompt(num_tokens: int, images: list[tuple[int, int]], grid: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    """Positions of a prompt whose merged tokens sit at the patches nearest to the centres of their slots.
+
+    Args:
+        num_tokens: Length of the prompt.
+        images: Where each image begins and how many tokens it has, in their order.
+        grid: Rows and columns of the patches.
+
+    Returns:
+        Positions and where the image begins that a token is in, (num_tokens,) int64 each, and how many more positions
+        than tokens there are.
+    """
+    num_patches = grid[0] * grid[1]
+    positions, starts, surplus = torch.arange(num_tokens), torch.zeros(num_tokens, dtype=torch.long), 0
+    for first, count in images:
+        start, behind = first + surplus, first + count
+        positions[first:behind] = start + slot_places(grid, count)
+        starts[first:behind] = start
+        surplus += num_patches - count
+        positions[behind:] += num_patches - count
+    return positions, starts, surplus
+
+
+def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
+    """Positions that the language model's rotary embedding is prepared for, which engines do not check."""
+    rope, rows = config.text_config.rope_parameters, config.text_config.max_position_embeddings
+    return max(rows, ROPE_ROWS * max_model_len) if rope and rope["rope_type"] in PLAIN_ROPE else rows
+
+
+def check_room(config: LlavaMergeConfig, num_images: int, budget: int, max_model_len: int):
+    """Refuses a request that could reach positions which are not prepared.
+
+    Raises:
+        ValueError: So it could.
+    """
+    highest, rows = max_model_len + num_images * (config.num_patches - budget), num_rope_rows(config, max_model_len)
+    if keeps_places(config) and highest > rows:
+        raise ValueError(
+            f"{num_images} images could reach position {highest}, since merged tokens keep the positions of their "
+            f"patches, and {rows} are prepared. Send fewer images, or serve with a lower --max-model-len."
+        )

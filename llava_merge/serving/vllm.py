@@ -1,0 +1,373 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""The model as vLLM runs it. Overrides what is no public API: written for the release that pyproject.toml names."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import regex
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector as TransformersProjector
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration as VllmLlava
+from vllm.model_executor.models.llava import LlavaMultiModalProjector, init_vision_tower_for_llava
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    StageMissingLayer,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageSize
+from vllm.multimodal.processing import PromptReplacement
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from llava_merge import LlavaMergeProcessor
+from llava_merge.checkpoint_files import refuse_missing_weights
+from llava_merge.merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
+from llava_merge.merging_base import find_merging_method
+from llava_merge.modeling_token_merger import TokenMerger
+from llava_merge.question_turns import Question
+from llava_merge.serving.requests import (
+    BUDGET,
+    check_budget,
+    check_room,
+    check_servable,
+    keeps_places,
+    num_rope_rows,
+    place_prompt,
+    questions_of_images,
+    served_budgets,
+)
+from llava_merge.text_tower import TextTower
+
+
+QUESTIONS = "question_input_ids"
+NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
+PLACE_DIGITS = 2  # columns behind the embeddings that say where a token sits, for bfloat16 holds no number over 256
+PLACE_BASE = 128
+NEARLY_NOTHING = 1e-6
+
+
+class LlavaMergeProcessingInfo(LlavaProcessingInfo):
+    """What vLLM asks about images, with the budget in the place of the number of patches."""
+
+    def get_hf_config(self) -> LlavaConfig:
+        """The [`LlavaMergeConfig`], with trust_remote_code that of the checkpoint's own code."""
+        return self.ctx.get_hf_config(LlavaConfig)
+
+    def get_hf_processor(self, **kwargs: object) -> LlavaMergeProcessor:
+        """The processor, of which only the part for images is used."""
+        return self.ctx.get_hf_processor(LlavaMergeProcessor, **kwargs)
+
+    def budget(self, mm_kwargs: Mapping[str, object]) -> int:
+        """Tokens per image of a request with these `mm_processor_kwargs`.
+
+        Raises:
+            ValueError: It asks for a number that is not served.
+        """
+        return check_budget(self.get_hf_config(), self.ctx.get_merged_mm_kwargs(mm_kwargs).get(BUDGET))
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Tokens of an image of any size: the default budget."""
+        return self.budget({})
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        """The size that the tower takes."""
+        height, width = self.get_hf_config().image_shape
+        return ImageSize(width=width, height=height)
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """The largest budget that a request may ask for, so that memory is kept for it."""
+        return {"image": served_budgets(self.get_hf_config())[-1]}
+
+
+class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
+    """Puts budget and question of each image into its cache keys and beside its pixels."""
+
+    def apply(self, inputs, timing_ctx):
+        """As in vLLM.
+
+        Raises:
+            ValueError: The budget is not served, an image comes as embeddings, or there are too many images.
+        """
+        num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
+        if not num_images:
+            return super().apply(inputs, timing_ctx)
+        if isinstance(inputs.mm_data_items["image"], ImageEmbeddingItems):
+            raise ValueError("image_embeds: this model merges images itself. Send pictures.")
+        config, kwargs = self.info.get_hf_config(), dict(inputs.hf_processor_mm_kwargs)
+        kwargs[BUDGET] = self.info.budget(kwargs)
+        check_room(config, num_images, kwargs[BUDGET], self.info.ctx.model_config.max_model_len)
+        if config.merger_config.question_aware:
+            kwargs[QUESTIONS] = questions_of_images(inputs.prompt, config, num_images)
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+
+    def _get_mm_hashes(self, inputs):
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        questions = kwargs.pop(QUESTIONS, None)
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
+        if questions is not None:  # of each image its own, so that a later turn changes none of an earlier one
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            hashes["image"] = [
+                MultiModalHasher.hash_kwargs(algorithm, image=image, question=question)
+                for image, question in zip(hashes["image"], questions, strict=True)
+            ]
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs, mm_is_cached) -> Mapping[str, object]:
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        if QUESTIONS in kwargs:
+            cached = mm_is_cached["image"]
+            kwargs[QUESTIONS] = [ids for ids, known in zip(kwargs[QUESTIONS], cached, strict=True) if not known]
+        return kwargs
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
+        kwargs = dict(hf_kwargs)
+        budget, questions = kwargs.pop(BUDGET), kwargs.pop(QUESTIONS, None)
+        inputs = super()._apply_hf_processor_main(mm_items, kwargs)
+        num_images = mm_items.get_all_counts().get("image", 0)
+        if num_images:
+            inputs[BUDGET] = torch.full((num_images,), budget)
+            if questions is not None:
+                inputs[QUESTIONS] = [torch.tensor(ids, dtype=torch.long) for ids in questions]
+        return inputs
+
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            "pixel_values": MultiModalFieldConfig.batched("image"),
+            BUDGET: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            QUESTIONS: MultiModalFieldConfig.batched("image"),
+        }
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> list[PromptReplacement]:
+        placeholder = self.info.get_hf_config().image_token_id
+        tokens = [placeholder] * hf_processor_mm_kwargs[BUDGET]
+        return [PromptReplacement(modality="image", target=[placeholder], replacement=tokens)]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaMergeMultiModalProcessor, info=LlavaMergeProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
+    """LLaVA with a merger on vLLM: its tower, projector and language model, and the merger of transformers.
+
+    Tower and projector are those of transformers where the merger asks for what vLLM's do not tell: attention or keys
+    of the tower, several of its layers, the relevance of patches; and for towers that vLLM does not have. They and the
+    merger are on every rank of a tensor-parallel group.
+
+    Merged tokens keep the positions of their patches by the hooks that vLLM has for M-RoPE, of which the language model
+    gets the first row. Where positions depend on the picture, they come with the embeddings, by the hook for pruning.
+    """
+
+    hf_to_vllm_mapper = VllmLlava.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_prefix={"model.merger.": "merger."},
+        orig_to_new_regex={regex.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)"): r"\1vision_model."},
+    )
+    supports_multimodal_pruning = True
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        nn.Module.__init__(self)
+        model_config = vllm_config.model_config
+        self.config = config = model_config.hf_config
+        self.multimodal_config = model_config.multimodal_config
+        self.method = find_merging_method(config.merger_config)
+        self.tells_places = keeps_places(config) and not self.method.sits_on_slots
+        check_servable(config)
+        check_positions(config, model_config)
+        if self.tells_places:
+            self.multimodal_config.video_pruning_rate = NEARLY_NOTHING  # which turns the hook on
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
+        with self._mark_tower_model(vllm_config, "image"):
+            self._make_encoder(vllm_config.quant_config, prefix)
+            self.merger = TokenMerger(config.merger_config).eval()
+        with self._mark_language_model(vllm_config), more_positions(config, model_config.max_model_len):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")
+            )
+        self.text_tower = None
+        if config.merger_config.text_tower is not None:
+            self.text_tower = TextTower(config.merger_config.text_tower, config.merged_vision_dim, {})
+            self.question_tokenizer = cached_tokenizer_from_config(model_config)
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def _make_encoder(self, quant_config, prefix: str):
+        """Tower and projector, vLLM's where they do."""
+        config = self.config
+        layers, kind = config.vision_feature_layer, config.vision_config.model_type
+        self.is_native = kind in NATIVE_TOWERS and isinstance(layers, int) and not self.method.requires
+        if not self.is_native:
+            dtype = torch.get_default_dtype()
+            self.vision_tower = AutoModel.from_config(
+                config.used_vision_config, dtype=dtype, attn_implementation="sdpa"
+            ).eval()
+            self.multi_modal_projector = TransformersProjector(config).to(dtype).eval()
+            return
+        self.vision_tower = init_vision_tower_for_llava(
+            config, quant_config=quant_config, require_post_norm=False, prefix=maybe_prefix(prefix, "vision_tower")
+        )
+        self.multi_modal_projector = LlavaMultiModalProjector(
+            vision_hidden_size=config.vision_config.hidden_size,
+            text_hidden_size=config.text_config.hidden_size,
+            projector_hidden_act=config.projector_hidden_act,
+            multimodal_projector_bias=config.multimodal_projector_bias,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "multi_modal_projector"),
+        )
+
+    def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
+        """Merged and projected tokens of each image, (M, hidden); where they tell their places, a few columns more."""
+        budgets, questions = kwargs.pop(BUDGET, None), kwargs.pop(QUESTIONS, None)
+        images = self._parse_and_validate_image_input(**kwargs)
+        if images is None:
+            return []
+        features, extras = self._run_tower(images["pixel_values"])
+        question = None if questions is None else self._embed_questions(questions)
+        if "relevance" in self.method.requires:
+            extras = replace(extras, relevance=self._relevance(features, question))
+        grid = self.config.patch_grid(self.config.image_shape)
+        tokens, places = merge_by_budget(
+            self._merge_alike, features, question, grid, budgets.flatten().tolist(), extras
+        )
+        if not self.tells_places:
+            return tokens
+        return [torch.cat((image, digits_of(where, image.dtype)), dim=1) for image, where in zip(tokens, places)]
+
+    def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
+        """Features (I, N, vision_dim) and what the method requires of the tower."""
+        config, strategy = self.config, self.config.vision_feature_select_strategy
+        if self.is_native:
+            return self.vision_tower(pixel_values, feature_select_strategy=strategy), MergeExtras()
+        layers, first = config.feature_layers(), 1 if strategy == "default" else 0
+        states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        features = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+        extra_layers = config.feature_layers(list(self.method.extra_layers)) if self.method.extra_layers else []
+        last = max(0, max(layers) - 1)
+        return features, read_tower(self.vision_tower, states, self.method.requires, extra_layers, last, first)
+
+    def _embed_questions(self, questions: Tensor | list[Tensor]) -> Question:
+        """The question of each image, of its ids (T,)."""
+        ids = nn.utils.rnn.pad_sequence([*questions], batch_first=True, padding_value=-1)
+        ids = nn.functional.pad(ids, (0, 1), value=-1)  # there may be none
+        return Question.of_each_image(self.language_model.embed_input_ids(ids.clamp(min=0)), ids >= 0, ids)
+
+    def _relevance(self, features: Tensor, question: Question) -> Tensor:
+        """(I, N), how much each patch matters for its question."""
+        if self.text_tower is not None:
+            return self.text_tower.relevance(features, question, self.question_tokenizer)
+        return projected_relevance(features, question, self.multi_modal_projector)
+
+    def _merge_alike(self, features, question, grid, budget: int, extras) -> tuple[Tensor, Tensor]:
+        """Projected tokens (I, M, hidden) and places (I, M) of images with the same budget."""
+        merged = self.merger(features, question, budget, grid, extras=extras)
+        return self.multi_modal_projector(merged.merged_features.contiguous()), merged.positions
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
+        """Positions (3, L): the position, where the image begins that the token is in, and what the second value says.
+
+        The second value is how far text behind the prompt is from where it would be without images.
+        """
+        images = sorted((feature.mm_position.offset, feature.mm_position.length) for feature in mm_features)
+        grid = self.config.patch_grid(self.config.image_shape)
+        positions, starts, surplus = place_prompt(len(input_tokens), images, grid)
+        return torch.stack((positions, starts, torch.full_like(positions, surplus))), surplus
+
+    def recompute_mrope_positions(
+        self, input_ids, multimodal_embeddings, mrope_positions: Tensor, num_computed_tokens: int
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Embeddings without the columns that tell places, and the positions with these places."""
+        hidden_size, surplus = self.config.text_config.hidden_size, int(mrope_positions[2, 0])
+        if not len(multimodal_embeddings):
+            return [], mrope_positions, surplus
+        places = torch.cat([number_of(image[:, hidden_size:]) for image in multimodal_embeddings])
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        is_image = ids == self.config.image_token_id
+        is_image[:num_computed_tokens] = False
+        tokens = is_image.nonzero()[: len(places), 0]
+        positions = mrope_positions.clone()
+        positions[0, tokens] = positions[1, tokens] + places.to(positions)
+        return [image[:, :hidden_size] for image in multimodal_embeddings], positions, surplus
+
+    def forward(
+        self, input_ids, positions: Tensor, intermediate_tensors=None, inputs_embeds=None, **kwargs: object
+    ) -> Tensor:
+        """As in vLLM; of (3, L) positions the first row counts."""
+        positions = positions[0] if positions.ndim == 2 else positions
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As in vLLM.
+
+        Raises:
+            ValueError: A part that is transformers' lacks a weight.
+        """
+        parts = ["merger"] if self.is_native else ["merger", "vision_tower", "multi_modal_projector"]
+        states = {part: {} for part in parts if not isinstance(getattr(self, part), StageMissingLayer)}
+
+        def others():
+            for name, tensor in self.hf_to_vllm_mapper.apply(weights):
+                part, _, rest = name.partition(".")
+                if part in states:
+                    states[part][rest.removeprefix("vision_model.")] = tensor
+                elif part not in parts:
+                    yield name, tensor
+
+        loaded = set(AutoWeightsLoader(self).load_weights(others()))
+        for part, state in states.items():
+            missing = getattr(self, part).load_state_dict(state, strict=False).missing_keys
+            refuse_missing_weights(self.config._name_or_path, missing)
+            loaded |= {f"{part}.{name}" for name in state}
+        return loaded
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Prefixes of the parts."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model",
+            connector=["merger", "multi_modal_projector"],
+            tower_model="vision_tower",
+        )
+
+
+def check_positions(config: LlavaConfig, model_config):
+    """Refuses to serve where merged tokens would silently be packed.
+
+    Raises:
+        ValueError: So they would.
+    """
+    if keeps_places(config) and not model_config.uses_mrope:
+        raise ValueError(
+            "position_ids='source', but vLLM would count positions: the checkpoint's own code is older than the package. "
+            "Serve without --trust-remote-code, or write the checkpoint anew."
+        )
+
+
+@contextmanager
+def more_positions(config: LlavaConfig, max_model_len: int):
+    """Inside, the language model is built with a rotary embedding for the positions that merged tokens can reach."""
+    text_config = config.text_config
+    rows = text_config.max_position_embeddings
+    if keeps_places(config):
+        text_config.max_position_embeddings = num_rope_rows(config, max_model_len)
+    try:
+        yield
+    finally:
+        text_config.max_position_embeddings = rows
+
+
+def digits_of(places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Places (M,) as columns of numbers that every floating dtype holds exactly: (M, PLACE_DIGITS)."""
+    powers = PLACE_BASE ** torch.arange(PLACE_DIGITS, device=places.device)
+    return (places[:, None] // powers % PLACE_BASE).to(dtype)
+
+
+def number_of(digits: Tensor) -> Tensor:
+    """What [`digits_of`] made columns of: (M,) int64."""
+    powers = PLACE_BASE ** torch.arange(PLACE_DIGITS, device=digits.device)
+    return (digits.long() * powers).sum(dim=1)
