@@ -30,9 +30,9 @@ def check_servable(config: LlavaMergeConfig):
     mass = config.merger_config.attention_mass
     if mass:
         raise ValueError(
-            f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens, so that "
-            f"answers would differ from transformers'. Convert with `--merger NAME:attention_mass=0`, and evaluate that "
-            f"merger, or train it with attention_mass=0."
+            f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens, and answers "
+            f"would differ from those of transformers. Set it to 0 (`--merger NAME:attention_mass=0`) and evaluate "
+            f"that, or train with 0."
         )
 
 

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector as TransformersProjector
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.interfaces import SupportsMRoPE
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaMultiModalProcessor,
+    LlavaMultiModalProjector,
+    LlavaProcessingInfo,
+    init_vision_tower_for_llava,
+)
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration as VllmLlava
-from vllm.model_executor.models.llava import LlavaMultiModalProjector, init_vision_tower_for_llava
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
@@ -53,7 +59,6 @@ QUESTIONS = "question_input_ids"
 NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 PLACE_DIGITS = 2  # columns behind the embeddings that say where a token sits, for bfloat16 holds no number over 256
 PLACE_BASE = 128
-NEARLY_NOTHING = 1e-6
 
 
 class LlavaMergeProcessingInfo(LlavaProcessingInfo):
@@ -164,14 +169,13 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
     merger are on every rank of a tensor-parallel group.
 
     Merged tokens keep the positions of their patches by the hooks that vLLM has for M-RoPE, of which the language model
-    gets the first row. Where positions depend on the picture, they come with the embeddings, by the hook for pruning.
+    gets the first row. Where positions depend on the picture, they come with the embeddings, as columns behind them.
     """
 
     hf_to_vllm_mapper = VllmLlava.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_prefix={"model.merger.": "merger."},
         orig_to_new_regex={regex.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)"): r"\1vision_model."},
     )
-    supports_multimodal_pruning = True
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         nn.Module.__init__(self)
@@ -183,7 +187,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         check_servable(config)
         check_positions(config, model_config)
         if self.tells_places:
-            self.multimodal_config.video_pruning_rate = NEARLY_NOTHING  # which turns the hook on
+            check_told_places(vllm_config)
+        self.places: tuple[Tensor, Tensor] | None = None  # of the images of a step: which tokens, and where they sit
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self._make_encoder(vllm_config.quant_config, prefix)
@@ -238,7 +243,10 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         )
         if not self.tells_places:
             return tokens
-        return [torch.cat((image, digits_of(where, image.dtype)), dim=1) for image, where in zip(tokens, places)]
+        return [
+            torch.cat((image, digits_of(where, image.dtype)), dim=1)
+            for image, where in zip(tokens, places, strict=True)
+        ]
 
     def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
         """Features (I, N, vision_dim) and what the method requires of the tower."""
@@ -270,35 +278,32 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         return self.multi_modal_projector(merged.merged_features.contiguous()), merged.positions
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
-        """Positions (3, L): the position, where the image begins that the token is in, and what the second value says.
+        """Positions (3, L), and how far text behind the prompt is from where it would be if each token counted as one.
 
-        The second value is how far text behind the prompt is from where it would be without images.
+        The first row holds the positions, the others where the image begins that a token is in.
         """
         images = sorted((feature.mm_position.offset, feature.mm_position.length) for feature in mm_features)
         grid = self.config.patch_grid(self.config.image_shape)
         positions, starts, surplus = place_prompt(len(input_tokens), images, grid)
-        return torch.stack((positions, starts, torch.full_like(positions, surplus))), surplus
+        return torch.stack((positions, starts, starts)), surplus
 
-    def recompute_mrope_positions(
-        self, input_ids, multimodal_embeddings, mrope_positions: Tensor, num_computed_tokens: int
-    ) -> tuple[list[Tensor], Tensor, int]:
-        """Embeddings without the columns that tell places, and the positions with these places."""
-        hidden_size, surplus = self.config.text_config.hidden_size, int(mrope_positions[2, 0])
-        if not len(multimodal_embeddings):
-            return [], mrope_positions, surplus
-        places = torch.cat([number_of(image[:, hidden_size:]) for image in multimodal_embeddings])
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        is_image = ids == self.config.image_token_id
-        is_image[:num_computed_tokens] = False
-        tokens = is_image.nonzero()[: len(places), 0]
-        positions = mrope_positions.clone()
-        positions[0, tokens] = positions[1, tokens] + places.to(positions)
-        return [image[:, :hidden_size] for image in multimodal_embeddings], positions, surplus
+    def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings=None, *, is_multimodal=None) -> Tensor:
+        """As in vLLM; keeps the places that images of this step tell for its `forward`."""
+        self.places = None
+        if self.tells_places and multimodal_embeddings is not None and len(multimodal_embeddings):
+            width = self.config.text_config.hidden_size
+            places = torch.cat([number_of(image[:, width:]) for image in multimodal_embeddings])
+            self.places = is_multimodal.nonzero()[:, 0], places
+            multimodal_embeddings = [image[:, :width] for image in multimodal_embeddings]
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(
         self, input_ids, positions: Tensor, intermediate_tensors=None, inputs_embeds=None, **kwargs: object
     ) -> Tensor:
-        """As in vLLM; of (3, L) positions the first row counts."""
+        """As in vLLM; of positions (3, L) the first row counts."""
+        if self.places is not None:  # written in place, for CUDA graphs read from where they were captured
+            tokens, places = (tensor.to(positions.device) for tensor in self.places)
+            positions[0, tokens] = positions[1, tokens] + places
         positions = positions[0] if positions.ndim == 2 else positions
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
@@ -343,9 +348,22 @@ def check_positions(config: LlavaConfig, model_config):
     """
     if keeps_places(config) and not model_config.uses_mrope:
         raise ValueError(
-            "position_ids='source', but vLLM would count positions: the checkpoint's own code is older than the package. "
-            "Serve without --trust-remote-code, or write the checkpoint anew."
+            "position_ids='source', but vLLM would count positions, since the checkpoint's own code is too old. Serve "
+            "without --trust-remote-code, or write the checkpoint anew."
         )
+
+
+def check_told_places(vllm_config):
+    """Refuses to run where positions that depend on the picture could not be put in.
+
+    Raises:
+        ValueError: The model is split into stages, or whole steps with new images run as CUDA graphs.
+    """
+    fix = "Use a merger whose tokens sit on slots, such as fixed_pooling, position_ids='packed', or "
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(f"Where this merger's tokens sit is known to the first pipeline stage only. {fix}one stage.")
+    if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+        raise ValueError(f"cudagraph_mode=FULL leaves no room to say where tokens sit. {fix}FULL_AND_PIECEWISE.")
 
 
 @contextmanager

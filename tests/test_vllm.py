@@ -1,0 +1,134 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""vLLM, with the real package on tiny random models, against transformers; in an environment that has it."""
+
+import gc
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import agnostic, aware, make_processor, scale_up, tiny_config, tiny_model
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.serving.convert import convert
+
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+vllm = pytest.importorskip("vllm")
+
+
+pytestmark = pytest.mark.vllm
+NUM_TOKENS = 12  # of an answer
+OPTIONS = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False}
+WIDTH = 128  # of the language model: vLLM's attention takes heads of 32 and more
+# A block of vLLM's cache holds the image and the beginning of the question, in which all of them are the same.
+BEGINNING = "the star is blue the circles are red there is the red star " * 2
+QUESTIONS = tuple(BEGINNING + end for end in ("what color is the star ?", "how many circles are there ?", "red blue ?"))
+MERGERS = {
+    "agnostic": agnostic(9),
+    "aware": aware(9),
+    "visionzip": {"merger_type": "visionzip", "num_merged_tokens": 9},
+    "cdpruner": {**aware(9), "merger_type": "cdpruner"},
+}
+
+
+def pictures(number: int = 3) -> list[Image.Image]:
+    """Noise, of several shapes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(84, 84 + 8 * index, 3) for index in range(number)]
+    return [Image.fromarray(torch.randint(0, 256, size, generator=generator).byte().numpy()) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock LLaVA, as the Hub has them: with the names that loading and saving give."""
+    folder = tmp_path_factory.mktemp("stock")
+    scale_up(LlavaForConditionalGeneration(tiny_config(text_hidden_size=WIDTH))).save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def make_checkpoint(base, folder, fields: dict):
+    """A converted checkpoint in `folder` / "served" with the merger that `fields` describe, trained if it can be."""
+    model = tiny_model(fields, train_merger=True, text_hidden_size=WIDTH)
+    model.save_merger(folder / "merger")
+    convert(str(base), folder / "served", str(folder / "merger"), fields["num_merged_tokens"])
+    return folder / "served"
+
+
+@contextmanager
+def serving(folder, **options):
+    """vLLM with a checkpoint, in this process."""
+    defaults = {"max_model_len": 256, "block_size": 32, "enforce_eager": True, "distributed_executor_backend": "uni"}
+    llm = vllm.LLM(str(folder), dtype="float32", disable_log_stats=False, **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        vllm.distributed.cleanup_dist_env_and_memory()
+
+
+def chat(*turns: str, images: int = 1) -> str:
+    """A prompt of questions and answers in turn, with the images in the first."""
+    roles = ("USER: ", "ASSISTANT: ")
+    text = "".join(f"{roles[index % 2]}{turn} " for index, turn in enumerate(turns))
+    return text.replace("USER: ", "USER: " + "<image> " * images, 1) + "ASSISTANT:"
+
+
+class Reference:
+    """The same checkpoint in transformers."""
+
+    def __init__(self, folder):
+        self.model = LlavaMergeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = LlavaMergeProcessor.from_pretrained(folder)
+
+    def answer(self, prompt: str, images: list[Image.Image], budget: int | None = None) -> list[int]:
+        """Ids of the answer; the prompt's are those that `request` gives."""
+        inputs = self.processor(
+            images=images or None, text=prompt, num_merged_tokens=budget, add_special_tokens=False, return_tensors="pt"
+        )
+        return self.model.generate(**inputs, **OPTIONS)[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def request(self, prompt: str, images: list[Image.Image], budget: int | None = None) -> dict:
+        """What vLLM takes."""
+        request = {"prompt_token_ids": self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]}
+        if images:
+            request["multi_modal_data"] = {"image": images}
+        return request | ({"mm_processor_kwargs": {"num_merged_tokens": budget}} if budget else {})
+
+
+def ask(llm, requests: list[dict]) -> list[list[int]]:
+    """Ids of the answers to a batch."""
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=NUM_TOKENS, min_tokens=NUM_TOKENS)
+    return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
+
+
+def cases() -> list[tuple]:
+    """Every picture with every question and three budgets; several pictures, later turns, and no question at all."""
+    images = pictures()
+    found = [
+        (chat(question), [image], budget) for image in images for question in QUESTIONS for budget in (None, 4, 16)
+    ]
+    found += [(chat(question, images=2), images[:2], None) for question in QUESTIONS]
+    found += [(chat("red blue", "star", question), images[:1], None) for question in QUESTIONS]
+    found += [(chat(""), images[:1], None), (chat("what is red ?", images=0), [], None)]
+    return found
+
+
+@pytest.mark.parametrize("position_ids", ["source", "packed"])
+@pytest.mark.parametrize("merger", MERGERS)
+def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path):
+    folder = make_checkpoint(base, tmp_path, MERGERS[merger] | {"position_ids": position_ids})
+    reference, asked = Reference(folder), cases()
+    expected = [reference.answer(*case) for case in asked]
+    assert len(set(map(tuple, expected))) > 0.8 * len(expected)
+    requests = [reference.request(*case) for case in asked]
+    with serving(folder) as llm:
+        assert ask(llm, requests) == expected  # cold, together
+        assert [ask(llm, [request])[0] for request in requests] == expected  # warm, one by one
+        hits = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        assert hits["vllm:prefix_cache_hits"] and hits["vllm:mm_cache_hits"]
