@@ -54,6 +54,7 @@ from .stock_signature import takes_arguments_of
 from .text_tower import TextTower
 from .token_layout import TokenLayout  # noqa: F401
 from .token_placing import EncodedImages, PlacesTokens, find_cache, keep_layout
+from .vllm_backend import check_backend, is_run_by_vllm
 
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
@@ -98,6 +99,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         self.merger = TokenMerger(config.merger_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if is_run_by_vllm(config):
+            check_backend(config, {*self.merger.state_dict()})
         self.post_init()
 
     @property

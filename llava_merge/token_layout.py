@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .merging_grid import slot_places
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -114,6 +116,29 @@ def layout_of_images(
         pad_right(nothing.masked_scatter(image_mask, offset)),
         pad_right(nothing.float().masked_scatter(image_mask, bias)),
         places is None and not attention_mass or all(count == num_patches for count in num_tokens),
+    )
+
+
+def place_on_slots(image_mask: Tensor, num_tokens: list[int], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of one prompt sit whose images, with `num_tokens` each, sit on slots.
+
+    Args:
+        image_mask: (1, L) bool, the placeholders.
+
+    Returns:
+        Positions (L,), the patch of its image that a token sits at (L,), 0 for text, and how far text behind the prompt
+        is from where it would be if each token counted as one (): int64.
+    """
+    places = torch.zeros_like(image_mask, dtype=torch.long)
+    tokens = torch.arange(image_mask.shape[1], device=image_mask.device)
+    if not num_tokens:
+        return tokens, places[0], places.sum()
+    of_images = torch.cat([slot_places(grid, number, image_mask.device) for number in num_tokens])
+    layout = layout_of_images(image_mask, of_images, num_tokens, grid[0] * grid[1])
+    return (
+        tokens + layout.shift(0, len(tokens))[0],
+        places.masked_scatter(image_mask, of_images)[0],
+        layout.skipped[0, -1],
     )
 
 

@@ -11,7 +11,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .compat import cache_mask_sizes
 from .merging_grid import slot_places
 from .placeholders import check_num_features
-from .token_layout import TokenLayout, biased_causal_mask, biased_mask, layout_of_images, packed_positions, samples_of
+from .token_layout import (
+    TokenLayout,
+    biased_causal_mask,
+    biased_mask,
+    layout_of_images,
+    packed_positions,
+    place_on_slots,
+    samples_of,
+)
+from .vllm_backend import is_run_by_vllm
 
 
 LOST_LAYOUT = (
@@ -113,6 +122,10 @@ class PlacesTokens:
 
     def place_tokens(self, images: BaseModelOutputWithPooling | None, arguments: dict) -> TokenLayout | None:
         """Puts positions and mask into the `arguments` of a forward; None where nothing differs from packed tokens."""
+        if is_run_by_vllm(self.config):  # which has asked get_rope_index, and takes its first row for all of them
+            position_ids = arguments["position_ids"]
+            arguments["position_ids"] = position_ids[0] if position_ids.ndim == 3 else position_ids
+            return None
         if not self.places_tokens:
             return None
         inputs = arguments.get("inputs_embeds")
@@ -128,6 +141,20 @@ class PlacesTokens:
             positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
             arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
         return layout
+
+    def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).
+
+        vLLM's Transformers backend asks for it, as of models with M-RoPE.
+
+        Args:
+            mm_token_type_ids: (1, L), 1 at merged tokens.
+        """
+        image_mask, number = mm_token_type_ids == 1, self.config.merger_config.num_merged_tokens
+        num_images = int(image_mask.sum()) // number
+        grid = self.config.patch_grid(self.config.image_shape)
+        positions, _, moved = place_on_slots(image_mask, [number] * num_images, grid)
+        return positions.expand(3, 1, -1), moved[None, None]
 
     def layout_of_prompt(
         self,

@@ -2,7 +2,10 @@
 """vLLM, with the real package on tiny random models, against transformers; in an environment that has it."""
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -132,3 +135,53 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
         assert [ask(llm, [request])[0] for request in requests] == expected  # warm, one by one
         hits = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
         assert hits["vllm:prefix_cache_hits"] and hits["vllm:mm_cache_hits"]
+
+
+def answers_elsewhere(
+    folder, asked: list[tuple], tmp_path, trust_remote_code: bool = True, **options
+) -> list[list[int]]:
+    """Ids of the answers of vLLM in a process of its own, without the plugin.
+
+    Raises:
+        AssertionError: It fails; with what it printed.
+    """
+    reference = LlavaMergeProcessor.from_pretrained(folder)
+    rows = []
+    for number, (prompt, images, _) in enumerate(asked):
+        paths = [str(tmp_path / f"{number}-{index}.png") for index in range(len(images))]
+        for image, path in zip(images, paths, strict=True):
+            image.save(path)
+        rows.append([reference.tokenizer(prompt, add_special_tokens=False)["input_ids"], paths])
+    script = tmp_path / "serve.py"
+    script.write_text(
+        f"""
+import json
+import vllm
+from PIL import Image
+if __name__ == "__main__":
+    llm = vllm.LLM({str(folder)!r}, dtype="float32", max_model_len=256, block_size=32, enforce_eager=True,
+                   trust_remote_code={trust_remote_code}, **{options!r})
+    requests = [
+        {{"prompt_token_ids": ids, "multi_modal_data": {{"image": [Image.open(path) for path in paths]}}}}
+        for ids, paths in json.loads({json.dumps(rows)!r})
+    ]
+    sampling = vllm.SamplingParams(temperature=0, max_tokens={NUM_TOKENS}, min_tokens={NUM_TOKENS})
+    done = llm.generate(requests, sampling, use_tqdm=False)
+    print("ANSWERS", json.dumps([list(each.outputs[0].token_ids) for each in done]))
+"""
+    )
+    environment = os.environ | {"VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.partition("ANSWERS")[2].splitlines()[0])
+
+
+class TestWithoutPlugin:
+    @pytest.mark.parametrize("position_ids", ["source", "packed"])
+    def test_answers_are_those_of_transformers(self, position_ids, base, tmp_path):
+        folder = make_checkpoint(base, tmp_path, agnostic(9, position_ids=position_ids))
+        asked = [case for case in cases() if case[2] is None and case[1]]
+        reference = Reference(folder)
+        assert answers_elsewhere(folder, asked, tmp_path) == [reference.answer(*case) for case in asked]

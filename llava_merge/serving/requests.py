@@ -2,10 +2,8 @@
 """What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
 
 import torch
-from torch import Tensor
 
 from llava_merge import LlavaMergeConfig
-from llava_merge.merging_grid import slot_places
 from llava_merge.placeholders import is_whole_number
 from llava_merge.prompt_reading import turn_marks_of
 from llava_merge.question_turns import split_turns
@@ -80,29 +78,6 @@ def questions_of_images(ids: list[int], config: LlavaMergeConfig, num_images: in
     turns = split_turns(row, image_mask, turn_marks_of(config))
     number, text = turns.number[0], turns.is_text[0]
     return [row[0][text & (number == turn)].tolist() for turn in number[image_mask[0]].tolist()]
-
-
-def place_prompt(num_tokens: int, images: list[tuple[int, int]], grid: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-    """Positions of a prompt whose merged tokens sit at the patches nearest to the centres of their slots.
-
-    Args:
-        num_tokens: Length of the prompt.
-        images: Where each image begins and how many tokens it has, in their order.
-        grid: Rows and columns of the patches.
-
-    Returns:
-        Positions and where the image begins that a token is in, (num_tokens,) int64 each, and how many more positions
-        than tokens there are.
-    """
-    num_patches = grid[0] * grid[1]
-    positions, starts, surplus = torch.arange(num_tokens), torch.zeros(num_tokens, dtype=torch.long), 0
-    for first, count in images:
-        start, behind = first + surplus, first + count
-        positions[first:behind] = start + slot_places(grid, count)
-        starts[first:behind] = start
-        surplus += num_patches - count
-        positions[behind:] += num_patches - count
-    return positions, starts, surplus
 
 
 def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:

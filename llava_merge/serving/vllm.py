@@ -48,11 +48,11 @@ from llava_merge.serving.requests import (
     check_servable,
     keeps_places,
     num_rope_rows,
-    place_prompt,
     questions_of_images,
     served_budgets,
 )
 from llava_merge.text_tower import TextTower
+from llava_merge.token_layout import place_on_slots
 
 
 QUESTIONS = "question_input_ids"
@@ -284,8 +284,11 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         """
         images = sorted((feature.mm_position.offset, feature.mm_position.length) for feature in mm_features)
         grid = self.config.patch_grid(self.config.image_shape)
-        positions, starts, surplus = place_prompt(len(input_tokens), images, grid)
-        return torch.stack((positions, starts, starts)), surplus
+        image_mask = torch.zeros(1, len(input_tokens), dtype=torch.bool)
+        for first, number in images:
+            image_mask[:, first : first + number] = True
+        positions, places, moved = place_on_slots(image_mask, [number for _, number in images], grid)
+        return torch.stack((positions, positions - places, positions - places)), int(moved)
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings=None, *, is_multimodal=None) -> Tensor:
         """As in vLLM; keeps the places that images of this step tell for its `forward`."""
