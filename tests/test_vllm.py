@@ -185,3 +185,9 @@ class TestWithoutPlugin:
         asked = [case for case in cases() if case[2] is None and case[1]]
         reference = Reference(folder)
         assert answers_elsewhere(folder, asked, tmp_path) == [reference.answer(*case) for case in asked]
+
+    def test_a_processor_of_another_number_is_refused_at_the_start(self, base, tmp_path):
+        folder = make_checkpoint(base, tmp_path, agnostic(9))
+        LlavaMergeProcessor.from_pretrained(folder, num_merged_tokens=4).save_pretrained(folder)
+        with pytest.raises(AssertionError, match="the processor writes 4 tokens per image, the merger makes 9"):
+            answers_elsewhere(folder, [], tmp_path)

@@ -1,0 +1,211 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What serving does besides the engine, without one."""
+
+import json
+
+import pytest
+import torch
+from conftest import ANSWER_ID, IMAGE_ID, NUM_PATCHES, USER_ID, WORDS, agnostic, aware, make_processor, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from llava_merge import LlavaMergeConfig, LlavaMergeModel
+from llava_merge.compat import TRANSFORMERS_V5
+from llava_merge.merging_base import MERGING_METHODS
+from llava_merge.serving.requests import (
+    check_budget,
+    check_room,
+    check_servable,
+    num_rope_rows,
+    questions_of_images,
+    served_budgets,
+)
+from llava_merge.token_layout import place_on_slots
+
+
+def config(**fields) -> LlavaMergeConfig:
+    """That of a tiny model with a merger of these fields."""
+    return tiny_model({**agnostic(9), **fields}).config
+
+
+class TestBudgets:
+    def test_those_that_the_merger_was_trained_with(self):
+        assert served_budgets(config(trained_num_tokens=[16, 4])) == [4, 9, 16]
+
+    def test_any_where_it_was_not_trained(self):
+        assert served_budgets(config()) == list(range(1, NUM_PATCHES + 1))
+
+    def test_all_where_nothing_is_merged(self):
+        untouched = tiny_model({"merger_type": "none"}).config
+        assert served_budgets(untouched) == [NUM_PATCHES] and check_budget(untouched) == NUM_PATCHES
+
+    def test_the_checkpoints_by_default(self):
+        assert check_budget(config()) == 9 and check_budget(config(), 4) == 4
+
+    @pytest.mark.parametrize("asked", [0, -1, 37, "16", "auto", 4.0, True, [4]])
+    def test_others_are_refused(self, asked):
+        with pytest.raises(ValueError, match="is served with whole numbers from 1 to 36"):
+            check_budget(config(), asked)
+
+    def test_those_listed_are_named(self):
+        with pytest.raises(ValueError, match="num_merged_tokens=5: this checkpoint is served with 4, 9, 16"):
+            check_budget(config(trained_num_tokens=[16, 4]), 5)
+
+
+class TestQuestions:
+    def ids(self, text: str) -> list[int]:
+        return [WORDS.index(word) for word in text.split()]
+
+    def test_each_image_has_that_of_its_turn(self):
+        first, second = "what color is the star ?", "how many circles ?"
+        prompt = f"<s> USER: <image> {first} ASSISTANT: red </s> USER: <image> <image> {second} ASSISTANT:"
+        found = questions_of_images(self.ids(prompt), config(**aware(9)), 3)
+        assert found == [self.ids(first), self.ids(second), self.ids(second)]
+
+    def test_a_later_turn_changes_nothing(self):
+        turn = "USER: <image> what color ? ASSISTANT:"
+        found = [
+            questions_of_images(self.ids(prompt), config(**aware(9)), 1)
+            for prompt in (turn, f"{turn} red </s> USER: how many ? ASSISTANT:")
+        ]
+        assert found[0] == found[1] == [self.ids("what color ?")]
+
+    def test_none_at_all(self):
+        assert questions_of_images([USER_ID, IMAGE_ID, ANSWER_ID], config(**aware(9)), 1) == [[]]
+
+    def test_it_is_what_the_model_reads(self):
+        model = tiny_model(aware(9))
+        ids = self.ids("USER: <image> what color ? ASSISTANT: red </s> USER: <image> how many ? ASSISTANT:")
+        expanded = [id for each in ids for id in ([IMAGE_ID] * 9 if each == IMAGE_ID else [each])]
+        question = model.model.get_question(
+            model.model.read_prompt(torch.tensor([expanded]), None, may_hold_answers=False), [9, 9]
+        )
+        read = [torch.tensor(expanded)[mask].tolist() for mask in question.mask]
+        assert read == questions_of_images(ids, model.config, 2)
+
+    def test_other_numbers_of_images_are_refused(self):
+        with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
+            questions_of_images([IMAGE_ID, IMAGE_ID], config(**aware(9)), 1)
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("num_tokens", [[9], [4, 9], [36, 1], [7]])
+    def test_they_are_those_of_the_model(self, num_tokens):
+        model = tiny_model(agnostic(9))
+        ids = [1, *(id for number in num_tokens for id in [5, *[IMAGE_ID] * number]), 8, 9]
+        mask = torch.tensor([ids]) == IMAGE_ID
+        images = model.model.encode_images(torch.randn(len(num_tokens), 3, 84, 84), num_merged_tokens=num_tokens)
+        layout = model.model.layout_of_prompt(mask, images, None)
+        positions, places, moved = place_on_slots(mask, num_tokens, (6, 6))
+        assert torch.equal(positions, torch.arange(len(ids)) + layout.shift(0, len(ids))[0])
+        assert int(moved) == sum(NUM_PATCHES - number for number in num_tokens) == int(positions[-1]) + 1 - len(ids)
+        starts = (positions - places)[mask[0]]
+        assert [int(starts[sum(num_tokens[:index])]) for index in range(len(num_tokens))] == [
+            2 + index * (1 + NUM_PATCHES) for index in range(len(num_tokens))
+        ]
+
+    def test_text_alone(self):
+        positions, places, moved = place_on_slots(torch.zeros(1, 4, dtype=torch.bool), [], (6, 6))
+        assert positions.tolist() == [0, 1, 2, 3] and not places.any() and not moved
+
+    @pytest.mark.parametrize("name", sorted(MERGING_METHODS))
+    def test_a_method_that_sits_on_slots_says_no_places(self, name):
+        method = MERGING_METHODS[name]
+        fields = {"question_aware": True} if "relevance" in method.requires else {}
+        budget = {} if name == "none" else {"num_merged_tokens": 9}
+        model = tiny_model({"merger_type": name, **budget, **fields})
+        question = torch.randn(3, 5, 64) if fields else None
+        places = model.model.merger(
+            model.get_vision_features(pictures := torch.randn(3, 3, 84, 84)),
+            question,
+            extras=model.model.get_merge_extras(pictures, question=question),
+        ).positions
+        slots = model.model.merger.method.sits_on_slots
+        mask = torch.ones(1, places.shape[1], dtype=torch.bool)
+        assert slots <= all(torch.equal(where, place_on_slots(mask, [places.shape[1]], (6, 6))[1]) for where in places)
+        assert method.sits_on_slots == (name in ("average_pooling", "fixed_pooling", "none"))
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="no vLLM that has this package takes transformers 4")
+class TestRoom:
+    def test_rope_is_prepared_for_four_times_the_length(self):
+        assert num_rope_rows(config(), 512) == 4 * 512 and num_rope_rows(config(), 64) == 1024
+
+    def test_but_not_where_its_frequencies_would_change(self):
+        scaled = config()
+        scaled.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        assert num_rope_rows(scaled, 512) == scaled.text_config.max_position_embeddings == 1024
+        check_room(scaled, 18, 9, 512)
+        with pytest.raises(ValueError, match="19 images could reach position 1025.*1024 are prepared"):
+            check_room(scaled, 19, 9, 512)
+
+    def test_packed_tokens_need_none(self):
+        check_room(config(position_ids="packed"), 10_000, 9, 512)
+
+
+class TestRefusals:
+    def test_attention_mass(self):
+        with pytest.raises(ValueError, match="attention_mass=0.5: serving engines cannot.*attention_mass=0"):
+            check_servable(config(attention_mass=0.5))
+        check_servable(config())
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder with a checkpoint and its processor, and its configuration as vLLM's Transformers backend sets it."""
+
+    def make(**fields) -> LlavaMergeConfig:
+        tiny_model({**agnostic(9), **fields}).save_pretrained(tmp_path)
+        make_processor().save_pretrained(tmp_path)
+        edit(tmp_path / "processor_config.json", num_merged_tokens=9)
+        return load(tmp_path)
+
+    return make
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def load(folder) -> LlavaMergeConfig:
+    loaded = AutoConfig.from_pretrained(folder)
+    loaded.text_config._attn_implementation = "vllm"
+    return loaded
+
+
+class TestTransformersBackend:
+    """What the model's own code refuses there; tests/test_vllm.py runs it."""
+
+    def refusal(self, loaded: LlavaMergeConfig) -> str:
+        with pytest.raises(ValueError) as caught:
+            LlavaMergeModel(loaded)
+        return str(caught.value)
+
+    def test_a_merger_without_weights(self, served, tmp_path):
+        served()
+        weights = load_file(tmp_path / "model.safetensors")
+        lost = [name for name in weights if "merger." in name and "output_proj" in name]
+        save_file({name: weights[name] for name in weights if name not in lost}, tmp_path / "model.safetensors")
+        assert lost and lost[0].partition("merger.")[2] in self.refusal(load(tmp_path))
+
+    def test_also_where_an_index_names_them(self, served, tmp_path):
+        loaded = served()
+        index = {"weight_map": dict.fromkeys(load_file(tmp_path / "model.safetensors"), "model.safetensors")}
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "merger." not in name}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "lacks weights of this model" in self.refusal(loaded)
+
+    def test_a_processor_of_another_number(self, served, tmp_path):
+        loaded = served()
+        edit(tmp_path / "processor_config.json", num_merged_tokens=4)
+        assert "the processor writes 4 tokens per image, the merger makes 9" in self.refusal(loaded)
+
+    def test_a_merger_that_reads_the_question(self, served):
+        assert "pip install 'llava-merge[serve]'" in self.refusal(served(**aware(9)))
+
+    def test_places_that_depend_on_the_picture(self, served):
+        refusal = self.refusal(served(**{"merger_type": "divprune", "num_heads": 16}))
+        assert "depends on the picture" in refusal and "position_ids='packed'" in refusal
+
+    def test_attention_mass(self, served):
+        assert "attention_mass=1.0" in self.refusal(served(attention_mass=1.0))
