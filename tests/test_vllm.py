@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import agnostic, aware, make_processor, scale_up, tiny_config, tiny_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
@@ -135,6 +136,88 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
         assert [ask(llm, [request])[0] for request in requests] == expected  # warm, one by one
         hits = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
         assert hits["vllm:prefix_cache_hits"] and hits["vllm:mm_cache_hits"]
+
+
+@pytest.fixture(scope="module")
+def question_aware(base, tmp_path_factory):
+    """A checkpoint with a question-aware V3, and the same in transformers."""
+    folder = make_checkpoint(base, tmp_path_factory.mktemp("aware"), aware(9))
+    return folder, Reference(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 40, "enable_chunked_prefill": True},  # borders of chunks inside images
+        {"num_gpu_blocks_override": 12},  # requests are preempted and computed again
+        {"enforce_eager": False},
+        {"mm_processor_cache_gb": 0},
+        {"enable_prefix_caching": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("merger", ["aware", "visionzip"])
+def test_answers_do_not_depend_on_how_it_runs(merger, options, base, tmp_path):
+    folder = make_checkpoint(base, tmp_path, MERGERS[merger])
+    reference, asked = Reference(folder), cases()
+    requests = [reference.request(*case) for case in asked]
+    with serving(folder, **options) as llm:
+        assert ask(llm, requests) == [reference.answer(*case) for case in asked]
+
+
+def test_positions_beyond_those_of_the_text_model(base, tmp_path):
+    """Rotary embeddings are looked up in a table that nobody checks the bounds of."""
+    folder = make_checkpoint(base, tmp_path, agnostic(4))
+    fields = json.loads((folder / "config.json").read_text())
+    fields["text_config"]["max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(fields))
+    reference = Reference(folder)
+    case = chat("what color is the star ?", images=5), pictures(5), None
+    with serving(folder, max_model_len=64) as llm:
+        assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
+        with pytest.raises(ValueError, match="7 images could reach position 288, .* and 256 are prepared"):
+            ask(llm, [reference.request(chat("what", images=7), pictures(7))])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("budget", [0, 37, "16", True, 4.0])
+    def test_a_budget_that_is_not_served(self, budget, served):
+        llm, reference = served
+        request = reference.request(*cases()[0]) | {"mm_processor_kwargs": {"num_merged_tokens": budget}}
+        with pytest.raises(ValueError, match="num_merged_tokens=.* is served with whole numbers from 1 to 36"):
+            ask(llm, [request])
+
+    def test_more_placeholders_than_images(self, served):
+        llm, reference = served
+        request = reference.request(chat("what", images=2), pictures(1))
+        with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
+            ask(llm, [request])
+
+    def test_images_that_come_as_embeddings(self, served):
+        llm, reference = served
+        request = reference.request(*cases()[0]) | {"multi_modal_data": {"image": torch.randn(1, 9, WIDTH)}}
+        with pytest.raises(ValueError):
+            ask(llm, [request])
+
+    def test_then_it_answers_as_before(self, served):
+        llm, reference = served
+        assert ask(llm, [reference.request(*cases()[0])]) == [reference.answer(*cases()[0])]
+
+    @pytest.fixture(scope="class")
+    def served(self, question_aware):
+        folder, reference = question_aware
+        with serving(folder) as llm:
+            yield llm, reference
+
+    def test_a_checkpoint_without_weights_of_the_merger(self, base, tmp_path):
+        folder = make_checkpoint(base, tmp_path, agnostic(9))
+        for file in folder.glob("*.safetensors"):
+            weights = {name: tensor for name, tensor in load_file(file).items() if "output_proj" not in name}
+            file.unlink()
+            save_file(weights, file)
+        with pytest.raises(ValueError, match="lacks weights of this model.*output_proj"):
+            with serving(folder):
+                pass
 
 
 def answers_elsewhere(
