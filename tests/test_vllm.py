@@ -1,12 +1,18 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """vLLM, with the real package on tiny random models, against transformers; in an environment that has it."""
 
+import base64
 import gc
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +27,13 @@ from llava_merge.serving.convert import convert
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 vllm = pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
 
 
 pytestmark = pytest.mark.vllm
 NUM_TOKENS = 12  # of an answer
 OPTIONS = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False}
+SAMPLING = {"temperature": 0, "max_tokens": NUM_TOKENS, "min_tokens": NUM_TOKENS}
 WIDTH = 128  # of the language model: vLLM's attention takes heads of 32 and more
 # A block of vLLM's cache holds the image and the beginning of the question, in which all of them are the same.
 BEGINNING = "the star is blue the circles are red there is the red star " * 2
@@ -107,7 +115,7 @@ class Reference:
 
 def ask(llm, requests: list[dict]) -> list[list[int]]:
     """Ids of the answers to a batch."""
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=NUM_TOKENS, min_tokens=NUM_TOKENS)
+    sampling = vllm.SamplingParams(**SAMPLING)
     return [list(done.outputs[0].token_ids) for done in llm.generate(requests, sampling, use_tqdm=False)]
 
 
@@ -149,7 +157,7 @@ def question_aware(base, tmp_path_factory):
     "options",
     [
         {"max_num_batched_tokens": 40, "enable_chunked_prefill": True},  # borders of chunks inside images
-        {"num_gpu_blocks_override": 12},  # requests are preempted and computed again
+        {"num_gpu_blocks_override": 9},  # requests are preempted and computed again
         {"enforce_eager": False},
         {"mm_processor_cache_gb": 0},
         {"enable_prefix_caching": False},
@@ -163,6 +171,8 @@ def test_answers_do_not_depend_on_how_it_runs(merger, options, base, tmp_path):
     requests = [reference.request(*case) for case in asked]
     with serving(folder, **options) as llm:
         assert ask(llm, requests) == [reference.answer(*case) for case in asked]
+        preempted = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert (preempted > 0) == ("num_gpu_blocks_override" in options)
 
 
 def test_positions_beyond_those_of_the_text_model(base, tmp_path):
@@ -177,6 +187,14 @@ def test_positions_beyond_those_of_the_text_model(base, tmp_path):
         assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
         with pytest.raises(ValueError, match="7 images could reach position 288, .* and 256 are prepared"):
             ask(llm, [reference.request(chat("what", images=7), pictures(7))])
+
+
+@pytest.fixture(scope="class")
+def served(question_aware):
+    """vLLM with the question-aware checkpoint, and the reference."""
+    folder, reference = question_aware
+    with serving(folder) as llm:
+        yield llm, reference
 
 
 class TestRefusals:
@@ -203,12 +221,6 @@ class TestRefusals:
         llm, reference = served
         assert ask(llm, [reference.request(*cases()[0])]) == [reference.answer(*cases()[0])]
 
-    @pytest.fixture(scope="class")
-    def served(self, question_aware):
-        folder, reference = question_aware
-        with serving(folder) as llm:
-            yield llm, reference
-
     def test_a_checkpoint_without_weights_of_the_merger(self, base, tmp_path):
         folder = make_checkpoint(base, tmp_path, agnostic(9))
         for file in folder.glob("*.safetensors"):
@@ -220,45 +232,52 @@ class TestRefusals:
                 pass
 
 
-def answers_elsewhere(
-    folder, asked: list[tuple], tmp_path, trust_remote_code: bool = True, **options
-) -> list[list[int]]:
-    """Ids of the answers of vLLM in a process of its own, without the plugin.
+SCRIPT = """
+import json, sys, vllm
+from PIL import Image
+if __name__ == "__main__":
+    task = json.load(open(sys.argv[1]))
+    sampling = vllm.SamplingParams(**task["sampling"])
+    requests = [
+        {"prompt_token_ids": ids, "multi_modal_data": {"image": [Image.open(path) for path in paths]}}
+        for ids, paths in task["requests"]
+    ]
+    done = vllm.LLM(**task["options"]).generate(requests, sampling, use_tqdm=False)
+    print("ANSWERS", json.dumps([list(each.outputs[0].token_ids) for each in done]))
+"""
+
+
+def answers_elsewhere(folder, asked: list[tuple], tmp_path, plugin: bool, **options) -> list[list[int]]:
+    """Ids of the answers of vLLM in processes of its own, with or without the plugin.
 
     Raises:
         AssertionError: It fails; with what it printed.
     """
-    reference = LlavaMergeProcessor.from_pretrained(folder)
-    rows = []
+    tokenizer, rows = LlavaMergeProcessor.from_pretrained(folder).tokenizer, []
     for number, (prompt, images, _) in enumerate(asked):
         paths = [str(tmp_path / f"{number}-{index}.png") for index in range(len(images))]
         for image, path in zip(images, paths, strict=True):
             image.save(path)
-        rows.append([reference.tokenizer(prompt, add_special_tokens=False)["input_ids"], paths])
-    script = tmp_path / "serve.py"
-    script.write_text(
-        f"""
-import json
-import vllm
-from PIL import Image
-if __name__ == "__main__":
-    llm = vllm.LLM({str(folder)!r}, dtype="float32", max_model_len=256, block_size=32, enforce_eager=True,
-                   trust_remote_code={trust_remote_code}, **{options!r})
-    requests = [
-        {{"prompt_token_ids": ids, "multi_modal_data": {{"image": [Image.open(path) for path in paths]}}}}
-        for ids, paths in json.loads({json.dumps(rows)!r})
-    ]
-    sampling = vllm.SamplingParams(temperature=0, max_tokens={NUM_TOKENS}, min_tokens={NUM_TOKENS})
-    done = llm.generate(requests, sampling, use_tqdm=False)
-    print("ANSWERS", json.dumps([list(each.outputs[0].token_ids) for each in done]))
-"""
-    )
-    environment = os.environ | {"VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
+        rows.append((tokenizer(prompt, add_special_tokens=False)["input_ids"], paths))
+    defaults = {"model": str(folder), "dtype": "float32", "max_model_len": 256, "block_size": 32, "enforce_eager": True}
+    task = {"options": {**defaults, "trust_remote_code": not plugin, **options}, "requests": rows, "sampling": SAMPLING}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    (tmp_path / "serve.py").write_text(SCRIPT)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment |= {} if plugin else {"VLLM_PLUGINS": ""}
+    command = [sys.executable, "serve.py", "task.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.partition("ANSWERS")[2].splitlines()[0])
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank has a core of its own")
+def test_two_ranks(question_aware, tmp_path, monkeypatch):
+    folder, reference = question_aware
+    asked = [case for case in cases() if case[2] is None and case[1]]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    answers = answers_elsewhere(folder, asked, tmp_path, True, tensor_parallel_size=2)
+    assert answers == [reference.answer(*case) for case in asked]
 
 
 class TestWithoutPlugin:
@@ -267,10 +286,122 @@ class TestWithoutPlugin:
         folder = make_checkpoint(base, tmp_path, agnostic(9, position_ids=position_ids))
         asked = [case for case in cases() if case[2] is None and case[1]]
         reference = Reference(folder)
-        assert answers_elsewhere(folder, asked, tmp_path) == [reference.answer(*case) for case in asked]
+        assert answers_elsewhere(folder, asked, tmp_path, False) == [reference.answer(*case) for case in asked]
 
     def test_a_processor_of_another_number_is_refused_at_the_start(self, base, tmp_path):
         folder = make_checkpoint(base, tmp_path, agnostic(9))
         LlavaMergeProcessor.from_pretrained(folder, num_merged_tokens=4).save_pretrained(folder)
         with pytest.raises(AssertionError, match="the processor writes 4 tokens per image, the merger makes 9"):
-            answers_elsewhere(folder, [], tmp_path)
+            answers_elsewhere(folder, [], tmp_path, False)
+
+
+class Server:
+    """`vllm serve` on the loopback."""
+
+    def __init__(self, folder, log, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+        command += ["--max-model-len", "256", "--served-model-name", "tiny", *options]
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        deadline = time.monotonic() + 240
+        while not self.is_up():
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+
+    def is_up(self) -> bool:
+        try:
+            return bool(self.client.models.list().data)
+        except openai.APIConnectionError:
+            return False
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def chat(self, *turns, images=(), budget=None, **options):
+        """The server's answer to a chat, whose first question has the images, PNGs or URLs."""
+        roles = ("user", "assistant")
+        messages = [
+            {"role": roles[index % 2], "content": [{"type": "text", "text": turn}]} for index, turn in enumerate(turns)
+        ]
+        urls = [image if isinstance(image, str) else as_url(image) for image in images]
+        messages[0]["content"][:0] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        extra = {"min_tokens": NUM_TOKENS}
+        if budget is not None:
+            extra["mm_processor_kwargs"] = {"num_merged_tokens": budget}
+        options = {"temperature": 0, "max_tokens": NUM_TOKENS, **options}
+        return self.client.chat.completions.create(model="tiny", messages=messages, extra_body=extra, **options)
+
+
+def as_url(image: Image.Image) -> str:
+    """A picture as data URL."""
+    image.save(file := io.BytesIO(), format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@pytest.fixture(scope="module")
+def server(question_aware, tmp_path_factory):
+    """A server with the question-aware checkpoint, whose requests may have a budget of their own."""
+    running = Server(question_aware[0], tmp_path_factory.mktemp("log") / "log", "--trust-request-mm-kwargs")
+    yield running
+    running.stop()
+
+
+class TestServer:
+    def check(self, server, reference, done, prompt, images, budget=None):
+        """Compares an answer, and the number of tokens that the prompt counted."""
+        tokenizer = reference.processor.tokenizer
+        text = tokenizer.decode(reference.answer(prompt, images, budget), skip_special_tokens=True)
+        assert done.choices[0].message.content.strip() == text.strip()
+        words = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        assert done.usage.prompt_tokens == words + len(images) * ((budget or 9) - 1)
+
+    def test_clients_side_by_side(self, server, question_aware):
+        asked = [(image, question, budget) for image in pictures() for question in QUESTIONS for budget in (None, 4)]
+        with ThreadPoolExecutor(8) as pool:
+            done = list(pool.map(lambda case: server.chat(case[1], images=[case[0]], budget=case[2]), asked * 2))
+        for (image, question, budget), each in zip(asked * 2, done, strict=True):
+            self.check(server, question_aware[1], each, chat(question), [image], budget)
+
+    def test_a_second_turn_and_several_images(self, server, question_aware):
+        images = pictures()[:2]
+        done = server.chat(QUESTIONS[0], "red blue", QUESTIONS[1], images=images)
+        prompt = chat(QUESTIONS[0], "red blue", QUESTIONS[1], images=2)
+        self.check(server, question_aware[1], done, prompt, images)
+
+    def test_no_question_and_no_image(self, server, question_aware):
+        image = pictures()[:1]
+        self.check(server, question_aware[1], server.chat("", images=image), chat(""), image)
+        self.check(server, question_aware[1], server.chat("what is red ?"), chat("what is red ?", images=0), [])
+
+    @pytest.mark.parametrize("budget", [0, 37, "auto", True])
+    def test_a_budget_that_is_not_served(self, budget, server):
+        with pytest.raises(openai.BadRequestError, match="num_merged_tokens=.* is served with whole numbers"):
+            server.chat("what", images=pictures()[:1], budget=budget)
+
+    @pytest.mark.parametrize(
+        "request_of",
+        [
+            lambda: {"turns": ["red " * 300], "images": pictures()[:1]},
+            lambda: {"turns": ["what"], "images": pictures(30)},
+            lambda: {"turns": ["what"], "images": ["data:image/png;base64,bm8gcGljdHVyZQ=="]},
+            lambda: {"turns": ["what"], "images": ["http://127.0.0.1:9/nothing.png"]},
+        ],
+        ids=["too long", "too many images", "broken image", "missing image"],
+    )
+    def test_an_error_for_that_request_alone(self, request_of, server, question_aware):
+        request = request_of()
+        with ThreadPoolExecutor(2) as pool:
+            wrong = pool.submit(server.chat, *request["turns"], images=request["images"])
+            right = pool.submit(server.chat, QUESTIONS[2], images=pictures()[:1]).result()
+        self.check(server, question_aware[1], right, chat(QUESTIONS[2]), pictures()[:1])
+        with pytest.raises(openai.APIStatusError) as caught:
+            wrong.result()
+        assert caught.value.status_code in (400, 422, 500) and server.process.poll() is None
+        self.test_a_second_turn_and_several_images(server, question_aware)
