@@ -157,7 +157,6 @@ def question_aware(base, tmp_path_factory):
     "options",
     [
         {"max_num_batched_tokens": 40, "enable_chunked_prefill": True},  # borders of chunks inside images
-        {"num_gpu_blocks_override": 9},  # requests are preempted and computed again
         {"enforce_eager": False},
         {"mm_processor_cache_gb": 0},
         {"enable_prefix_caching": False},
@@ -171,8 +170,17 @@ def test_answers_do_not_depend_on_how_it_runs(merger, options, base, tmp_path):
     requests = [reference.request(*case) for case in asked]
     with serving(folder, **options) as llm:
         assert ask(llm, requests) == [reference.answer(*case) for case in asked]
-        preempted = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-        assert (preempted > 0) == ("num_gpu_blocks_override" in options)
+
+
+@pytest.mark.parametrize("merger", ["aware", "visionzip"])
+def test_requests_that_are_preempted_and_computed_again(merger, base, tmp_path):
+    folder = make_checkpoint(base, tmp_path, MERGERS[merger])
+    reference = Reference(folder)
+    two, words = pictures()[:2], "there is the red star "  # so that the answer begins a third block of each request
+    asked = [(chat(words + question, images=2), two, None) for question in QUESTIONS] * 4
+    with serving(folder, num_gpu_blocks_override=9) as llm:
+        assert ask(llm, [reference.request(*case) for case in asked]) == [reference.answer(*case) for case in asked]
+        assert next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
 def test_positions_beyond_those_of_the_text_model(base, tmp_path):
