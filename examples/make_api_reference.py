@@ -14,7 +14,8 @@ import pdoc.render
 import llava_merge
 
 
-NOT_SHOWN = ("llava_merge.__main__", "llava_merge.cli", "llava_merge.plugins.lmms_eval")  # commands; needs lmms-eval
+# commands; what needs lmms-eval or vLLM
+NOT_SHOWN = ("llava_merge.__main__", "llava_merge.cli", "llava_merge.plugins.lmms_eval", "llava_merge.serving.vllm")
 
 
 def module_names() -> list[str]:

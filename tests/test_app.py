@@ -23,6 +23,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="extra `test`")
 from llava_merge.demo.browser import LAUNCH, MAX_QUESTION_LENGTH, draw_other_scene, make_app, merger_choices, read  # noqa: E402
 
 
+pytestmark = pytest.mark.newest
 CHROMIUM = shutil.which("chromium")
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 TIMEOUT = 60_000  # milliseconds; a busy machine is slow

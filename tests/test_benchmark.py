@@ -17,6 +17,7 @@ from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls
 from llava_merge.cli import app
 
 
+pytestmark = pytest.mark.newest
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

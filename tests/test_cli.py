@@ -23,6 +23,7 @@ from llava_merge.evaluation.report import read_evaluation
 from llava_merge.hub import MERGER, make_card
 
 
+pytestmark = pytest.mark.newest
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
 COMMANDS = typer.main.get_command(app).commands
 

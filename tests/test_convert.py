@@ -35,7 +35,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A question-aware merger with a projector of its own."""
-    model = tiny_model(aware(9, attention_mass=1.0), train_merger=True)
+    model = tiny_model(aware(9), train_merger=True)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight.mul_(2)
     model.save_merger(folder := tmp_path_factory.mktemp("merger"), projector=True)
@@ -93,15 +93,15 @@ class TestConvert:
         convert(str(base), tmp_path / "out", str(trained), 9)
         assert_equal(load(tmp_path / "out"), load(base, merger=str(trained)))
 
-    @pytest.mark.parametrize("merger", ["tome:attention_mass=1,position_ids=packed", "none"])
+    @pytest.mark.parametrize("merger", ["tome:position_ids=packed", "none"])
     def test_a_method_without_weights(self, merger, base, tmp_path):
         convert(str(base), tmp_path / "out", merger, None if merger == "none" else 9)
         model = load(tmp_path / "out")
         config = model.config.merger_config
         assert config.merger_type == merger.partition(":")[0]
         if merger != "none":
-            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (9, 1, "packed")
-            fields = {"merger_type": "tome", "num_merged_tokens": 9, "attention_mass": 1, "position_ids": "packed"}
+            assert (config.num_merged_tokens, config.position_ids) == (9, "packed")
+            fields = {"merger_type": "tome", "num_merged_tokens": 9, "position_ids": "packed"}
             batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
             assert torch.equal(model(**batch).logits, load(base, merger_config=fields)(**batch).logits)
 
@@ -170,6 +170,7 @@ class TestRefused:
         ("merger", "num_merged_tokens", "message"),
         [
             ("nothing", 9, "neither a method"),
+            ("tome:attention_mass=1", 9, "attention_mass=1: serving engines cannot .* NAME:attention_mass=0"),
             ("tome", 37, "more than the 36 visual tokens"),
             ("tome", 0, "num_merged_tokens=0"),
             ("none", 9, "merger_type='none' keeps all tokens"),

@@ -33,6 +33,7 @@ from llava_merge.evaluation.report import (
 from llava_merge.evaluation.run import default_budgets, evaluate
 
 
+pytestmark = pytest.mark.newest
 PLACES = {"position_ids": "source", "attention_mass": 1.0}
 MERGERS = ["fixed_pooling:question_aware=true,num_heads=4", "cdpruner", "visionzip", "tome:attention_mass=0", "own"]
 

@@ -9,6 +9,7 @@ import pytest
 nbclient = pytest.importorskip("nbclient", reason="extra `test`")
 nbformat = pytest.importorskip("nbformat", reason="extra `test`")
 
+pytestmark = pytest.mark.newest
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NAMES = ("quickstart", "your_own_merger", "see_what_is_merged")
 

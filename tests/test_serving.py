@@ -145,7 +145,7 @@ class TestRoom:
 
 class TestRefusals:
     def test_attention_mass(self):
-        with pytest.raises(ValueError, match="attention_mass=0.5: serving engines cannot.*attention_mass=0"):
+        with pytest.raises(ValueError, match="attention_mass=0.5: serving engines cannot.*go on training"):
             check_servable(config(attention_mass=0.5))
         check_servable(config())
 

@@ -127,6 +127,7 @@ def cases() -> list[tuple]:
     ]
     found += [(chat(question, images=2), images[:2], None) for question in QUESTIONS]
     found += [(chat("red blue", "star", question), images[:1], None) for question in QUESTIONS]
+    found += [(chat(QUESTIONS[0], "red blue", "<image> " + QUESTIONS[1]), [images[0], pictures(4)[3]], None)]
     found += [(chat(""), images[:1], None), (chat("what is red ?", images=0), [], None)]
     return found
 

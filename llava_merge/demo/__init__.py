@@ -6,6 +6,7 @@ from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
 MERGERS = ("question_aware", "agnostic")  # trained for 4 to 64 tokens
+SERVED = "served"  # question-aware, without attention mass, which serving engines cannot do
 NUM_MERGED_TOKENS = 16  # of the demo
 PICTURE = Path(__file__).parent / "picture.png"
 QUESTIONS = (
@@ -20,4 +21,4 @@ QUESTIONS = (
 
 def find_merger(name: str) -> str:
     """The folder of a bundled merger, by its name; any other name as it is."""
-    return str(Path(__file__).parent / "mergers" / name) if name in MERGERS else name
+    return str(Path(__file__).parent / "mergers" / name) if name in (*MERGERS, SERVED) else name

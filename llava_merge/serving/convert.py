@@ -14,6 +14,7 @@ from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing
 from llava_merge.evaluation.candidates import parse_candidate, put_merger
 from llava_merge.merging_base import method_file
 from llava_merge.saving import save_at_once
+from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
 
@@ -39,10 +40,11 @@ def convert(
         The configuration that was written.
 
     Raises:
-        ValueError: The base is no stock LLaVA or lacks weights, or the merger does not fit it.
+        ValueError: The base is no stock LLaVA or lacks weights, or the merger does not fit it or cannot be served.
     """
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
+    check_servable(model.config)
     files = weight_files(directory)
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)

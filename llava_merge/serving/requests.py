@@ -28,9 +28,9 @@ def check_servable(config: LlavaMergeConfig):
     mass = config.merger_config.attention_mass
     if mass:
         raise ValueError(
-            f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens, and answers "
-            f"would differ from those of transformers. Set it to 0 (`--merger NAME:attention_mass=0`) and evaluate "
-            f"that, or train with 0."
+            f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens. Train the "
+            f"merger with attention_mass=0, or go on training it so: trained with it, it is bad without. Methods that "
+            f"need no training take it from `--merger NAME:attention_mass=0`."
         )
 
 
