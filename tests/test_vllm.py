@@ -28,6 +28,7 @@ from llava_merge.serving.convert import convert
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
+serving_model = pytest.importorskip("llava_merge.serving.vllm")
 
 
 pytestmark = pytest.mark.vllm
@@ -196,6 +197,34 @@ def test_positions_beyond_those_of_the_text_model(base, tmp_path):
         assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
         with pytest.raises(ValueError, match="7 images could reach position 288, .* and 256 are prepared"):
             ask(llm, [reference.request(chat("what", images=7), pictures(7))])
+
+
+def test_the_tower_runs_once_a_picture(question_aware, monkeypatch):
+    """Other questions and budgets find its features kept; those longest not used go first."""
+    folder, reference = question_aware
+    seen = []
+    monkeypatch.setattr(serving_model, "KEPT_PICTURES", 2)
+    run = serving_model.LlavaMergeForConditionalGeneration._run_tower
+    monkeypatch.setattr(
+        serving_model.LlavaMergeForConditionalGeneration,
+        "_run_tower",
+        lambda self, pixel_values: (seen.append(len(pixel_values)), run(self, pixel_values))[1],
+    )
+    with serving(folder) as llm:
+        seen.clear()  # of the profile
+
+        def runs(*asked: tuple) -> list[int]:
+            for case in asked:
+                assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
+            done = seen.copy()
+            seen.clear()
+            return done
+
+        first, second, third = pictures()
+        assert runs(*((chat(question), [first], budget) for question in QUESTIONS for budget in (None, 4))) == [1]
+        assert runs((chat(QUESTIONS[0], images=2), [first, second], None)) == [1]
+        assert runs((chat(QUESTIONS[1]), [first], 16), (chat(QUESTIONS[1]), [third], None)) == [1]
+        assert runs((chat(QUESTIONS[2]), [first], 16), (chat(QUESTIONS[2]), [second], None)) == [1]
 
 
 @pytest.fixture(scope="class")

@@ -56,6 +56,8 @@ from llava_merge.token_layout import place_on_slots
 
 
 QUESTIONS = "question_input_ids"
+PICTURES = "picture_ids"
+KEPT_PICTURES = 64  # of which the tower's features are kept for other questions: 75 MB in LLaVA-1.5
 NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 PLACE_DIGITS = 2  # columns behind the embeddings that say where a token sits, for bfloat16 holds no number over 256
 PLACE_BASE = 128
@@ -104,43 +106,43 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
             ValueError: The budget is not served, an image comes as embeddings, or there are too many images.
         """
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
-        if not num_images:
-            return super().apply(inputs, timing_ctx)
-        if isinstance(inputs.mm_data_items["image"], ImageEmbeddingItems):
+        if isinstance(inputs.mm_data_items.get("image"), ImageEmbeddingItems):
             raise ValueError("image_embeds: this model merges images itself. Send pictures.")
         config, kwargs = self.info.get_hf_config(), dict(inputs.hf_processor_mm_kwargs)
-        kwargs[BUDGET] = self.info.budget(kwargs)
-        check_room(config, num_images, kwargs[BUDGET], self.info.ctx.model_config.max_model_len)
+        budget = self.info.budget(kwargs)
+        check_room(config, num_images, budget, self.info.ctx.model_config.max_model_len)
+        kwargs.pop(BUDGET, None)
+        pictures = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs)).get("image", [])
+        kwargs |= {BUDGET: budget, PICTURES: pictures}
         if config.merger_config.question_aware:
             kwargs[QUESTIONS] = questions_of_images(inputs.prompt, config, num_images)
         return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
 
-    def _get_mm_hashes(self, inputs):
-        kwargs = dict(inputs.hf_processor_mm_kwargs)
-        questions = kwargs.pop(QUESTIONS, None)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
-        if questions is not None:  # of each image its own, so that a later turn changes none of an earlier one
-            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            hashes["image"] = [
-                MultiModalHasher.hash_kwargs(algorithm, image=image, question=question)
-                for image, question in zip(hashes["image"], questions, strict=True)
-            ]
-        return hashes
+    def _get_mm_hashes(self, inputs) -> dict[str, list[str]]:
+        kwargs = inputs.hf_processor_mm_kwargs
+        pictures = kwargs[PICTURES]
+        # of each image its own question, so that a later turn changes none of an earlier one
+        questions = kwargs.get(QUESTIONS, [None] * len(pictures))
+        pairs = zip(pictures, questions, strict=True)
+        hashes = [self._hash(image=picture, budget=kwargs[BUDGET], question=ids) for picture, ids in pairs]
+        return {"image": hashes} if hashes else {}
+
+    def _hash(self, **parts) -> str:
+        return MultiModalHasher.hash_kwargs(self.info.ctx.get_mm_config().mm_hasher_algorithm, **parts)
 
     def _get_cache_missing_processor_kwargs(self, inputs, mm_is_cached) -> Mapping[str, object]:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
-        if QUESTIONS in kwargs:
-            cached = mm_is_cached["image"]
-            kwargs[QUESTIONS] = [ids for ids, known in zip(kwargs[QUESTIONS], cached, strict=True) if not known]
+        for name in {PICTURES, QUESTIONS} & kwargs.keys():
+            kwargs[name] = [each for each, known in zip(kwargs[name], mm_is_cached["image"], strict=True) if not known]
         return kwargs
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
         kwargs = dict(hf_kwargs)
-        budget, questions = kwargs.pop(BUDGET), kwargs.pop(QUESTIONS, None)
+        budget, pictures, questions = kwargs.pop(BUDGET), kwargs.pop(PICTURES), kwargs.pop(QUESTIONS, None)
         inputs = super()._apply_hf_processor_main(mm_items, kwargs)
-        num_images = mm_items.get_all_counts().get("image", 0)
-        if num_images:
-            inputs[BUDGET] = torch.full((num_images,), budget)
+        if pictures:
+            inputs[BUDGET] = torch.full((len(pictures),), budget)
+            inputs[PICTURES] = torch.tensor([int(self._hash(image=picture)[:15], 16) for picture in pictures])
             if questions is not None:
                 inputs[QUESTIONS] = [torch.tensor(ids, dtype=torch.long) for ids in questions]
         return inputs
@@ -149,6 +151,7 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         return {
             "pixel_values": MultiModalFieldConfig.batched("image"),
             BUDGET: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            PICTURES: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
             QUESTIONS: MultiModalFieldConfig.batched("image"),
         }
 
@@ -197,6 +200,9 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")
             )
+        # an agnostic merger's tokens are kept by vLLM itself; other extras than relevance are the tower's
+        self.keeps_features = config.merger_config.question_aware and self.method.requires <= {"relevance"}
+        self.kept_features: dict[int, Tensor] = {}  # (N, vision_dim) of each picture
         self.text_tower = None
         if config.merger_config.text_tower is not None:
             self.text_tower = TextTower(config.merger_config.text_tower, config.merged_vision_dim, {})
@@ -229,12 +235,15 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Merged and projected tokens of each image, (M, hidden); where they tell their places, a few columns more."""
-        budgets, questions = kwargs.pop(BUDGET, None), kwargs.pop(QUESTIONS, None)
+        budgets, pictures, questions = (kwargs.pop(name, None) for name in (BUDGET, PICTURES, QUESTIONS))
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
-        features, extras = self._run_tower(images["pixel_values"])
         question = None if questions is None else self._embed_questions(questions)
+        if self.keeps_features:
+            features, extras = self._recall_features(images["pixel_values"], pictures.flatten().tolist()), MergeExtras()
+        else:
+            features, extras = self._run_tower(images["pixel_values"])
         if "relevance" in self.method.requires:
             extras = replace(extras, relevance=self._relevance(features, question))
         grid = self.config.patch_grid(self.config.image_shape)
@@ -259,6 +268,19 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         extra_layers = config.feature_layers(list(self.method.extra_layers)) if self.method.extra_layers else []
         last = max(0, max(layers) - 1)
         return features, read_tower(self.vision_tower, states, self.method.requires, extra_layers, last, first)
+
+    def _recall_features(self, pixel_values: Tensor, pictures: list[int]) -> Tensor:
+        """Features of the images, which the tower makes only of pictures that are not kept: (I, N, vision_dim)."""
+        new = {picture: index for index, picture in enumerate(pictures) if picture not in self.kept_features}
+        if new:
+            features, _ = self._run_tower(pixel_values[[*new.values()]])
+            self.kept_features |= zip(new, [each.clone() for each in features], strict=True)
+        features = torch.stack([self.kept_features[picture] for picture in pictures])
+        for picture in pictures:  # the last used are the last
+            self.kept_features[picture] = self.kept_features.pop(picture)
+        for picture in [*self.kept_features][:-KEPT_PICTURES]:
+            del self.kept_features[picture]
+        return features
 
     def _embed_questions(self, questions: Tensor | list[Tensor]) -> Question:
         """The question of each image, of its ids (T,)."""
