@@ -238,16 +238,19 @@ def main(arguments: argparse.Namespace):
             with Server(folder, Path(scratch, "log"), *options) as server:
                 asyncio.run(load(server.url, make_requests("new pictures", 2), 1, arguments.limit))  # warm up
                 results[name] = measure(server, arguments)
+            report(arguments, results)
+
+
+def report(arguments: argparse.Namespace, results: dict):
+    """Writes what is known so far, with requests a second as multiples of the stock server's."""
     for rows in results.values():
         for key, row in rows.items():
             row["ratio"] = round(row["requests_per_second"] / results["stock"][key]["requests_per_second"], 3)
-    report = {
-        "command": shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]]),
-        "protocol": {**describe_machine(torch.device(arguments.device)), "vllm": vllm.__version__, **vars(arguments)},
-        "results": results,
-    }
-    report["protocol"].pop("output")
-    write_whole(arguments.output, json.dumps(report, indent=2) + "\n")
+    protocol = {**describe_machine(torch.device(arguments.device)), "vllm": vllm.__version__, **vars(arguments)}
+    command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
+    protocol.pop("output")
+    written = {"command": command, "protocol": protocol, "results": results}
+    write_whole(arguments.output, json.dumps(written, indent=2) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -31,6 +31,8 @@ BUDGETS = ("64", "16", "4")
 LORA_MERGERS = ("question_aware", "agnostic")
 LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
 
+SERVING = {"prefill-bound": "serving_02b", "demo": "serving_demo"}
+
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, *rows)).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
@@ -110,6 +112,48 @@ def lora_table(reports: dict[tuple[str, str], dict]) -> str:
         name = TRAINED[f"llava_merge/demo/mergers/{merger}"]
         rows.append([f"{name}, LoRA", *(percent(found[key]) for found in results for key in keys)])
     return table(head, rows)
+
+
+def served_table(simple: dict, hard: dict) -> str:
+    """What the mass that a server cannot add was worth, and a merger that was trained without."""
+    head = ["", *(f"{scenes}, {budget}" for scenes in ("simple", "hard") for budget in BUDGETS)]
+    names = {
+        "served": "trained without mass: can be served",
+        "question_aware": "trained with mass 1: transformers alone",
+        "question_aware:attention_mass=0": "the same with its mass set to 0",
+    }
+    rows = [
+        [shown, *(percent(report["results"][f"{name}@{budget}"]) for report in (simple, hard) for budget in BUDGETS)]
+        for name, shown in names.items()
+    ]
+    return table(head, rows)
+
+
+def serving_table(reports: dict[str, dict]) -> str:
+    """Requests a second of a merged server as a multiple of the stock one's, by load."""
+    head = ["", "load", *(f"{number} at once" for number in next(iter(reports.values()))["protocol"]["clients"])]
+    rows = []
+    for model, report in reports.items():
+        for merger, loads in report["results"].items():
+            kinds = dict.fromkeys(key.rpartition(", ")[0] for key in loads)
+            if merger != "stock":
+                name = f"{model}, `{merger.partition(':')[0]}`" + (", question-aware" if ":question" in merger else "")
+                of_kind = {kind: [row for key, row in loads.items() if key.startswith(kind)] for kind in kinds}
+                rows += [[name, kind, *(f"{row['ratio']:.2f} ×" for row in found)] for kind, found in of_kind.items()]
+    loads = [row for report in reports.values() for found in report["results"].values() for row in found.values()]
+    lost, different = (sum(row[name] for row in loads) for name in ("lost", "different"))
+    protocol = next(iter(reports.values()))["protocol"]
+    number = sum(
+        report["protocol"]["requests"] * len(found)
+        for report in reports.values()
+        for found in report["results"].values()
+    )
+    versions = f"vLLM {protocol['vllm']}, transformers {protocol['versions']['transformers']}"
+    return (
+        f"{table(head, rows)}\n\n{protocol['hardware']}, 2 cores, {versions}, {protocol['dtype']}, "
+        f"{protocol['num_merged_tokens']} tokens instead of 576. Of {number} answers {lost} were lost, and {different} "
+        f"were not what the same server said to one client alone."
+    )
 
 
 def flips_sentence(report: dict) -> str:
@@ -242,6 +286,8 @@ def updated(text: str) -> str:
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
+        "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
+        "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"

@@ -1,7 +1,9 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Tiny random LLaVAs, built offline. Weights are scaled up so that every picture and question changes the output."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +46,14 @@ CHAT_TEMPLATE = (
 
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption("--fuzz-cases", type=int, default=2000, help="random cases of tests/test_fuzz.py, default 2000")
+
+
+def load_example(name: str):
+    """A script of examples/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_config(tower: str = "clip", text_hidden_size: int = 64, **kwargs) -> LlavaConfig:

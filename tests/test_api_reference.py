@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 
 import pytest
-from test_demo import load_example
+from conftest import load_example
 
 import llava_merge
 

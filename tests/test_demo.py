@@ -1,14 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The embedded model, the pictures of what was merged, and the command that shows both."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_processor, tiny_stock
+from conftest import load_example, make_processor, tiny_stock
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -40,13 +39,6 @@ def ask(model, processor, asked: list[tuple]) -> list[str]:
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
-
-
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class TestEmbeddedModel:
@@ -191,6 +183,7 @@ class TestComparison:
         assert drawn.size == (168, 168) and drawn.tobytes() != thumbnail(Image.open(PICTURE), 168).tobytes()
 
 
+@pytest.mark.newest
 class TestCommand:
     def run(self, *arguments, code=0):
         result = CliRunner().invoke(app, ["demo", *map(str, arguments)])

@@ -100,9 +100,10 @@ SHORTER = {  # what makes a command of README one of seconds
     "python examples/make_demo_data.py": "--num-train 12 --num-validation 2",
     "llava-merge train examples/configs/demo.yaml": "--set training.max_steps=2",
     "llava-merge evaluate": "--limit 1",
+    "llava-merge convert": "",
 }
 FOR_7B = ("llava-merge train examples/configs/llava_7b.yaml", "torchrun --nproc-per-node 8 -m llava_merge train")
-BY_CI = ("pip install", "pytest", "pre-commit install")
+BY_CI = ("pip install", "pytest", "pre-commit install", "vllm serve")  # the last by tests/test_vllm.py
 
 
 def commands_of(*starts: str) -> list[str]:
@@ -122,12 +123,13 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     for command in commands_of(*SHORTER):
         (options,) = (options for start, options in SHORTER.items() if command.startswith(start))
         program = command.replace("llava-merge ", "python -m llava_merge ", 1).replace("python", sys.executable, 1)
+        program = program.replace(SEVEN_B, str(MODEL_DIR))
         done = subprocess.run(
             [*shlex.split(program), *shlex.split(options)], cwd=tmp_path, capture_output=True, text=True, timeout=500
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     made = {path.name for path in tmp_path.iterdir()}
-    assert made >= {"llava_merge_demo.png", "demo_data", "demo_merger", "llava_merge_evaluation"}
+    assert made >= {"llava_merge_demo.png", "demo_data", "demo_merger", "llava_merge_evaluation", "llava-64"}
     assert (tmp_path / "demo_merger" / "metrics.json").exists()
 
 

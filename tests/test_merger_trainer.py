@@ -552,6 +552,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.newest
 class TestCommand:
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
     def test_every_method_trains(self, method, llava_folder, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import llava_merge
 
 
+pytestmark = pytest.mark.newest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What the parts of transformers and huggingface_hub that the core is built on import by themselves.

@@ -1,22 +1,19 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """vLLM, with the real package on tiny random models, against transformers; in an environment that has it."""
 
-import base64
 import gc
-import io
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import agnostic, aware, make_processor, scale_up, tiny_config, tiny_model
+from conftest import agnostic, aware, load_example, make_processor, scale_up, tiny_config, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
@@ -29,9 +26,11 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 serving_model = pytest.importorskip("llava_merge.serving.vllm")
+benchmark_serving = load_example("benchmark_serving")
 
 
 pytestmark = pytest.mark.vllm
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 NUM_TOKENS = 12  # of an answer
 OPTIONS = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False}
 SAMPLING = {"temperature": 0, "max_tokens": NUM_TOKENS, "min_tokens": NUM_TOKENS}
@@ -333,62 +332,43 @@ class TestWithoutPlugin:
             answers_elsewhere(folder, [], tmp_path, False)
 
 
-class Server:
-    """`vllm serve` on the loopback."""
+class Clients:
+    """What talks to a server, which is started as README says."""
 
-    def __init__(self, folder, log, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port)]
-        command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        command += ["--max-model-len", "256", "--served-model-name", "tiny", *options]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        deadline = time.monotonic() + 240
-        while not self.is_up():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(1)
+    def __init__(self, folder, log):
+        (command,) = re.findall(r"^vllm serve .*", README, flags=re.MULTILINE)
+        options = command.split()[3:]  # behind the folder
+        options += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "256"]
+        self.server = benchmark_serving.Server(folder, log, *options)
 
-    def is_up(self) -> bool:
-        try:
-            return bool(self.client.models.list().data)
-        except openai.APIConnectionError:
-            return False
+    def __enter__(self):
+        url = self.server.__enter__().url
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        return self
 
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(60)
+    def __exit__(self, *error):
+        self.server.__exit__(*error)
 
     def chat(self, *turns, images=(), budget=None, **options):
-        """The server's answer to a chat, whose first question has the images, PNGs or URLs."""
+        """The server's answer to a chat, whose first question has the images, pictures or URLs."""
         roles = ("user", "assistant")
         messages = [
             {"role": roles[index % 2], "content": [{"type": "text", "text": turn}]} for index, turn in enumerate(turns)
         ]
-        urls = [image if isinstance(image, str) else as_url(image) for image in images]
+        urls = [image if isinstance(image, str) else benchmark_serving.as_url(image) for image in images]
         messages[0]["content"][:0] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         extra = {"min_tokens": NUM_TOKENS}
         if budget is not None:
             extra["mm_processor_kwargs"] = {"num_merged_tokens": budget}
         options = {"temperature": 0, "max_tokens": NUM_TOKENS, **options}
-        return self.client.chat.completions.create(model="tiny", messages=messages, extra_body=extra, **options)
-
-
-def as_url(image: Image.Image) -> str:
-    """A picture as data URL."""
-    image.save(file := io.BytesIO(), format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return self.client.chat.completions.create(model="model", messages=messages, extra_body=extra, **options)
 
 
 @pytest.fixture(scope="module")
 def server(question_aware, tmp_path_factory):
     """A server with the question-aware checkpoint, whose requests may have a budget of their own."""
-    running = Server(question_aware[0], tmp_path_factory.mktemp("log") / "log", "--trust-request-mm-kwargs")
-    yield running
-    running.stop()
+    with Clients(question_aware[0], tmp_path_factory.mktemp("log") / "log") as clients:
+        yield clients
 
 
 class TestServer:
@@ -441,5 +421,5 @@ class TestServer:
         self.check(server, question_aware[1], right, chat(QUESTIONS[2]), pictures()[:1])
         with pytest.raises(openai.APIStatusError) as caught:
             wrong.result()
-        assert caught.value.status_code in (400, 422, 500) and server.process.poll() is None
+        assert caught.value.status_code in (400, 422, 500) and server.server.is_up()
         self.test_a_second_turn_and_several_images(server, question_aware)

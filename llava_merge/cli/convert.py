@@ -17,7 +17,7 @@ def convert(
         str,
         typer.Option(
             help="Directory or Hub repo of a merger, or a method, see `llava-merge mergers`; "
-            "NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:attention_mass=1."
+            "NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:position_ids=packed."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -27,8 +27,9 @@ def convert(
 ):
     """Makes one checkpoint of a stock LLaVA and a merger, with code and processor, without loading the LLaVA.
 
-    It loads as `from_pretrained(BASE, merger=MERGER)` does, also where this package is not installed. Weight files of
-    the base are hard links where they can be, so that it takes hardly any room. All at once or not at all.
+    vLLM serves it, and it loads as `from_pretrained(BASE, merger=MERGER)` does, also where this package is not
+    installed. Weight files of the base are hard links where they can be, so that it takes hardly any room. All at once
+    or not at all.
     """
     from transformers.utils import logging
 

@@ -329,6 +329,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         if self.places is not None:  # written in place, for CUDA graphs read from where they were captured
             tokens, places = (tensor.to(positions.device) for tensor in self.places)
             positions[0, tokens] = positions[1, tokens] + places
+            self.places = None
         positions = positions[0] if positions.ndim == 2 else positions
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
