@@ -53,18 +53,23 @@ def pictures(number: int = 3) -> list[Image.Image]:
     return [Image.fromarray(torch.randint(0, 256, size, generator=generator).byte().numpy()) for size in sizes]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A stock LLaVA, as the Hub has them: with the names that loading and saving give."""
-    folder = tmp_path_factory.mktemp("stock")
-    scale_up(LlavaForConditionalGeneration(tiny_config(text_hidden_size=WIDTH))).save_pretrained(folder)
+def make_base(folder, *tower, **fields):
+    """A stock LLaVA in `folder`."""
+    stock = LlavaForConditionalGeneration(tiny_config(*tower, text_hidden_size=WIDTH, **fields))
+    scale_up(stock).save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
 
 
-def make_checkpoint(base, folder, fields: dict):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock LLaVA with CLIP's tower."""
+    return make_base(tmp_path_factory.mktemp("stock"))
+
+
+def make_checkpoint(base, folder, fields: dict, *tower, **options):
     """A converted checkpoint in `folder` / "served" with the merger that `fields` describe, trained if it can be."""
-    model = tiny_model(fields, train_merger=True, text_hidden_size=WIDTH)
+    model = tiny_model(fields, *tower, train_merger=True, text_hidden_size=WIDTH, **options)
     model.save_merger(folder / "merger")
     convert(str(base), folder / "served", str(folder / "merger"), fields["num_merged_tokens"])
     return folder / "served"
@@ -145,6 +150,25 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
         assert [ask(llm, [request])[0] for request in requests] == expected  # warm, one by one
         hits = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
         assert hits["vllm:prefix_cache_hits"] and hits["vllm:mm_cache_hits"]
+
+
+@pytest.mark.parametrize(
+    ("tower", "fields"),
+    [("siglip", {}), ("clip", {"vision_feature_layer": [-2, -1]})],
+    ids=["SigLIP", "several layers"],
+)
+def test_other_towers(tower, fields, tmp_path):
+    folder = make_checkpoint(make_base(tmp_path, tower, **fields), tmp_path, agnostic(9), tower, **fields)
+    reference, asked = Reference(folder), [case for case in cases() if case[2] is None]
+    with serving(folder) as llm:
+        assert ask(llm, [reference.request(*case) for case in asked]) == [reference.answer(*case) for case in asked]
+
+
+def test_text_alone_where_no_images_are_allowed(question_aware):
+    folder, reference = question_aware
+    case = chat("what is red ?", images=0), []
+    with serving(folder, limit_mm_per_prompt={"image": 0}) as llm:
+        assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
 
 
 @pytest.fixture(scope="module")
