@@ -33,10 +33,10 @@ import vllm
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava_merge import LlavaMergeProcessor
-from llava_merge.benchmark.models import SHAPES, VISION_336
+from llava_merge.benchmark.models import SHAPES, config_of_shape
 from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.protocol import describe_machine
 from llava_merge.files import write_whole
@@ -118,14 +118,9 @@ def make_base(name: str, folder: Path) -> Path:
     """A stock checkpoint: the bundled model, a folder, or random weights in a shape of `MODELS`."""
     if name not in MODELS:
         return MODEL_DIR if name == "demo" else Path(name)
-    vision, text = MODELS[name]
     processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, **VISION_336),
-        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096),
-        image_token_index=processor.tokenizer.convert_tokens_to_ids(processor.image_token),
-        architectures=["LlavaForConditionalGeneration"],
-    )
+    config = config_of_shape(*MODELS[name], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    config.architectures = ["LlavaForConditionalGeneration"]
     torch.manual_seed(0)
     shutil.copytree(MODEL_DIR, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "*.md"))
     config.save_pretrained(folder)

@@ -32,6 +32,11 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def keeps_places(merger_config) -> bool:
+    """Whether merged tokens keep the positions of their patches."""
+    return merger_config.position_ids == "source" and merger_config.merger_type != "none"
+
+
 def check_marks(name: str, marks):
     """Refuses what is no list of lists of ids.
 
@@ -363,8 +368,7 @@ class LlavaMergeConfig(LlavaConfig):
 
         vLLM looks for it here; the rotary embedding, which looks elsewhere, stays as it is.
         """
-        merger_config = self.merger_config
-        return [1, 1, 1] if merger_config.position_ids == "source" and merger_config.merger_type != "none" else None
+        return [1, 1, 1] if keeps_places(self.merger_config) else None
 
     @property
     def merged_vision_dim(self) -> int:

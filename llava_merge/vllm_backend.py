@@ -7,12 +7,12 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from .checkpoint_files import refuse_missing_weights
-from .configuration_llava_merge import LlavaMergeConfig
+from .configuration_llava_merge import LlavaMergeConfig, keeps_places
+from .loading import NOT_NEEDED
 from .merging_base import find_merging_method
 
 
 ATTENTION = "vllm"  # the attention that it gives to language models
-MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
 NEEDS_PLUGIN = "{what}, which vLLM can do with the plugin alone: pip install 'llava-merge[serve]'{fix}."
 
 
@@ -35,7 +35,7 @@ def check_backend(config: LlavaMergeConfig, merger_weights: set[str]):
         raise ValueError(NEEDS_PLUGIN.format(what="This merger reads the question", fix=""))
     if merger_config.attention_mass:
         raise ValueError(f"attention_mass={merger_config.attention_mass}: vLLM cannot do that. Convert with 0.")
-    if config.mrope_section is not None and not find_merging_method(merger_config).sits_on_slots:
+    if keeps_places(merger_config) and not find_merging_method(merger_config).sits_on_slots:
         fix = "; or use position_ids='packed'"
         raise ValueError(NEEDS_PLUGIN.format(what="Where this merger's tokens sit depends on the picture", fix=fix))
     refuse_missing_weights(path, merger_weights - saved_merger_weights(path))
@@ -44,7 +44,7 @@ def check_backend(config: LlavaMergeConfig, merger_weights: set[str]):
 
 def saved_merger_weights(path: str) -> set[str]:
     """Names of the merger's weights in the checkpoint at `path`, a directory or Hub repo, as the merger calls them."""
-    index = cached_file(path, "model.safetensors.index.json", **MAY_BE_MISSING)
+    index = cached_file(path, "model.safetensors.index.json", **NOT_NEEDED)
     if index is not None:
         with open(index, encoding="utf-8") as file:
             names = json.load(file)["weight_map"].keys()

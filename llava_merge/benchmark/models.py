@@ -23,6 +23,15 @@ SHAPES = {
 }
 
 
+def config_of_shape(vision: dict, text: dict, image_token_index: int = IMAGE_TOKEN_ID) -> LlavaConfig:
+    """A stock LLaVA's configuration with tower and language model of these sizes, as `SHAPES` has them."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, **VISION_336),
+        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096),
+        image_token_index=image_token_index,
+    )
+
+
 def make_model(
     name: str, dtype: torch.dtype, device: str, attn_implementation: str | None = None
 ) -> LlavaMergeForConditionalGeneration:
@@ -34,12 +43,7 @@ def make_model(
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if name not in SHAPES:
         return LlavaMergeForConditionalGeneration.from_pretrained(name, **options).to(device).eval()
-    vision, text = SHAPES[name]
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, **VISION_336),
-        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096),
-        image_token_index=IMAGE_TOKEN_ID,
-    )
+    config = config_of_shape(*SHAPES[name])
     fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     config = LlavaMergeConfig(merger_config={"merger_type": "none"}, **fields)
     with torch.device(device):

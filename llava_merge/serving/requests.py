@@ -4,6 +4,7 @@
 import torch
 
 from llava_merge import LlavaMergeConfig
+from llava_merge.configuration_llava_merge import keeps_places
 from llava_merge.placeholders import is_whole_number
 from llava_merge.prompt_reading import turn_marks_of
 from llava_merge.question_turns import split_turns
@@ -12,11 +13,6 @@ from llava_merge.question_turns import split_turns
 BUDGET = "num_merged_tokens"
 PLAIN_ROPE = ("default", "linear", "llama3")  # whose frequencies do not depend on the number of positions
 ROPE_ROWS = 4  # positions prepared for each token that a request may have
-
-
-def keeps_places(config: LlavaMergeConfig) -> bool:
-    """Whether merged tokens keep the positions of their patches."""
-    return config.merger_config.position_ids == "source" and config.merger_config.merger_type != "none"
 
 
 def check_servable(config: LlavaMergeConfig):
@@ -93,7 +89,7 @@ def check_room(config: LlavaMergeConfig, num_images: int, budget: int, max_model
         ValueError: So it could.
     """
     highest, rows = max_model_len + num_images * (config.num_patches - budget), num_rope_rows(config, max_model_len)
-    if keeps_places(config) and highest > rows:
+    if keeps_places(config.merger_config) and highest > rows:
         raise ValueError(
             f"{num_images} images could reach position {highest}, since merged tokens keep the positions of their "
             f"patches, and {rows} are prepared. Send fewer images, or serve with a lower --max-model-len."

@@ -37,6 +37,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from llava_merge import LlavaMergeProcessor
 from llava_merge.checkpoint_files import refuse_missing_weights
+from llava_merge.configuration_llava_merge import keeps_places
 from llava_merge.merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
 from llava_merge.merging_base import find_merging_method
 from llava_merge.modeling_token_merger import TokenMerger
@@ -46,7 +47,6 @@ from llava_merge.serving.requests import (
     check_budget,
     check_room,
     check_servable,
-    keeps_places,
     num_rope_rows,
     questions_of_images,
     served_budgets,
@@ -186,7 +186,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         self.config = config = model_config.hf_config
         self.multimodal_config = model_config.multimodal_config
         self.method = find_merging_method(config.merger_config)
-        self.tells_places = keeps_places(config) and not self.method.sits_on_slots
+        self.tells_places = keeps_places(config.merger_config) and not self.method.sits_on_slots
         check_servable(config)
         check_positions(config, model_config)
         if self.tells_places:
@@ -310,7 +310,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         for first, number in images:
             image_mask[:, first : first + number] = True
         positions, places, moved = place_on_slots(image_mask, [number for _, number in images], grid)
-        return torch.stack((positions, positions - places, positions - places)), int(moved)
+        starts = positions - places
+        return torch.stack((positions, starts, starts)), int(moved)
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings=None, *, is_multimodal=None) -> Tensor:
         """As in vLLM; keeps the places that images of this step tell for its `forward`."""
@@ -372,7 +373,7 @@ def check_positions(config: LlavaConfig, model_config):
     Raises:
         ValueError: So they would.
     """
-    if keeps_places(config) and not model_config.uses_mrope:
+    if keeps_places(config.merger_config) and not model_config.uses_mrope:
         raise ValueError(
             "position_ids='source', but vLLM would count positions, since the checkpoint's own code is too old. Serve "
             "without --trust-remote-code, or write the checkpoint anew."
@@ -397,7 +398,7 @@ def more_positions(config: LlavaConfig, max_model_len: int):
     """Inside, the language model is built with a rotary embedding for the positions that merged tokens can reach."""
     text_config = config.text_config
     rows = text_config.max_position_embeddings
-    if keeps_places(config):
+    if keeps_places(config.merger_config):
         text_config.max_position_embeddings = num_rope_rows(config, max_model_len)
     try:
         yield
