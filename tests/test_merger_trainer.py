@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -52,10 +53,8 @@ WIDTHS = {"vision_dim": 32, "hidden_dim": 64}
 @pytest.fixture(autouse=True)
 def leave_no_state():
     """TrainingArguments of mixed precision say so in the environment and to all of accelerate."""
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+    with mock.patch.dict(os.environ):
+        yield
     AcceleratorState._reset_state(True)
 
 
