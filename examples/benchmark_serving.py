@@ -5,13 +5,15 @@ pip install 'llava-merge[serve]'
 python examples/benchmark_serving.py --model demo --merger served --merger average_pooling --output serving_demo.json
 python examples/benchmark_serving.py --model 0.2b-narrow-tower --merger average_pooling --output serving_02b.json
 
-One server after the other answers the same requests. What it answers to many clients is compared with what it answered
-to one; the stock server is vLLM's own LLaVA.
+All servers are up, and answer the same requests in turn, for several rounds; a ratio is that of two loads of one round.
+What a server answers to many clients is compared with what it answered to one; the stock server is vLLM's own LLaVA.
+On a GPU the servers share its memory: give each its part, --vllm-options "--gpu-memory-utilization 0.3".
 """
 
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -19,11 +21,14 @@ import random
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,16 +190,15 @@ async def load(url: str, requests: list[tuple[str, str]], num_clients: int, limi
     return [answers[index] for index in range(len(requests))], time.perf_counter() - start
 
 
-def summarize(answers: list[Answer], seconds: float, alone: list[Answer] | None) -> dict:
+def summarize(answers: list[Answer], seconds: float, alone: list[Answer]) -> dict:
     """Figures of a load; answers that are not those given to one client count as different."""
     got = [answer for answer in answers if answer.text is not None]
-    reference = answers if alone is None else alone
     return {
         "requests_per_second": len(got) / seconds,
         "first_token_ms": percentiles([1000 * answer.first_token for answer in got]),
         "answer_ms": percentiles([1000 * answer.seconds for answer in got]),
         "lost": len(answers) - len(got),
-        "different": sum(one.text != other.text for one, other in zip(answers, reference, strict=True)),
+        "different": sum(one.text != other.text for one, other in zip(answers, alone, strict=True)),
         "prompt_tokens": round(sum(answer.prompt_tokens for answer in got) / max(1, len(got)), 1),
     }
 
@@ -207,40 +211,66 @@ def percentiles(values: list[float]) -> dict[str, float]:
     }
 
 
-def measure(server: Server, arguments: argparse.Namespace) -> dict:
-    """Figures of one server by kind of load, caches and number of clients."""
-    found = {}
-    for kind in ("new pictures", "repeated pictures"):
-        requests, alone = make_requests(kind, arguments.requests), None
-        for num_clients in arguments.clients:
-            server.forget()
-            for caches in ("cold", "warm"):
-                answers, seconds = asyncio.run(load(server.url, requests, num_clients, arguments.limit))
-                found[f"{kind}, {caches}, {num_clients} clients"] = summarize(answers, seconds, alone)
-                alone = alone or answers
-    return found
+def over_rounds(loads: list[dict], stock: list[dict]) -> dict:
+    """One load of all rounds: medians, sums of what went wrong, and requests a second as multiples of stock's."""
+    percentile = {
+        kind: {name: statistics.median(one[kind][name] for one in loads) for name in loads[0][kind]}
+        for kind in ("first_token_ms", "answer_ms")
+    }
+    ratios = [
+        one["requests_per_second"] / other["requests_per_second"] for one, other in zip(loads, stock, strict=True)
+    ]
+    return {
+        "requests_per_second": statistics.median(one["requests_per_second"] for one in loads),
+        **percentile,
+        "lost": sum(one["lost"] for one in loads),
+        "different": sum(one["different"] for one in loads),
+        "prompt_tokens": loads[0]["prompt_tokens"],
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def measure(servers: dict[str, Server], arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, dict]]]:
+    """Yields the figures so far after each kind of load: by server, then by load."""
+    found = {name: {} for name in servers}
+    kinds = [(kind, clients) for kind in ("new pictures", "repeated pictures") for clients in arguments.clients]
+    alone = {}
+    for kind, num_clients in tqdm(kinds, desc="loads"):
+        requests = make_requests(kind, arguments.requests)
+        loads = {"cold": defaultdict(list), "warm": defaultdict(list)}
+        for number in range(arguments.rounds):
+            for name in list(servers)[:: 1 if number % 2 else -1]:
+                servers[name].forget()
+                for caches in loads:
+                    answers, seconds = asyncio.run(load(servers[name].url, requests, num_clients, arguments.limit))
+                    reference = alone.setdefault((name, kind), answers)
+                    loads[caches][name].append(summarize(answers, seconds, reference))
+        for name in servers:
+            for caches, by_name in loads.items():
+                key = f"{kind}, {caches}, {num_clients} clients"
+                found[name][key] = over_rounds(by_name[name], by_name["stock"])
+        yield found
 
 
 def main(arguments: argparse.Namespace):
-    results = {}
     options = ["--dtype", arguments.dtype, "--max-model-len", "1024", *shlex.split(arguments.vllm_options)]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
         base = make_base(arguments.model, Path(scratch, "base"))
+        servers = {}
         for name in tqdm(["stock", *arguments.merger], desc="servers"):
             folder = base
             if name != "stock":
-                convert(str(base), folder := Path(scratch, "merged"), find_merger(name), arguments.num_merged_tokens)
-            with Server(folder, Path(scratch, "log"), *options) as server:
-                asyncio.run(load(server.url, make_requests("new pictures", 2), 1, arguments.limit))  # warm up
-                results[name] = measure(server, arguments)
+                folder = Path(scratch, f"merged-{len(servers)}")
+                convert(str(base), folder, find_merger(name), arguments.num_merged_tokens)
+            servers[name] = running.enter_context(Server(folder, Path(scratch, f"log-{len(servers)}"), *options))
+            asyncio.run(load(servers[name].url, make_requests("new pictures", 2), 1, arguments.limit))  # warm up
+        for results in measure(servers, arguments):
             report(arguments, results)
 
 
 def report(arguments: argparse.Namespace, results: dict):
-    """Writes what is known so far, with requests a second as multiples of the stock server's."""
-    for rows in results.values():
-        for key, row in rows.items():
-            row["ratio"] = round(row["requests_per_second"] / results["stock"][key]["requests_per_second"], 3)
+    """Writes what is known so far."""
     protocol = {**describe_machine(torch.device(arguments.device)), "vllm": vllm.__version__, **vars(arguments)}
     command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
     protocol.pop("output")
@@ -257,6 +287,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-merged-tokens", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=64, help="of each load")
+    parser.add_argument("--rounds", type=int, default=5, help="of each load, by all servers in turn")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a request may take")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that vLLM runs on")

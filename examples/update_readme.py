@@ -139,12 +139,12 @@ def serving_table(reports: dict[str, dict]) -> str:
             if merger != "stock":
                 name = f"{model}, `{merger.partition(':')[0]}`" + (", question-aware" if ":question" in merger else "")
                 of_kind = {kind: [row for key, row in loads.items() if key.startswith(kind)] for kind in kinds}
-                rows += [[name, kind, *(f"{row['ratio']:.2f} ×" for row in found)] for kind, found in of_kind.items()]
+                rows += [[name, kind, *map(ratio_with_spread, found)] for kind, found in of_kind.items()]
     loads = [row for report in reports.values() for found in report["results"].values() for row in found.values()]
     lost, different = (sum(row[name] for row in loads) for name in ("lost", "different"))
     protocol = next(iter(reports.values()))["protocol"]
     number = sum(
-        report["protocol"]["requests"] * len(found)
+        report["protocol"]["requests"] * report["protocol"].get("rounds", 1) * len(found)
         for report in reports.values()
         for found in report["results"].values()
     )
@@ -154,6 +154,13 @@ def serving_table(reports: dict[str, dict]) -> str:
         f"{protocol['num_merged_tokens']} tokens instead of 576. Of {number} answers {lost} were lost, and {different} "
         f"were not what the same server said to one client alone."
     )
+
+
+def ratio_with_spread(load: dict) -> str:
+    """Median of the rounds, with the lowest and the highest where there are several."""
+    ratios = load.get("ratios", [])
+    spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{load['ratio']:.2f} ×{spread}"
 
 
 def flips_sentence(report: dict) -> str:
