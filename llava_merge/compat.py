@@ -35,6 +35,9 @@ HAS_SUB_CONFIG_SPECS = TRANSFORMERS_VERSION >= Version("5.22")
 # Remove when 5.23 is the oldest supported release.
 KEEPS_NAMED_HIDDEN_STATES = TRANSFORMERS_VERSION >= Version("5.23")
 
+# 5.24 renamed the argument and output that is the KV cache. Remove when 5.24 is the oldest supported release.
+CACHE_ARGUMENT = "cache" if TRANSFORMERS_VERSION >= Version("5.24") else "past_key_values"
+
 
 # AutoModelForImageTextToText is the same mapping with a few models more, and is there in all releases.
 if TRANSFORMERS_V5:

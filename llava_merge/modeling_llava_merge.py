@@ -23,8 +23,10 @@ from .compat import (
 )
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .generation_llava_merge import EncodesImagesBeforeForward
+from .generation_llava_merge import EncodesImagesBeforeForward  # noqa: F401
+from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
+from .inference_graphs import InferenceGraphs  # noqa: F401
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
@@ -552,7 +554,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
 
 class LlavaMergeForConditionalGeneration(
-    EncodesImagesBeforeForward, LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+    GeneratesFromGraphs, LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     """LLaVA that merges each image's visual tokens before the projector: a drop-in for LlavaForConditionalGeneration.
 

@@ -43,15 +43,20 @@ def check_on_device(is_right: Tensor, message: str, explain: Callable[[], str]):
     """Raises what `explain` says where `is_right` () is False.
 
     Under torch.compile the check is an assertion on the device, with the `message` alone, so that it neither breaks the
-    graph nor waits.
+    graph nor waits. What is recorded as a CUDA graph was checked before.
 
     Raises:
         ValueError: So it is.
     """
     if torch.compiler.is_compiling():
         torch._assert_async(is_right, message)
-    elif not is_right:
+    elif not is_recording() and not is_right:
         raise ValueError(explain())
+
+
+def is_recording() -> bool:
+    """Whether kernels are recorded as a CUDA graph now, so that nothing may wait for them."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_placeholders(image_mask: Tensor, num_tokens: list[int], num_patches: int | None = None):

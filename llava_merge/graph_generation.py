@@ -1,0 +1,274 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""`generate` from the graphs of `compile_for_inference`. It sees a cache that is an empty one with a number in it."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils import logging
+
+from .compat import CACHE_ARGUMENT
+from .generation_llava_merge import EncodesImagesBeforeForward
+from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of, tokens_of_budget
+from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number
+from .stock_signature import takes_arguments_of
+from .token_placing import find_cache
+
+
+logger = logging.get_logger(__name__)
+
+# Arguments of generate that a call from graphs may have, of those that go to forward.
+INPUTS = {"input_ids", "attention_mask", "pixel_values", "num_merged_tokens", "use_cache"}
+# Settings of generate that need another loop, or more of the model than its logits, where they are not one of these.
+PLAIN = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "use_cache": (None, True),
+    **dict.fromkeys(
+        (
+            "assistant_model",
+            "assistant_early_exit",
+            "prompt_lookup_num_tokens",
+            "penalty_alpha",
+            "dola_layers",
+            "custom_generate",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict_in_generate",
+            "cache_implementation",
+            "prefill_chunk_size",
+        ),
+        (None, False),
+    ),
+}
+TEXT_LENGTHS = (64, 192, 448)
+
+
+class GraphCache(DynamicCache):
+    """What `generate` takes for a cache, in a call that is answered from graphs.
+
+    Args:
+        graphs: Those of the model.
+        shape: Of the prefill.
+    """
+
+    def __init__(self, graphs: InferenceGraphs, shape: PrefillShape):
+        super().__init__()
+        self.graphs, self.shape, self.num_tokens = graphs, shape, 0
+
+    def get_seq_length(self, *args) -> int:
+        """Tokens that were seen."""
+        return self.num_tokens
+
+    def answer(
+        self, input_ids: Tensor, attention_mask=None, pixel_values=None, **kwargs
+    ) -> LlavaCausalLMOutputWithPast:
+        """The next logits behind the new `input_ids` (B, L)."""
+        if self.num_tokens:
+            logits = self.graphs.decode(input_ids)
+        else:
+            logits = self.graphs.prefill(self.shape, input_ids, attention_mask, pixel_values)
+        self.num_tokens += input_ids.shape[1]
+        return LlavaCausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: self})
+
+
+class GeneratesFromGraphs(EncodesImagesBeforeForward):
+    """Mixin of the model with a head: `compile_for_inference`, and `generate` from what it prepared."""
+
+    inference_graphs: InferenceGraphs | None = None
+
+    def compile_for_inference(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        prompt_lengths: Sequence[int] | None = None,
+        images_per_prompt: Sequence[int] = (1,),
+        num_merged_tokens: Sequence[int | str] | None = None,
+        max_new_tokens: int = 256,
+        backend: str | Callable | None = "inductor",
+    ):
+        """Compiles tower, merger, projector and language model for these shapes, so that `generate` answers from them.
+
+        At small batches a GPU waits for the host, which launches thousands of kernels one by one; a graph is one
+        launch. It takes a minute or so for each length and batch size. `generate` is called as before, greedily or
+        sampling; what was not prepared (another batch size, longer prompts, beams, drafts, returned caches, a second
+        thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` frees it all.
+
+        Args:
+            batch_sizes: Prompts of a call.
+            prompt_lengths: Tokens, those of images included; a prompt is padded to the next of them. Default: the
+                images, and 64, 192 or 448 tokens of text.
+            images_per_prompt: Images of a call by its prompts; 0 for text alone.
+            num_merged_tokens: Budgets, default the config's.
+            max_new_tokens: Of the longest answer.
+            backend: Of `torch.compile`; None records the kernels as they are, in seconds, and gains a little less.
+
+        Raises:
+            ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training
+                mode, has FlashAttention, a text model with layers of several kinds, or a `text_tower`.
+        """
+        self.decompile()
+        check_can_be_compiled(self)
+        budgets = self._budgets_to_compile(num_merged_tokens)
+        if prompt_lengths is None:
+            largest = max(tokens_of_budget(budget, self.config.num_patches) for budget in budgets)
+            prompt_lengths = [max(images_per_prompt, default=0) * largest + text for text in TEXT_LENGTHS]
+        shapes = GraphShapes(*map(tuple, (batch_sizes, prompt_lengths, images_per_prompt, budgets)), max_new_tokens)
+        check_shapes(shapes, self.config.num_patches)
+        graphs = InferenceGraphs(self, shapes, backend)
+        graphs.warm_up()
+        self.inference_graphs = graphs
+
+    def decompile(self):
+        """Takes back [`compile_for_inference`], and frees its memory."""
+        self.inference_graphs = None
+
+    def _budgets_to_compile(self, num_merged_tokens: Sequence[int | str] | None) -> list[int | str]:
+        if num_merged_tokens is None:
+            return self.model.budgets(1)
+        return [self.model.budgets(1, budget)[0] for budget in num_merged_tokens]
+
+    @takes_arguments_of(GenerationMixin.generate)
+    def generate(self, **kwargs):
+        """As in transformers; from the graphs of [`compile_for_inference`] where they fit."""
+        graphs = self.inference_graphs
+        shape = None if graphs is None else self._shape_of_call(graphs, kwargs)
+        if shape is None or not graphs.in_use.acquire(blocking=False):
+            return super().generate(**kwargs)
+        try:
+            ours = {CACHE_ARGUMENT: GraphCache(graphs, shape), "disable_compile": True}
+            return super().generate(**{**kwargs, **ours})
+        finally:
+            graphs.in_use.release()
+
+    def _shape_of_call(self, graphs: InferenceGraphs, arguments: dict) -> PrefillShape | None:
+        """The prefill that a call of `generate` needs, None where there is none and it has to run without graphs."""
+        if fingerprint_of(self) != graphs.fingerprint:
+            logger.warning(
+                "The model has another merger, place or precision than when it was compiled. Call "
+                "compile_for_inference() again; till then it runs without graphs."
+            )
+            self.decompile()
+            return None
+        shape, reason = None, self._why_without_graphs(arguments)
+        if reason is None:
+            shape, reason = self._find_shape(graphs.shapes, arguments)
+        if reason is not None:
+            logger.warning_once(f"This call of generate runs without the graphs of compile_for_inference(): {reason}.")
+        return shape
+
+    def _why_without_graphs(self, arguments: dict) -> str | None:
+        """What of a call graphs do not do, besides its shape."""
+        config = arguments.get("generation_config") or self.generation_config
+
+        def setting(name: str):
+            return arguments[name] if name in arguments else getattr(config, name, None)
+
+        of_forward = {*inspect.signature(self.forward).parameters} - INPUTS
+        given = {name for name, value in arguments.items() if name in of_forward and value is not None}
+        given |= {name for name, plain in PLAIN.items() if setting(name) not in plain}
+        if given:
+            return f"they do without {', '.join(sorted(given))}"
+        if self.training:
+            return "the model is in training mode"
+        new_tokens, most = setting("max_new_tokens"), self.inference_graphs.shapes.max_new_tokens
+        if new_tokens is None or new_tokens > most:
+            return f"max_new_tokens={new_tokens}, and they were made for up to {most}"
+        return None
+
+    def _find_shape(self, shapes: GraphShapes, arguments: dict) -> tuple[PrefillShape | None, str | None]:
+        """The prefill of a call, or why there is none.
+
+        Raises:
+            ValueError: The placeholders are not those of the images.
+        """
+        ids, pixels, mask = (arguments.get(name) for name in ("input_ids", "pixel_values", "attention_mask"))
+        ids = arguments.get("inputs") if ids is None else ids
+        if ids is None or ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
+            return None, "they take input_ids and attention_mask as (batch, tokens)"
+        num_images = 0 if pixels is None else len(pixels)
+        budgets = self.model.budgets(num_images, arguments.get("num_merged_tokens"))
+        if len({*budgets}) > 1 or (pixels is not None and pixels.shape[2:] != self.config.image_shape):
+            return None, "they take images of one size, with one budget"
+        length = shapes.length_of(ids.shape[1])
+        shape = PrefillShape(len(ids), length, num_images, budgets[0] if budgets else ALL_TOKENS)
+        if shape not in self.inference_graphs.prefills:
+            found = f"{len(ids)} prompts of {ids.shape[1]} tokens, with {num_images} images of {budgets[:1]} tokens"
+            return None, f"they were made for other shapes than {found}"
+        num_tokens = [tokens_of_budget(budget, self.config.num_patches) for budget in budgets]
+        check_placeholders(ids == self.config.image_token_id, num_tokens, self.config.num_patches)
+        return shape, None
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if isinstance(find_cache(model_kwargs), GraphCache):
+            return input_ids, model_kwargs  # the images are for the prefill
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    @takes_arguments_of(EncodesImagesBeforeForward.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, **kwargs) -> dict:
+        """As in transformers; for graphs what they read."""
+        cache = find_cache(kwargs)
+        if not isinstance(cache, GraphCache):
+            return super().prepare_inputs_for_generation(**kwargs)
+        ids = kwargs["input_ids"]
+        if cache.num_tokens:
+            return {"input_ids": ids[:, -1:], CACHE_ARGUMENT: cache}
+        inputs = {name: kwargs.get(name) for name in ("attention_mask", "pixel_values")}
+        return {"input_ids": ids, CACHE_ARGUMENT: cache, **inputs}
+
+    def __call__(self, *args, **kwargs):
+        """As in transformers, or from graphs where `generate` says so."""
+        cache = kwargs.get(CACHE_ARGUMENT)
+        return cache.answer(**kwargs) if isinstance(cache, GraphCache) else super().__call__(*args, **kwargs)
+
+
+def check_can_be_compiled(model):
+    """Compares a model with what [`GeneratesFromGraphs.compile_for_inference`] can do.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    merger_config, devices = model.config.merger_config, {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(
+            f"compile_for_inference: the model is on {', '.join(sorted(map(str, devices)))}, and a graph is of one "
+            f"device. Load it with device_map={{'': 0}}, or do without."
+        )
+    if model.training:
+        raise ValueError("compile_for_inference: the model is in training mode. Call model.eval() before.")
+    attention = model.model.language_model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"compile_for_inference: attn_implementation={attention!r} takes no mask, as padded prompts need. Load the "
+            f"model with attn_implementation='sdpa'."
+        )
+    if merger_config.text_tower is not None:
+        raise ValueError(
+            f"compile_for_inference: text_tower={merger_config.text_tower!r} reads questions as text, which no graph "
+            f"can. Use text_tower=None, or do without."
+        )
+
+
+def check_shapes(shapes: GraphShapes, num_patches: int):
+    """Refuses shapes that are none, and images for which no prompt is long enough.
+
+    Raises:
+        ValueError: One is.
+    """
+    named = {"batch_sizes": shapes.batch_sizes, "prompt_lengths": shapes.prompt_lengths}
+    named |= {"max_new_tokens": [shapes.max_new_tokens], "images_per_prompt": [1 + n for n in shapes.images_per_prompt]}
+    for name, values in named.items():
+        if not values or not all(map(is_whole_number, values)):
+            given = getattr(shapes, name)
+            least = 0 if name == "images_per_prompt" else 1
+            raise ValueError(f"{name}={given!r}: has to be whole numbers of {least} or more, at least one of them.")
+    if min(shapes.prompt_lengths) < 2:
+        raise ValueError(f"prompt_lengths={shapes.prompt_lengths}: a prompt has two tokens or more.")
+    tokens = max(shapes.images_per_prompt) * max(tokens_of_budget(budget, num_patches) for budget in shapes.budgets)
+    if tokens > max(shapes.prompt_lengths):
+        raise ValueError(
+            f"prompt_lengths={shapes.prompt_lengths}: the images of a prompt alone are {tokens} tokens. Give a length "
+            f"that has room for them and the text."
+        )

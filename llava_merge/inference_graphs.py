@@ -1,0 +1,354 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Prefill and decoding in fixed shapes, compiled, and on a GPU recorded as CUDA graphs that the host only replays.
+
+A prompt is padded on the left to the next length that was prepared. All that depends on its content stays on the
+device: where the padding ends, where its images are, how far it has come.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache, StaticLayer
+
+from .compat import CACHE_ARGUMENT
+from .placeholders import ALL_TOKENS
+from .question_turns import Prompt, Question
+from .token_layout import TokenLayout, biased_causal_mask, packed_positions
+from .token_placing import EncodedImages, sliding_window_of
+
+
+@dataclass(frozen=True)
+class GraphShapes:
+    """What is prepared; see [`GeneratesFromGraphs.compile_for_inference`]."""
+
+    batch_sizes: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    images_per_prompt: tuple[int, ...]
+    budgets: tuple[int | str, ...]
+    max_new_tokens: int
+
+    def length_of(self, num_tokens: int) -> int | None:
+        """The length that a prompt is padded to, None where it is too long."""
+        return min((length for length in self.prompt_lengths if length >= num_tokens), default=None)
+
+    def prefills(self, num_patches: int) -> list["PrefillShape"]:
+        """All shapes of prefills whose images fit, the largest first, so that the others find their memory."""
+        images = {
+            (number, budget if number else ALL_TOKENS) for number in self.images_per_prompt for budget in self.budgets
+        }
+        sizes = product(sorted(self.batch_sizes, reverse=True), sorted(self.prompt_lengths, reverse=True))
+        return [
+            PrefillShape(batch_size, length, batch_size * number, budget)
+            for batch_size, length in sizes
+            for number, budget in sorted(images, key=str)
+            if number * tokens_of_budget(budget, num_patches) <= length
+        ]
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """One prefill: B prompts of L tokens with I images in all, each of `budget` tokens."""
+
+    batch_size: int
+    length: int
+    num_images: int
+    budget: int | str
+
+
+def tokens_of_budget(budget: int | str, num_patches: int) -> int:
+    """Tokens of an image that gets `budget`."""
+    return num_patches if budget == ALL_TOKENS else budget
+
+
+class PlacedLayer(StaticLayer):
+    """Keys and values (B, heads, T, head_dim) of a layer: a prefill fills them from the front, a token goes to `past`.
+
+    Args:
+        keys: Empty, as are the `values`.
+        past: (1,) int64, tokens that are there.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, past: Tensor):
+        super().__init__(keys.shape[2])
+        self.keys, self.values, self.past = keys, values, past
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keeps the states, and returns all that queries may look at; of a prefill its own alone."""
+        length = key_states.shape[2]
+        if length > 1:
+            self.keys[:, :, :length] = key_states
+            self.values[:, :, :length] = value_states
+            return key_states, value_states
+        self.keys.index_copy_(2, self.past, key_states)
+        self.values.index_copy_(2, self.past, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        """0: what it is asked for, masks and positions, is given."""
+        return 0
+
+
+class Slot:
+    """What B prompts that are answered side by side need on the device.
+
+    Attributes:
+        tokens: (B, 1) int64, the newest ones.
+        past: (1,) int64, tokens that the cache holds, padding included.
+        positions: (B, 1) int64, of the newest tokens.
+        is_text: (B, T) bool, where the cache holds no padding.
+        bias: (B, T + 1) float32, added to the attention logits of each key.
+    """
+
+    def __init__(self, shapes: list[tuple[torch.Size, torch.Size]], batch_size: int, capacity: int, like: Tensor):
+        self.tokens, self.positions = (like.new_zeros(batch_size, 1, dtype=torch.long) for _ in range(2))
+        self.past = like.new_zeros(1, dtype=torch.long)
+        self.is_text = like.new_zeros(batch_size, capacity, dtype=torch.bool)
+        self.bias = like.new_zeros(batch_size, capacity + 1, dtype=torch.float32)
+        self.capacity = capacity
+        self.cache = Cache(
+            layers=[
+                PlacedLayer(
+                    *(like.new_zeros(batch_size, heads, capacity, width) for _, heads, _, width in both), self.past
+                )
+                for both in shapes
+            ]
+        )
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How much each cached token weighs; their positions are used up."""
+        nothing = torch.zeros_like(self.bias, dtype=torch.long)
+        return TokenLayout(nothing, nothing, self.bias, False)
+
+    def start(self, layout: TokenLayout, mask: Tensor, positions: Tensor):
+        """Takes over from a prefill whose padding is at 0 in `mask` (B, L), and whose last token is at `positions`."""
+        length = mask.shape[1]
+        self.is_text[:, :length] = mask
+        self.is_text[:, length:] = True
+        self.bias[:, :length] = layout.bias[:, :length]
+        self.bias[:, length:] = 0.0
+        self.past.fill_(length)
+        self.positions.copy_(positions)
+
+    def advance(self):
+        """Counts a token."""
+        self.past.add_(1)
+        self.positions.add_(1)
+
+
+class InferenceGraphs:
+    """The graphs of one model.
+
+    Args:
+        model: A [`LlavaMergeForConditionalGeneration`], on one device.
+        shapes: What to prepare.
+        backend: Of `torch.compile`; None to record kernels as they are.
+    """
+
+    def __init__(self, model, shapes: GraphShapes, backend: str | Callable | None = "inductor"):
+        self.model, self.shapes = model, shapes
+        self.window = sliding_window_of(model.config.text_config)
+        options = {"fullgraph": True, "dynamic": False, "backend": backend, "disable": backend is None}
+        self._read_question = torch.compile(self._question_of, **options)
+        self._encode = torch.compile(self._tokens_of_images, **options)
+        self._prefill = torch.compile(self._logits_of_prompt, **options)
+        self._decode = torch.compile(self._logits_of_token, **options)
+        self.slots: dict[int, Slot] = {}
+        self.prefills: dict[PrefillShape, Recorded] = {}
+        self.decodes: dict[int, Recorded] = {}
+        self.in_use = threading.Lock()
+        self.fingerprint = fingerprint_of(model)
+
+    def warm_up(self):
+        """Compiles and records everything, with a progress bar."""
+        like, capacity = self.model.lm_head.weight, max(self.shapes.prompt_lengths) + self.shapes.max_new_tokens
+        prefills = self.shapes.prefills(self.model.config.num_patches)
+        pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
+        limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
+        with (
+            for_graphs(),
+            torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=8 * limit),
+            tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
+        ):
+            states = shapes_of_cache(self.model)
+            prepare_tower(self.model)
+            for batch_size in sorted(self.shapes.batch_sizes, reverse=True):
+                slot = self.slots[batch_size] = Slot(states, batch_size, capacity, like)
+                self.decodes[batch_size] = Recorded(self._decode, {"slot": slot}, pool)
+                bar.update()
+            for shape in prefills:
+                self.prefills[shape] = Recorded(self._run_prefill, self._inputs_of(shape), pool)
+                bar.update()
+
+    def _inputs_of(self, shape: PrefillShape) -> dict:
+        """Buffers that a prefill of this shape reads, with a prompt that has its images."""
+        config, device, slot = self.model.config, self.model.lm_head.weight.device, self.slots[shape.batch_size]
+        number = tokens_of_budget(shape.budget, config.num_patches) * (shape.num_images // shape.batch_size)
+        ids = torch.full((shape.batch_size, shape.length), padding_id(config), device=device)
+        ids[:, shape.length - number :] = config.image_token_id
+        pixels = torch.zeros(shape.num_images, 3, *config.image_shape, dtype=self.model.dtype, device=device)
+        return {
+            "slot": slot,
+            "ids": ids,
+            "mask": torch.ones_like(ids, dtype=torch.bool),
+            "pixels": pixels,
+            "shape": shape,
+        }
+
+    def prefill(self, shape: PrefillShape, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None) -> Tensor:
+        """Logits of the next token, (B, 1, vocabulary), to be read before the next call.
+
+        Args:
+            input_ids: (B, L or fewer).
+            mask: (B, L or fewer), 0 where a token is padding; None where none is.
+            pixels: (I, 3, H, W).
+        """
+        recorded = self.prefills[shape]
+        padding, buffers = shape.length - input_ids.shape[1], recorded.inputs
+        buffers["ids"][:, :padding] = padding_id(self.model.config)
+        buffers["ids"][:, padding:] = input_ids
+        buffers["mask"][:, :padding] = False
+        buffers["mask"][:, padding:] = True if mask is None else mask.bool()
+        if shape.num_images:
+            buffers["pixels"].copy_(pixels)
+        return recorded()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Logits of the token behind `tokens` (B, 1): (B, 1, vocabulary), to be read before the next call."""
+        recorded = self.decodes[len(tokens)]
+        recorded.inputs["slot"].tokens.copy_(tokens)
+        return recorded()
+
+    def _run_prefill(self, slot: Slot, ids: Tensor, mask: Tensor, pixels: Tensor, shape: PrefillShape) -> Tensor:
+        num_tokens = [tokens_of_budget(shape.budget, self.model.config.num_patches)] * shape.num_images
+        tokens = places = sizes = None
+        if num_tokens:
+            question = self._read_question(ids, mask, num_tokens)
+            tokens, places, sizes = self._encode(pixels, question, [shape.budget] * shape.num_images)
+        return self._prefill(slot, ids, mask, num_tokens, tokens, places, sizes)
+
+    def _question_of(self, ids: Tensor, mask: Tensor, num_tokens: list[int]) -> Question | None:
+        prompt = Prompt(ids, None, ids == self.model.config.image_token_id, attention_mask=mask, may_hold_answers=False)
+        return self.model.model.get_question(prompt, num_tokens)
+
+    def _tokens_of_images(self, pixels: Tensor, question: Question | None, budgets: list[int | str]):
+        images = self.model.model.encode_images(pixels, question=question, num_merged_tokens=budgets)
+        tokens = torch.cat(images.pooler_output)
+        if not isinstance(images, EncodedImages):
+            return tokens, None, None
+        return tokens, images.token_places, images.token_sizes
+
+    def _logits_of_prompt(self, slot, ids, mask, num_tokens: list[int], tokens, places, sizes) -> Tensor:
+        headless = self.model.model
+        image_mask = ids == self.model.config.image_token_id
+        embeds, layout = headless.get_input_embeddings()(ids), TokenLayout.of_text(*ids.shape, ids.device)
+        if num_tokens:
+            embeds = embeds.masked_scatter(image_mask[..., None], tokens.to(embeds.dtype))
+        if places is not None:
+            images = EncodedImages(
+                pooler_output=tokens.split(num_tokens),
+                token_places=places,
+                token_sizes=sizes,
+                num_patches=self.model.config.num_patches,
+            )
+            layout = headless.layout_of_prompt(image_mask, images, None)
+        length = ids.shape[1]
+        packed = packed_positions(None, mask, 0, length, ids.device)
+        slot.start(layout, mask, packed[:, -1:] + 1 + layout.shift(length, 1))
+        attention = biased_causal_mask(layout, 0, length, (length, 0), embeds.dtype, mask, self.window)
+        return self._run_language_model(slot, embeds, packed + layout.shift(0, length), attention)
+
+    def _logits_of_token(self, slot: Slot) -> Tensor:
+        embeds = self.model.model.get_input_embeddings()(slot.tokens)
+        keys = (slot.capacity, 0)
+        attention = biased_causal_mask(slot.layout, slot.past, 1, keys, embeds.dtype, slot.is_text, self.window)
+        logits = self._run_language_model(slot, embeds, slot.positions, attention)
+        slot.advance()
+        return logits
+
+    def _run_language_model(self, slot: Slot, embeds: Tensor, positions: Tensor, attention: Tensor) -> Tensor:
+        outputs = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=attention,
+            use_cache=True,
+            **{CACHE_ARGUMENT: slot.cache},
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1:])
+
+
+class Recorded:
+    """A call with fixed inputs: on a GPU a CUDA graph of it, elsewhere the call itself.
+
+    Args:
+        function: Compiled.
+        inputs: Its arguments, whose tensors are read anew by each call.
+        pool: Memory that the graphs of a model share, since only one of them runs at a time.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: dict, pool=None):
+        self.function, self.inputs, self.graph = function, inputs, None
+        if pool is None:
+            function(**inputs)
+            return
+        present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(present)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # compiles, and lets libraries choose their kernels
+                function(**inputs)
+        present.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.result = function(**inputs)
+
+    def __call__(self) -> Tensor:
+        """The result, which the next call overwrites."""
+        if self.graph is None:
+            with for_graphs():
+                return self.function(**self.inputs)
+        self.graph.replay()
+        return self.result
+
+
+@contextmanager
+def for_graphs():
+    """One mode for all calls: torch.compile would compile for inference mode once more."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def prepare_tower(model):
+    """Runs the tower once: transformers 5 puts hooks into it in the first call, which torch.compile cannot follow."""
+    pixels = torch.zeros(1, 3, *model.config.image_shape, dtype=model.dtype, device=model.lm_head.weight.device)
+    model.get_vision_features(pixels)
+
+
+def padding_id(config) -> int:
+    """An id that is no image's."""
+    return 0 if config.image_token_id != 0 else 1
+
+
+def shapes_of_cache(model) -> list[tuple[torch.Size, torch.Size]]:
+    """Shapes (1, heads, 1, head_dim) of keys and values of one token in each layer."""
+    token = torch.full((1, 1), padding_id(model.config), device=model.lm_head.weight.device)
+    cache = model.model.language_model(input_ids=token, use_cache=True)[CACHE_ARGUMENT]
+    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+
+
+def fingerprint_of(model) -> tuple:
+    """What the graphs of a model were made for, besides the values of its weights."""
+    merger_config = model.config.merger_config
+    return (
+        id(model.model.merger),
+        id(model.model.multi_modal_projector),
+        model.lm_head.weight.data_ptr(),
+        merger_config.position_ids,
+        merger_config.attention_mass,
+    )

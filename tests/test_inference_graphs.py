@@ -1,0 +1,251 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""`compile_for_inference`: the answers are those of the plain `generate`, from graphs made beforehand."""
+
+import threading
+
+import pytest
+import torch
+from conftest import agnostic, aware, pixels, prompts, tiny_model
+from torch._dynamo.testing import CompileCounter
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from llava_merge import LlavaMergeForConditionalGeneration
+from llava_merge.inference_graphs import PrefillShape
+
+
+NUM_TOKENS = 9
+ALL = {"batch_sizes": [1, 2], "prompt_lengths": [24, 48], "max_new_tokens": 12}
+MERGERS = {
+    "agnostic": agnostic(),
+    "aware": aware(),
+    "aware, mass, source": aware(position_ids="source", attention_mass=1.0),
+    "tome, mass, source": {"merger_type": "tome", "position_ids": "source", "attention_mass": 1.0},
+    "visionzip": {"merger_type": "visionzip", "position_ids": "packed"},
+    "cdpruner": {"merger_type": "cdpruner", "position_ids": "source"},
+}
+
+
+def merging(name: str) -> LlavaMergeForConditionalGeneration:
+    torch._dynamo.reset()
+    return tiny_model({"num_merged_tokens": NUM_TOKENS, **MERGERS[name]})
+
+
+def inputs(counts: list[int], text: int, num_tokens: int = NUM_TOKENS, new_tokens: int = 8, **fields) -> dict:
+    batch = prompts(counts, num_tokens, text=text, seed=text)
+    images = {"pixel_values": pixels(sum(counts), seed=text)} if sum(counts) else {}
+    return {**batch, **images, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, **fields}
+
+
+def plain(model, batch: dict) -> torch.Tensor:
+    """What the model answers without its graphs."""
+    graphs, model.inference_graphs = model.inference_graphs, None
+    try:
+        return model.generate(**batch)
+    finally:
+        model.inference_graphs = graphs
+
+
+def counted(model, monkeypatch) -> list[PrefillShape]:
+    """The shapes of the prefills from graphs, from now on."""
+    graphs, seen = model.inference_graphs, []
+    prefill = graphs.prefill
+    monkeypatch.setattr(graphs, "prefill", lambda shape, *args: seen.append(shape) or prefill(shape, *args))
+    return seen
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_answers_are_those_of_the_plain_model(name, monkeypatch):
+    model = merging(name)
+    model.compile_for_inference(**ALL, images_per_prompt=[1, 2], backend=None)
+    seen = counted(model, monkeypatch)
+    calls = [([1], 3), ([1], 6), ([1], 13), ([2], 6), ([1, 1], 6), ([2, 2], 12), ([1, 1], 20), ([1], 6)]
+    for counts, text in calls:
+        batch = inputs(counts, text)
+        assert torch.equal(model.generate(**batch), plain(model, batch)), (counts, text)
+    assert len(seen) == len(calls) and len({*seen}) > 4
+
+
+@pytest.mark.parametrize("name", ["agnostic", "aware, mass, source"])
+def test_nothing_is_compiled_again_for_another_prompt(name, monkeypatch):
+    model, counter = merging(name), CompileCounter()
+    model.compile_for_inference(prompt_lengths=[24, 48], images_per_prompt=[1, 2], max_new_tokens=8, backend=counter)
+    num_graphs, seen = counter.frame_count, counted(model, monkeypatch)
+    assert num_graphs >= 7  # a token; two lengths with one image and with two; one image and two
+    for counts, text in (([1], 3), ([1], 13), ([1], 20), ([2], 6), ([2], 20)):
+        batch = inputs(counts, text)
+        assert torch.equal(model.generate(**batch), plain(model, batch)), (counts, text)
+    assert len(seen) == 5 and counter.frame_count == num_graphs
+
+
+@pytest.mark.core
+def test_padding_of_the_prompt_is_not_seen(monkeypatch):
+    """Rows of different lengths, and one sampled: the same numbers are drawn."""
+    model = merging("aware, mass, source")
+    model.compile_for_inference(**ALL, backend=None)
+    seen = counted(model, monkeypatch)
+    batch, shorter = inputs([1, 1], 10), inputs([1], 6)
+    for name in ("input_ids", "attention_mask"):
+        row = shorter[name][0]
+        batch[name][0] = torch.nn.functional.pad(row, (batch[name].shape[1] - len(row), 0), value=0)
+    assert torch.equal(model.generate(**batch), plain(model, batch))
+    batch |= {"do_sample": True, "temperature": 2.0}
+    torch.manual_seed(3)
+    sampled = model.generate(**batch)
+    torch.manual_seed(3)
+    assert torch.equal(sampled, plain(model, batch)) and len(seen) == 2
+    with torch.inference_mode():
+        batch["do_sample"] = False
+        assert torch.equal(model.generate(**batch), plain(model, batch))
+
+
+@pytest.mark.core
+def test_without_merger_with_budgets_and_with_text_alone(monkeypatch):
+    torch._dynamo.reset()
+    stock = tiny_model({"merger_type": "none"})
+    stock.compile_for_inference(prompt_lengths=[60], images_per_prompt=[0, 1], max_new_tokens=8, backend=None)
+    elastic = merging("tome, mass, source")
+    elastic.compile_for_inference(
+        prompt_lengths=[24, 60], num_merged_tokens=[4, 9, "all"], max_new_tokens=8, backend=None
+    )
+    calls = [(stock, inputs([1], 6, 36)), (stock, inputs([0], 6))]
+    calls += [(elastic, inputs([1], 6, tokens, num_merged_tokens=given)) for tokens, given in ((4, 4), (36, "all"))]
+    for model, batch in [*calls, (elastic, inputs([1], 6))]:
+        seen = counted(model, monkeypatch)
+        assert torch.equal(model.generate(**batch), plain(model, batch)) and len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "use_cache"),
+        ({"max_new_tokens": 13}, "max_new_tokens=13, and they were made for up to 12"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+    ],
+)
+def test_other_calls_run_without_graphs(fields, reason, monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen, batch = counted(model, monkeypatch), {**inputs([1], 6), **fields}
+    assert reason in model._why_without_graphs(batch)
+    answer, expected = model.generate(**batch), plain(model, batch)
+    if fields.get("return_dict_in_generate"):
+        answer, expected = answer.sequences, expected.sequences
+    assert torch.equal(answer, expected) and not seen
+
+
+def test_other_shapes_run_without_graphs(monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen = counted(model, monkeypatch)
+    embeds = inputs([1], 6)
+    embeds["inputs_embeds"] = model.get_input_embeddings()(embeds["input_ids"])
+    for batch in (inputs([1, 1], 6), inputs([2], 3), inputs([1], 20), inputs([0], 6), embeds):
+        assert torch.equal(model.generate(**batch), plain(model, batch))
+    assert not seen
+
+
+def test_a_wrong_prompt_gets_the_same_error(monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    batch = inputs([1], 6, num_tokens=7)
+    for generate in (lambda: model.generate(**batch), lambda: plain(model, batch)):
+        with pytest.raises(ValueError, match="The prompts hold 7 image placeholders"):
+            generate()
+    good = inputs([1], 6)
+    assert torch.equal(model.generate(**good), plain(model, good))
+
+
+def test_another_merger_is_never_answered_from_old_graphs(monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen, batch = counted(model, monkeypatch), inputs([1], 6)
+    model.generate(**batch)
+    model.set_merger({"merger_type": "average_pooling"})
+    answer = model.generate(**batch)
+    assert len(seen) == 1 and model.inference_graphs is None
+    assert torch.equal(answer, plain(model, batch))
+    model.compile_for_inference(prompt_lengths=[60], max_new_tokens=12, backend=None)
+    with model.merger_bypassed():
+        whole = inputs([1], 6, num_tokens=36)
+        assert torch.equal(model.generate(**whole), plain(model, whole))
+
+
+def test_streams_and_stopping_criteria_see_the_prompt_as_it_was(monkeypatch):
+    """The padding is between graph and cache; nothing of it shows."""
+
+    class AfterFour(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            lengths.append(input_ids.shape[1])
+            return torch.full((len(input_ids),), input_ids.shape[1] >= batch["input_ids"].shape[1] + 4)
+
+    class Put(TextIteratorStreamer):
+        def __init__(self):
+            self.ids = []
+
+        def put(self, value):
+            self.ids.append(value)
+
+        def end(self):
+            pass
+
+    model, lengths, batch, streamer = merging("agnostic"), [], inputs([1], 6, min_new_tokens=1), Put()
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen = counted(model, monkeypatch)
+    answer = model.generate(**batch, stopping_criteria=[AfterFour()], streamer=streamer)
+    assert len(seen) == 1 and answer.shape[1] == batch["input_ids"].shape[1] + 4
+    assert torch.equal(answer[0], torch.cat([ids.flatten() for ids in streamer.ids]))
+    assert torch.equal(answer, plain(model, batch)[:, : answer.shape[1]])
+
+
+def test_a_second_thread_meanwhile_runs_without_graphs(monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    batches = [inputs([1], text) for text in (4, 6)]
+    expected, answers, seen = [plain(model, batch) for batch in batches], {}, counted(model, monkeypatch)
+
+    class AskInBetween(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if 1 not in answers:
+                answers[1] = None
+                other = threading.Thread(target=lambda: answers.update({1: model.generate(**batches[1])}))
+                other.start()
+                other.join()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    answers[0] = model.generate(**batches[0], stopping_criteria=[AskInBetween()])
+    assert len(seen) == 1 and all(torch.equal(answers[number], expected[number]) for number in (0, 1))
+    assert torch.equal(model.generate(**batches[1]), expected[1]) and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_sizes": []}, "batch_sizes="),
+        ({"batch_sizes": [0]}, "batch_sizes="),
+        ({"images_per_prompt": [-1]}, "images_per_prompt="),
+        ({"prompt_lengths": [1]}, "two tokens or more"),
+        ({"prompt_lengths": [17], "images_per_prompt": [2]}, "images of a prompt alone are 18 tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens="),
+        ({"num_merged_tokens": [0]}, "num_merged_tokens"),
+    ],
+)
+@pytest.mark.core
+def test_bad_shapes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        merging("agnostic").compile_for_inference(**options, backend=None)
+
+
+@pytest.mark.core
+def test_models_that_cannot_be_compiled_are_refused():
+    with pytest.raises(ValueError, match="training mode"):
+        merging("agnostic").train().compile_for_inference(backend=None)
+    model = merging("agnostic")
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'"):
+        model.compile_for_inference(backend=None)
+    model = merging("agnostic")
+    model.model.merger.to("meta")
+    with pytest.raises(ValueError, match="one device"):
+        model.compile_for_inference(backend=None)
