@@ -1,12 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """`generate` from the graphs of `compile_for_inference`. It sees a cache that is an empty one with a number in it."""
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -52,25 +54,20 @@ class GraphCache(DynamicCache):
 
     Args:
         graphs: Those of the model.
-        shape: Of the prefill.
+        first_logits: Of the prompt, whose prefill runs already while `generate` still prepares itself.
     """
 
-    def __init__(self, graphs: InferenceGraphs, shape: PrefillShape):
+    def __init__(self, graphs: InferenceGraphs, first_logits: Tensor):
         super().__init__()
-        self.graphs, self.shape, self.num_tokens = graphs, shape, 0
+        self.graphs, self.first_logits, self.num_tokens = graphs, first_logits, 0
 
     def get_seq_length(self, *args) -> int:
         """Tokens that were seen."""
         return self.num_tokens
 
-    def answer(
-        self, input_ids: Tensor, attention_mask=None, pixel_values=None, **kwargs
-    ) -> LlavaCausalLMOutputWithPast:
-        """The next logits behind the new `input_ids` (B, L)."""
-        if self.num_tokens:
-            logits = self.graphs.decode(input_ids)
-        else:
-            logits = self.graphs.prefill(self.shape, input_ids, attention_mask, pixel_values)
+    def answer(self, input_ids: Tensor) -> LlavaCausalLMOutputWithPast:
+        """The next logits behind the new `input_ids` (B, L), the prompt's with the first call."""
+        logits = self.graphs.decode(input_ids) if self.num_tokens else self.first_logits
         self.num_tokens += input_ids.shape[1]
         return LlavaCausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: self})
 
@@ -138,8 +135,9 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         if shape is None or not graphs.in_use.acquire(blocking=False):
             return super().generate(**kwargs)
         try:
-            ours = {CACHE_ARGUMENT: GraphCache(graphs, shape), "disable_compile": True}
-            return super().generate(**{**kwargs, **ours})
+            cache = GraphCache(graphs, graphs.prefill(shape, *self._prompt_of_call(kwargs)))
+            ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
+            return super().generate(**with_generation_config({**kwargs, **ours}, self.generation_config))
         finally:
             graphs.in_use.release()
 
@@ -166,8 +164,11 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         def setting(name: str):
             return arguments[name] if name in arguments else getattr(config, name, None)
 
-        of_forward = {*inspect.signature(self.forward).parameters} - INPUTS
-        given = {name for name, value in arguments.items() if name in of_forward and value is not None}
+        given = {
+            name
+            for name, value in arguments.items()
+            if value is not None and name not in INPUTS and name in arguments_of_forward(type(self))
+        }
         given |= {name for name, plain in PLAIN.items() if setting(name) not in plain}
         if given:
             return f"they do without {', '.join(sorted(given))}"
@@ -184,8 +185,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         Raises:
             ValueError: The placeholders are not those of the images.
         """
-        ids, pixels, mask = (arguments.get(name) for name in ("input_ids", "pixel_values", "attention_mask"))
-        ids = arguments.get("inputs") if ids is None else ids
+        ids, mask, pixels = self._prompt_of_call(arguments)
         if ids is None or ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
             return None, "they take input_ids and attention_mask as (batch, tokens)"
         num_images = 0 if pixels is None else len(pixels)
@@ -201,6 +201,11 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         check_placeholders(ids == self.config.image_token_id, num_tokens, self.config.num_patches)
         return shape, None
 
+    def _prompt_of_call(self, arguments: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Ids, mask and pixels of a call of `generate`."""
+        ids = arguments.get("inputs") if arguments.get("input_ids") is None else arguments["input_ids"]
+        return ids, arguments.get("attention_mask"), arguments.get("pixel_values")
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         if isinstance(find_cache(model_kwargs), GraphCache):
             return input_ids, model_kwargs  # the images are for the prefill
@@ -213,15 +218,33 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         if not isinstance(cache, GraphCache):
             return super().prepare_inputs_for_generation(**kwargs)
         ids = kwargs["input_ids"]
-        if cache.num_tokens:
-            return {"input_ids": ids[:, -1:], CACHE_ARGUMENT: cache}
-        inputs = {name: kwargs.get(name) for name in ("attention_mask", "pixel_values")}
-        return {"input_ids": ids, CACHE_ARGUMENT: cache, **inputs}
+        return {"input_ids": ids[:, -1:] if cache.num_tokens else ids, CACHE_ARGUMENT: cache}
 
     def __call__(self, *args, **kwargs):
         """As in transformers, or from graphs where `generate` says so."""
         cache = kwargs.get(CACHE_ARGUMENT)
-        return cache.answer(**kwargs) if isinstance(cache, GraphCache) else super().__call__(*args, **kwargs)
+        if isinstance(cache, GraphCache):
+            return cache.answer(kwargs["input_ids"])
+        return super().__call__(*args, **kwargs)
+
+
+@functools.cache
+def arguments_of_forward(model_class: type) -> frozenset[str]:
+    """Names of what `forward` takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def with_generation_config(arguments: dict, default: GenerationConfig) -> dict:
+    """Arguments of `generate` that say the same, with a `generation_config`.
+
+    Where there is none, transformers 5 before 5.23 makes a whole configuration of the model in each call, to look for
+    settings in it: 10 ms, as long as all of a short prefill. Remove when 5.23 is the oldest 5.x.
+    """
+    if arguments.get("generation_config") is not None:
+        return arguments
+    config = copy.copy(default)
+    others = config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})
+    return {**others, "generation_config": config}
 
 
 def check_can_be_compiled(model):

@@ -156,7 +156,9 @@ class InferenceGraphs:
         self.model, self.shapes = model, shapes
         self.window = sliding_window_of(model.config.text_config)
         options = {"fullgraph": True, "dynamic": False, "backend": backend, "disable": backend is None}
-        self._read_question = torch.compile(self._question_of, **options)
+        # its constants, ids of marks, come from the host: that cannot be recorded, but is compiled in a moment
+        read_with = {"backend": "inductor", "disable": False} if backend is None and model.device.type == "cuda" else {}
+        self._read_question = torch.compile(self._question_of, **{**options, **read_with})
         self._encode = torch.compile(self._tokens_of_images, **options)
         self._prefill = torch.compile(self._logits_of_prompt, **options)
         self._decode = torch.compile(self._logits_of_token, **options)

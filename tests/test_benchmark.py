@@ -15,6 +15,7 @@ from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.run import BenchmarkSettings, benchmark, kv_bytes_of_token
 from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls
 from llava_merge.cli import app
+from llava_merge.inference_graphs import InferenceGraphs
 
 
 pytestmark = pytest.mark.newest
@@ -95,6 +96,30 @@ class TestBenchmark:
         benchmark(settings_for(base), tmp_path)
         keys = ["none@all", "tome@9", "tome@4"]
         assert order == keys + keys[1:] + keys[:1] + keys[2:] + keys[:2]
+
+    def test_each_is_measured_compiled_too_and_only_there_from_graphs(self, base, tmp_path, monkeypatch):
+        calls, prefill = [], InferenceGraphs.prefill
+
+        def counted(graphs, shape, *arguments):
+            calls.append(shape)
+            return prefill(graphs, shape, *arguments)
+
+        monkeypatch.setattr(InferenceGraphs, "prefill", counted)
+        report = benchmark(settings_for(base, batch_sizes=[2], compile="none"), tmp_path)
+        rows = report["results"]["2"]
+        keys = ["none@all", "tome@9", "tome@4"]
+        assert list(rows) == keys + [f"{key}, compiled" for key in keys]
+        assert {(shape.batch_size, shape.length, shape.budget) for shape in calls} == {
+            (2, 42, "all"),
+            (2, 15, 9),
+            (2, 10, 4),
+        }
+        assert len(calls) == 3 * 3 * 2  # cells, rounds with the first, and a first token and an answer
+        assert (
+            rows["none@all, compiled"]["answer_ratio_of_compiled"] == 1 and "prefill" in rows["tome@9"]["milliseconds"]
+        )
+        assert list(rows["tome@9, compiled"]["milliseconds"]) == ["first_token", "decode", "answer"]
+        assert "| tome, compiled | 9 |" in (tmp_path / "report.md").read_text()
 
     def test_merging_shows_where_the_prompt_is_long(self, tmp_path, monkeypatch):
         text = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

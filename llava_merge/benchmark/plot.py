@@ -13,7 +13,9 @@ STACKED = ("vision_tower", "merger", "multi_modal_projector", "prefill", "rest")
 
 def draw_phases(report: dict, path: Path):
     """Draws a bar for each cell, one picture for each batch size side by side, to a PNG at `path`."""
-    results = report["results"]
+    results = {
+        size: {key: row for key, row in rows.items() if not row["compiled"]} for size, rows in report["results"].items()
+    }
     figure = Figure(
         figsize=(1.5 + 4.5 * len(results), 1 + 0.4 * len(next(iter(results.values())))), layout="constrained"
     )

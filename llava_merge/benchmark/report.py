@@ -26,23 +26,29 @@ def make_tables(report: dict) -> str:
 
 def make_table(rows: dict[str, dict]) -> str:
     """Milliseconds as median and quartiles, with ratios to the stock model."""
-    head = ["merger", "tokens", *COLUMNS.values(), "first token ×", "answer ×", "KV MiB", "peak MiB"]
+    ratios = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
+    if any(row["compiled"] for row in rows.values()):
+        ratios |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in ratios.items()}
+    head = ["merger", "tokens", *COLUMNS.values(), *ratios.values(), "KV MiB", "peak MiB"]
     lines = [head, ["---"] * len(head)]
     for row in rows.values():
         peak = row["peak_memory_bytes"]
-        times = [row["milliseconds"][name] for name in COLUMNS]
         lines.append(
             [
-                row["merger"],
+                row["merger"] + (", compiled" if row["compiled"] else ""),
                 row["budget"],
-                *(f"{each['median']:.2f} ({each['low']:.2f}–{each['high']:.2f})" for each in times),
-                f"{row['first_token_ratio']:.2f}",
-                f"{row['answer_ratio']:.2f}",
+                *(as_text(row["milliseconds"].get(name)) for name in COLUMNS),
+                *("" if name not in row else f"{row[name]:.2f}" for name in ratios),
                 f"{row['kv_bytes_of_image'] / MIB:.1f}",
                 "" if peak is None else f"{peak / MIB:.0f}",
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_text(times: dict | None) -> str:
+    """Median and quartiles; nothing of a part that was not measured, as inside a graph."""
+    return "" if times is None else f"{times['median']:.2f} ({times['low']:.2f}–{times['high']:.2f})"
 
 
 def make_throughput_table(rows: dict[str, dict]) -> str:
@@ -63,5 +69,5 @@ def describe(protocol: dict) -> str:
         f"the tower, {attention['language_model']} in the language model. One picture and {protocol['text_tokens']} "
         f"other tokens a prompt, answers of {protocol['new_tokens']} tokens. Milliseconds of the whole batch: medians "
         f"(quartiles) of {protocol['rounds']} rounds, in which the rows took turns; × is how many times faster than "
-        f"the first row."
+        f"the first row, × compiled than the same row compiled."
     )

@@ -4,6 +4,7 @@
 import json
 import logging
 import statistics
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from llava_merge.evaluation.candidates import UNMERGED, Candidate, parse_candida
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
 from llava_merge.files import write_whole
+from llava_merge.inference_graphs import InferenceGraphs
+from llava_merge.placeholders import ALL_TOKENS
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class BenchmarkSettings:
         text_tokens: Of a prompt, besides the picture's.
         new_tokens: Of an answer.
         rounds: Of which the median is taken.
+        compile: Backend to compile each with and measure it again, "none" for CUDA graphs alone; None leaves that out.
         memory: GiB in which requests a second are measured, at the largest batch; None leaves that out.
     """
 
@@ -47,6 +51,7 @@ class BenchmarkSettings:
     text_tokens: int = 64
     new_tokens: int = 32
     rounds: int = 5
+    compile: str | None = None
     memory: float | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
@@ -133,51 +138,102 @@ def make_mergers(model: LlavaMergeForConditionalGeneration, settings: BenchmarkS
     return candidates
 
 
+@dataclass(frozen=True)
+class Row:
+    """A cell as it is, or answered from graphs that were compiled for it."""
+
+    cell: Cell
+    graphs: InferenceGraphs | None = None
+
+    @property
+    def key(self) -> str:
+        """What reports call it, such as `tome@16` or `tome@16, compiled`."""
+        return self.cell.key + (", compiled" if self.graphs else "")
+
+    @contextmanager
+    def answering(self, model: LlavaMergeForConditionalGeneration):
+        """Puts merger and graphs into the model inside."""
+        with self.cell.candidate.answering(model):
+            model.inference_graphs = self.graphs
+            try:
+                yield
+            finally:
+                model.decompile()
+
+
+def make_rows(model, cells: list[Cell], batch_size: int, settings: BenchmarkSettings) -> list[Row]:
+    """What takes turns: all cells, and all of them compiled if the settings say so."""
+    rows = [Row(cell) for cell in cells]
+    if settings.compile is None:
+        return rows
+    return rows + [Row(cell, graphs_of_cell(model, cell, batch_size, settings)) for cell in cells]
+
+
+def graphs_of_cell(model, cell: Cell, batch_size: int, settings: BenchmarkSettings) -> InferenceGraphs:
+    """Those of one batch of prompts as the cell has them."""
+    with cell.candidate.answering(model):
+        model.compile_for_inference(
+            batch_sizes=[batch_size],
+            prompt_lengths=[tokens_of_cell(model, cell) + settings.text_tokens],
+            num_merged_tokens=None if cell.budget == ALL_TOKENS else [cell.budget],
+            max_new_tokens=settings.new_tokens,
+            backend=None if settings.compile == "none" else settings.compile,
+        )
+        graphs = model.inference_graphs
+        model.decompile()
+    return graphs
+
+
 def measure_cells(
     model: LlavaMergeForConditionalGeneration, cells: list[Cell], batch_size: int, settings: BenchmarkSettings
 ) -> dict[str, dict]:
-    """Of each cell, [`time_generate`] as median and quartiles, its ratio to the stock model, tokens and memory."""
-    rounds: dict[str, list[dict]] = {cell.key: [] for cell in cells}
+    """Of each row, [`time_generate`] as median and quartiles, its ratio to the stock model, tokens and memory."""
+    rows = make_rows(model, cells, batch_size, settings)
+    rounds: dict[str, list[dict]] = {row.key: [] for row in rows}
     peaks = {}
-    with tqdm(total=len(cells) * (settings.rounds + 1), desc=f"batch {batch_size}", disable=None) as bar:
+    with tqdm(total=len(rows) * (settings.rounds + 1), desc=f"batch {batch_size}", disable=None) as bar:
         for number in range(settings.rounds + 1):  # the first one warms up
-            for cell in cells[number % len(cells) :] + cells[: number % len(cells)]:
-                times, peaks[cell.key] = measure_once(model, cell, batch_size, settings)
+            for row in rows[number % len(rows) :] + rows[: number % len(rows)]:
+                times, peaks[row.key] = measure_once(model, row, batch_size, settings)
                 if number:
-                    rounds[cell.key].append(times)
+                    rounds[row.key].append(times)
                 bar.update()
-    stock = rounds[cells[0].key]
-    return {cell.key: summarize_cell(model, cell, rounds[cell.key], stock, peaks[cell.key], settings) for cell in cells}
+    return {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], settings) for row in rows}
 
 
-def measure_once(
-    model, cell: Cell, batch_size: int, settings: BenchmarkSettings
-) -> tuple[dict[str, float], int | None]:
-    """Milliseconds of a cell, and the most memory that was used, in bytes, on a GPU."""
-    on_gpu = model.device.type == "cuda"
-    with cell.candidate.answering(model):
-        inputs = inputs_of_cell(model, cell, batch_size, settings)
-        if on_gpu:
+def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) -> tuple[dict[str, float], int | None]:
+    """Milliseconds of a row, and the most memory that was used, in bytes, on a GPU where there are no graphs."""
+    measures_memory = model.device.type == "cuda" and settings.compile is None
+    with row.answering(model):
+        inputs = inputs_of_cell(model, row.cell, batch_size, settings)
+        if measures_memory:
             torch.cuda.reset_peak_memory_stats()
-        times = time_generate(model, inputs, settings.new_tokens)
-    return times, torch.cuda.max_memory_allocated() if on_gpu else None
+        times = time_generate(model, inputs, settings.new_tokens, with_phases=row.graphs is None)
+    return times, torch.cuda.max_memory_allocated() if measures_memory else None
 
 
-def summarize_cell(model, cell: Cell, rounds: list[dict], stock: list[dict], peak, settings: BenchmarkSettings) -> dict:
-    """What a report says of a cell; ratios are medians of those of each round."""
-    num_tokens = tokens_of_cell(model, cell)
+def summarize_row(
+    model, row: Row, rows: list[Row], rounds: dict[str, list[dict]], peak: int | None, settings: BenchmarkSettings
+) -> dict:
+    """What a report says of a row; ratios are medians of those of each round."""
+    own, num_tokens = rounds[row.key], tokens_of_cell(model, row.cell)
+    stocks = {"": rows[0]} | ({"_of_compiled": rows[len(rows) // 2]} if row.graphs else {})
     ratios = {
-        f"{name}_ratio": statistics.median(one[name] / own[name] for one, own in zip(stock, rounds, strict=True))
+        f"{name}_ratio{of}": statistics.median(
+            stock[name] / mine[name] for stock, mine in zip(rounds[other.key], own, strict=True)
+        )
+        for of, other in stocks.items()
         for name in ("first_token", "answer")
     }
     return {
-        "merger": cell.candidate.name,
-        "budget": str(cell.budget),
+        "merger": row.cell.candidate.name,
+        "budget": str(row.cell.budget),
+        "compiled": row.graphs is not None,
         "tokens_entered": num_tokens + settings.text_tokens,
         "tokens_cached": num_tokens + settings.text_tokens + settings.new_tokens - 1,
         "kv_bytes_of_image": num_tokens * kv_bytes_of_token(model),
         "peak_memory_bytes": peak,
-        "milliseconds": {name: spread([each[name] for each in rounds]) for name in rounds[0]},
+        "milliseconds": {name: spread([each[name] for each in own]) for name in own[0]},
         **{name: round(ratio, 3) for name, ratio in ratios.items()},
     }
 

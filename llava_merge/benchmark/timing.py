@@ -57,25 +57,25 @@ def timed_calls(modules: dict[str, nn.Module], stopwatch: Stopwatch):
 
 
 @torch.inference_mode()
-def time_generate(model, inputs: dict, new_tokens: int) -> dict[str, float]:
+def time_generate(model, inputs: dict, new_tokens: int, with_phases: bool = True) -> dict[str, float]:
     """Milliseconds of a greedy answer of `new_tokens`, two or more, and of its parts.
 
     Returns:
-        `first_token` and of it `vision_tower`, `merger`, `multi_modal_projector`, `prefill` of the language model, and
-        `rest`, which is host, embeddings and head; `decode`, of a token; `answer`, of all.
+        `first_token`, and of it with phases `vision_tower`, `merger`, `multi_modal_projector`, `prefill` of the
+        language model, and `rest`, which is host, embeddings and head; `decode`, of a token; `answer`, of all.
     """
     stopwatch = Stopwatch(model.device)
-    modules = {name: getattr(model.model, name) for name in PHASES}
+    modules = {name: getattr(model.model, name) for name in PHASES} if with_phases else {}
     with timed_calls(modules, stopwatch) as moments:
         first = wall_time(model, inputs, 1, stopwatch)
     phases = {name: sum(stopwatch.between(*each) for each in seen) for name, seen in moments.items()}
-    phases["prefill"] = phases.pop("language_model")
+    if with_phases:
+        phases["prefill"] = phases.pop("language_model")
+        phases["rest"] = first - sum(phases.values())
     answer = wall_time(model, inputs, new_tokens, stopwatch)
-    rest = first - sum(phases.values())
     return {
         "first_token": first,
         **phases,
-        "rest": rest,
         "decode": (answer - first) / (new_tokens - 1),
         "answer": answer,
     }

@@ -34,6 +34,13 @@ def benchmark(
     text_tokens: Annotated[int, typer.Option(help="Of a prompt, besides the picture's.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 32,
     rounds: Annotated[int, typer.Option(help="In which all take turns; medians are shown.")] = 5,
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure each merger also after compile_for_inference(), with this backend of torch.compile, such as "
+            "inductor, or none for CUDA graphs alone."
+        ),
+    ] = None,
     memory: Annotated[
         float | None, typer.Option(help="GiB of a GPU in which to measure requests a second, at the largest batch.")
     ] = None,
@@ -63,6 +70,7 @@ def benchmark(
     lists = {"mergers": merger, "budgets": num_merged_tokens, "batch_sizes": batch_size}
     numbers = {"text_tokens": text_tokens, "new_tokens": new_tokens, "rounds": rounds, "memory": memory, "seed": seed}
     kinds = {"model": model, "dtype": dtype, "attn_implementation": attn_implementation, "device": device}
+    kinds["compile"] = compile
     given = {name: value for name, value in {**lists, **numbers, **kinds}.items() if value is not None}
     run(settings_of_options(given), output, shlex.join(["llava-merge", *sys.argv[1:]]))
     typer.echo((output / ("report.json" if as_json else "report.md")).read_text(encoding="utf-8"))
