@@ -130,6 +130,8 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
     @takes_arguments_of(GenerationMixin.generate)
     def generate(self, **kwargs):
         """As in transformers; from the graphs of [`compile_for_inference`] where they fit."""
+        if "past_key_values" in kwargs:
+            kwargs[CACHE_ARGUMENT] = kwargs.pop("past_key_values")
         graphs = self.inference_graphs
         shape = None if graphs is None else self._shape_of_call(graphs, kwargs)
         if shape is None or not graphs.in_use.acquire(blocking=False):

@@ -13,8 +13,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Cache, StaticLayer
+from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
 from .placeholders import ALL_TOKENS
@@ -177,7 +177,7 @@ class InferenceGraphs:
         with (
             for_graphs(),
             torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=8 * limit),
-            tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
+            logging.tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
         ):
             states = shapes_of_cache(self.model)
             prepare_tower(self.model)

@@ -137,6 +137,15 @@ RELIED_ON = [
     ),
     Reliance(
         HEAD,
+        "generate",
+        "it calls the model itself, behind a cache that it is given, and compiles nothing where it shall not",
+        parameters=("generation_config", "kwargs"),
+        mentions=("disable_compile",),
+        where="_valid_auto_compile_criteria",
+    ),
+    Reliance(HEAD, "__call__", "generate calls the model, and not its forward", ("args", "kwargs")),
+    Reliance(
+        HEAD,
         "_update_model_kwargs_for_generation",
         "arguments that it does not know stay for the next step",
         parameters=("model_kwargs",),
@@ -239,6 +248,7 @@ IMPORTED = {
     "transformers.image_utils.make_flat_list_of_images": "how many images a processor is given",
     "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
+    "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast": "logits from graphs",
     "transformers.models.llava.modeling_llava.LlavaMultiModalProjector": "the projector",
     "transformers.models.llava.modeling_llava.LlavaPreTrainedModel": "the base of both models",
     "transformers.models.llava.processing_llava.LlavaProcessorKwargs": "types of the processor's keywords on 4.57",
