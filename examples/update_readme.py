@@ -262,6 +262,25 @@ def speed_table(report: dict) -> str:
     )
 
 
+def compiled_table(reports: dict[str, dict]) -> str:
+    """Stock and merged, as they are and compiled, by prompts at once."""
+    head = ["", "tokens"]
+    for size in reports:
+        head += [f"first token, {size} at once", f"answer, {size} at once"]
+    rows = []
+    for key, row in next(iter(reports.values()))["results"]["1"].items():
+        name = "stock" if row["merger"] == "none" else f"`{row['merger']}`"
+        cells = [report["results"][size][key] for size, report in reports.items()]
+        times = [timed(cell, part) for cell in cells for part in ("first_token", "answer")]
+        rows.append([name + ", compiled" * row["compiled"], row["budget"], *times])
+    protocol = reports["1"]["protocol"]
+    links = ", ".join(f"[{size} at once](examples/results/benchmark_7b_compiled_{size}.json)" for size in reports)
+    return (
+        f"{table(head, rows)}\n\nAs above, answers of {protocol['new_tokens']} tokens; × is how many times faster than "
+        f"stock that is not compiled, of the same run ({links})."
+    )
+
+
 def timed(row: dict, name: str) -> str:
     return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
 
@@ -293,6 +312,7 @@ def updated(text: str) -> str:
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
+        "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8")}),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }
