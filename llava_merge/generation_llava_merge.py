@@ -32,8 +32,9 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ):
+        are_given = bool(model_kwargs.get("mm_encoder_outputs"))
         if model_kwargs.get("pixel_values") is not None:
-            if model_kwargs.get("mm_encoder_outputs"):
+            if are_given:
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             self._encode_images_for_generation(input_ids, model_kwargs)
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -42,7 +43,8 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls
         layout = None
         if self.model.places_tokens:
-            layout = self.model.layout_of_prompt(image_mask, encoded, find_cache(model_kwargs)).repeated(expand_size)
+            cache = find_cache(model_kwargs)
+            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=are_given).repeated(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

@@ -156,9 +156,7 @@ class InferenceGraphs:
         self.model, self.shapes = model, shapes
         self.window = sliding_window_of(model.config.text_config)
         options = {"fullgraph": True, "dynamic": False, "backend": backend, "disable": backend is None}
-        # its constants, ids of marks, come from the host: that cannot be recorded, but is compiled in a moment
-        read_with = {"backend": "inductor", "disable": False} if backend is None and model.device.type == "cuda" else {}
-        self._read_question = torch.compile(self._question_of, **{**options, **read_with})
+        self._read_question = torch.compile(self._question_of, **options)
         self._encode = torch.compile(self._tokens_of_images, **options)
         self._prefill = torch.compile(self._logits_of_prompt, **options)
         self._decode = torch.compile(self._logits_of_token, **options)
@@ -260,7 +258,7 @@ class InferenceGraphs:
                 token_sizes=sizes,
                 num_patches=self.model.config.num_patches,
             )
-            layout = headless.layout_of_prompt(image_mask, images, None)
+            layout = headless.layout_of_prompt(image_mask, images, None, check=False)
         length = ids.shape[1]
         packed = packed_positions(None, mask, 0, length, ids.device)
         slot.start(layout, mask, packed[:, -1:] + 1 + layout.shift(length, 1))

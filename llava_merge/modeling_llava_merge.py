@@ -428,6 +428,9 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
     def _read_images(self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens, options: dict) -> tuple:
         """Features, output of the tower, question, budgets and extras of the images that are new in the prompt."""
         budgets = self.budgets(len(pixel_values), num_merged_tokens)
+        question = None
+        if ALL_TOKENS not in budgets:  # what is wrong with a prompt is found while the device has nothing to do yet
+            question = self._read_question(prompt, budgets, self.config.num_patches)
         features, outputs, extras = self._run_tower(
             pixel_values,
             options.pop("vision_feature_layer", None),
@@ -435,10 +438,15 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             with_extras=set(budgets) != {ALL_TOKENS},
             **options,
         )
-        num_patches = features.shape[1]
+        if ALL_TOKENS in budgets:
+            question = self._read_question(prompt, budgets, features.shape[1])
+        return features, outputs, question, budgets, extras
+
+    def _read_question(self, prompt: Prompt, budgets: list[int | str], num_patches: int) -> Question | None:
+        """The question of each new image of a prompt that was checked to have the placeholders for them."""
         num_tokens = [num_patches if budget == ALL_TOKENS else budget for budget in budgets]
         check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
-        return features, outputs, self.get_question(prompt, num_tokens), budgets, extras
+        return self.get_question(prompt, num_tokens)
 
     @torch.no_grad()
     def merge_sources(self, pixel_values: Tensor, num_merged_tokens=None, **inputs) -> list[Tensor]:
@@ -493,15 +501,16 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
         The other arguments, and the result, are those of [`~transformers.LlavaModel`].
         """
+        are_given = bool(mm_encoder_outputs)
         if pixel_values is not None:
-            if mm_encoder_outputs:
+            if are_given:
                 raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
             masks = {"question_mask": question_mask, "answer_mask": answer_mask}
             mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, num_merged_tokens, kwargs)}
         elif self.training and not mm_encoder_outputs:
             self._join_image_parts(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
-        layout = None if tokens_are_placed else self.place_tokens(images, kwargs)
+        layout = None if tokens_are_placed else self.place_tokens(images, kwargs, check=are_given)
         if FORWARD_TAKES_ENCODED_IMAGES:
             outputs = super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
         else:

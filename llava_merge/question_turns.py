@@ -221,22 +221,24 @@ def question_of_images(embeds: Tensor, turns: Turns, images: Tensor, ids: Tensor
 
 def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Where one of `sequences` begins in `ids` (B, L), and which tokens are part of one: two (B, L) bool."""
-    if not sequences:
-        nowhere = torch.zeros_like(ids, dtype=torch.bool)
-        return nowhere, nowhere
-    longest = max(map(len, sequences))
-    wanted = ids.new_tensor([[*sequence, *[-1] * (longest - len(sequence))] for sequence in sequences])
-    lengths = ids.new_tensor([len(sequence) for sequence in sequences])
-    windows = torch.nn.functional.pad(ids, (0, longest - 1), value=-2).unfold(1, longest, 1)  # (B, L, longest)
-    found = ((windows[:, :, None] == wanted) | (wanted == -1)).all(dim=-1)  # (B, L, sequences)
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    ends = (found * (positions[:, None] + lengths)).amax(dim=-1)
-    return found.any(dim=-1), ends.cummax(dim=1).values > positions
+    length, longest = ids.shape[1], max([1, *map(len, sequences)])
+    padded = torch.nn.functional.pad(ids, (0, longest - 1), value=-2)
+    positions, begins = torch.arange(length, device=ids.device), torch.zeros_like(ids, dtype=torch.bool)
+    ends = torch.zeros_like(ids)
+    for sequence in sequences:  # a few, of a few ids, which as numbers need not go to the device
+        found = torch.ones_like(begins)
+        for offset, id in enumerate(sequence):
+            found = found & (padded[:, offset : offset + length] == id)
+        begins, ends = begins | found, torch.maximum(ends, found * (positions + len(sequence)))
+    return begins, ends.cummax(dim=1).values > positions
 
 
 def is_one_of(ids: Tensor, wanted: list[int]) -> Tensor:
     """Which ids (B, L) are among those wanted."""
-    return (ids[:, :, None] == ids.new_tensor(wanted)).any(dim=-1)
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for id in wanted:
+        found = found | (ids == id)
+    return found
 
 
 def shift_right(mask: Tensor) -> Tensor:

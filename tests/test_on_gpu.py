@@ -1,0 +1,90 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""What shows on a GPU alone: that the host does not wait for it, and that CUDA graphs say what the kernels do."""
+
+import pytest
+import torch
+from conftest import agnostic, aware, pixels, prompts, tiny_model
+
+from llava_merge import placeholders, prompt_reading
+from llava_merge.question_turns import Prompt
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+NUM_TOKENS = 9
+MERGERS = {
+    "V3": agnostic(attention_mass=1.0),
+    "V3, question-aware": aware(attention_mass=1.0),
+    "V3, without mass": agnostic(),
+    **{
+        name: {"merger_type": name, "num_merged_tokens": NUM_TOKENS, "attention_mass": 1.0}
+        for name in ("average_pooling", "cdpruner", "divprune", "random", "strided", "tome", "visionzip", "vispruner")
+    },
+    "V1": {"merger_type": "gumbel_topk", "num_merged_tokens": NUM_TOKENS},
+    "V2": {"merger_type": "gumbel_topk_question", "num_merged_tokens": NUM_TOKENS, "question_aware": True},
+}
+
+
+@pytest.fixture
+def no_waits():
+    """Makes every wait of the host for the GPU an error, where it is called with True."""
+
+    def refuse(yes: bool):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if yes else "default")
+
+    yield refuse
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(name: str, counts: list[int], text: int = 8) -> tuple:
+    model = tiny_model(MERGERS[name]).cuda()
+    return model, inputs(counts, text)
+
+
+def inputs(counts: list[int], text: int) -> dict:
+    batch = {key: tensor.cuda() for key, tensor in prompts(counts, NUM_TOKENS, text=text, seed=text).items()}
+    return {**batch, "pixel_values": pixels(sum(counts), seed=text).cuda()}
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@torch.no_grad()
+def test_questions_merging_and_places_wait_for_nothing(name, no_waits):
+    model, batch = on_gpu(name, [1, 2])
+    headless, mask = model.model, batch["input_ids"] == model.config.image_token_id
+    headless.get_vision_features(batch["pixel_values"])  # hooks of transformers
+    for refused in (False, True):  # the first call sets up libraries
+        no_waits(refused)
+        prompt = Prompt(batch["input_ids"], None, mask, attention_mask=batch["attention_mask"], may_hold_answers=False)
+        question = headless.get_question(prompt, [NUM_TOKENS] * 3)
+        images = headless.encode_images(batch["pixel_values"], question=question)
+        headless.layout_of_prompt(mask, images, None, check=False)
+
+
+@pytest.mark.parametrize("name", [name for name in MERGERS if MERGERS[name].get("attention_mass")])
+@torch.no_grad()
+def test_a_forward_waits_for_its_checks_alone(name, no_waits, monkeypatch):
+    model, batch = on_gpu(name, [1, 2])
+    batch["question_mask"] = batch["attention_mask"].bool()
+    checks = []
+    for module in (placeholders, prompt_reading):
+        monkeypatch.setattr(module, "check_on_device", lambda *check: checks.append(check[1]))
+    for refused in (False, True):
+        no_waits(refused)
+        model(**batch, use_cache=False)
+    assert checks
+
+
+@pytest.mark.parametrize("name", MERGERS)
+def test_cuda_graphs_answer_as_the_kernels_do(name, monkeypatch):
+    model, _ = on_gpu(name, [1])
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    calls = [{**inputs(counts, text), **settings} for counts in ([1], [1, 1]) for text in (3, 8, 20)]
+    expected = [model.generate(**call) for call in calls]
+    model.compile_for_inference(batch_sizes=[1, 2], prompt_lengths=[24, 48], max_new_tokens=8, backend=None)
+    graphs, seen = model.inference_graphs, []
+    prefill = graphs.prefill
+    monkeypatch.setattr(graphs, "prefill", lambda shape, *args: seen.append(shape) or prefill(shape, *args))
+    for call, answer in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**call), answer)
+    assert len(seen) == len(calls) and len({*seen}) == 4
