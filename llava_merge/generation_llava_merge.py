@@ -7,6 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
+from .merge_extras import TowerFeatures
 from .placeholders import ALL_TOKENS, repeat_rows_together
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
@@ -32,11 +33,10 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ):
-        are_given = bool(model_kwargs.get("mm_encoder_outputs"))
-        if model_kwargs.get("pixel_values") is not None:
-            if are_given:
-                raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
-            self._encode_images_for_generation(input_ids, model_kwargs)
+        to_merge = images_to_merge(model_kwargs.get("pixel_values"), model_kwargs.get("mm_encoder_outputs"))
+        if to_merge is not None:
+            model_kwargs.pop("mm_encoder_outputs", None)
+            self._encode_images_for_generation(to_merge, input_ids, model_kwargs)
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         image_mask = self._new_image_mask(input_ids, model_kwargs)
         if find_cache(model_kwargs) is not None and not image_mask.any():
@@ -44,7 +44,9 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         layout = None
         if self.model.places_tokens:
             cache = find_cache(model_kwargs)
-            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=are_given).repeated(expand_size)
+            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=to_merge is None).repeated(
+                expand_size
+            )
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -59,12 +61,14 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         image_mask = self.model.get_image_mask(input_ids, model_kwargs.get("inputs_embeds"))
         return image_mask[:, num_cached_inputs(image_mask.shape[1], model_kwargs) :]
 
-    def _encode_images_for_generation(self, input_ids: Tensor | None, model_kwargs: dict):
+    def _encode_images_for_generation(
+        self, images: Tensor | TowerFeatures, input_ids: Tensor | None, model_kwargs: dict
+    ):
         """Puts `mm_encoder_outputs` into `model_kwargs`, in the place of `pixel_values` and what goes with them."""
         question_mask = model_kwargs.pop("question_mask", None)
         options = {name: model_kwargs.pop(name, None) for name in TOWER_OPTIONS}
-        pixel_values, inputs_embeds = model_kwargs["pixel_values"], model_kwargs.get("inputs_embeds")
-        budgets = self.model.budgets(len(pixel_values), model_kwargs.get("num_merged_tokens"))
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        budgets = self.model.budgets(len(images), model_kwargs.get("num_merged_tokens"))
         num_inputs = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         prompt = self.model.read_prompt(
             input_ids,
@@ -76,12 +80,12 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         )
         if prompt.new_from:
             new = self._images_not_in_cache(budgets, prompt)
-            pixel_values, budgets = pixel_values[new], [budgets[image] for image in new]
+            images, budgets = images[new], [budgets[image] for image in new]
         if FORWARD_TAKES_ENCODED_IMAGES or not budgets:
-            model_kwargs.pop("pixel_values")
+            model_kwargs.pop("pixel_values", None)
             model_kwargs.pop("num_merged_tokens", None)
         if budgets:
-            outputs = self.model.encode_images_of_prompt(pixel_values, prompt, budgets, **options)
+            outputs = self.model.encode_images_of_prompt(images, prompt, budgets, **options)
             model_kwargs["mm_encoder_outputs"] = {"image": outputs}
 
     def _images_not_in_cache(self, budgets: list[int | str], prompt: Prompt) -> list[int]:
@@ -122,6 +126,18 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             ours.remove("num_merged_tokens")
         without = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=without, **kwargs)
+
+
+def images_to_merge(pixel_values: Tensor | None, mm_encoder_outputs: dict | None) -> Tensor | TowerFeatures | None:
+    """The images of a call that are not merged yet, if any: pixels, or what the tower made of them.
+
+    Raises:
+        ValueError: There are pixels and encoded images.
+    """
+    encoded = (mm_encoder_outputs or {}).get("image")
+    if pixel_values is not None and encoded is not None:
+        raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
+    return encoded if isinstance(encoded, TowerFeatures) else pixel_values
 
 
 def repeat_images(features: list[Tensor], image_mask: Tensor, times: int) -> list[Tensor]:

@@ -77,6 +77,31 @@ class MergeExtras:
                 )
 
 
+@dataclass(frozen=True)
+class TowerFeatures:
+    """Images behind the vision tower, to be merged anew for each question.
+
+    Attributes:
+        features: (I, N, vision_dim).
+        extras: What the merging method requires besides, if anything.
+        image_shape: Height and width of the images in pixels.
+    """
+
+    features: Tensor
+    extras: MergeExtras | None
+    image_shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.features)
+
+    def __getitem__(self, images: list[int]) -> "TowerFeatures":
+        """Those of some of the images, by index; an image may come twice."""
+        index = torch.tensor(images, device=self.features.device)
+        extras = None if self.extras is None else self.extras.of_images(index)
+        return replace(self, features=self.features[index], extras=extras)
+
+
 def merge_by_budget(merge, features, question, grid, budgets: list[int | str], extras) -> list[list[Tensor]]:
     """What `merge` returns for images of one budget, as lists with one tensor (M, ...) for each image."""
     of_image = {}

@@ -23,12 +23,12 @@ from .compat import (
 )
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .generation_llava_merge import EncodesImagesBeforeForward  # noqa: F401
+from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .loading import read_checkpoint  # noqa: F401
-from .merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
+from .merge_extras import MergeExtras, TowerFeatures, merge_by_budget, projected_relevance, read_tower
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
@@ -409,35 +409,57 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             )
         return image_mask[:, :, None].to(inputs_embeds.device)
 
+    def run_tower(self, pixel_values: Tensor, **kwargs) -> TowerFeatures:
+        """Images (I, 3, H, W) behind the tower, with what the merging method requires.
+
+        The other arguments are those of [`get_vision_features`].
+        """
+        features, _, extras = self._run_tower(
+            pixel_values,
+            kwargs.pop("vision_feature_layer", None),
+            kwargs.pop("vision_feature_select_strategy", None),
+            with_extras=True,
+            **kwargs,
+        )
+        return TowerFeatures(features, extras, tuple(pixel_values.shape[-2:]))
+
     def encode_images_of_prompt(
-        self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens: int | str | list | None = None, **kwargs
+        self,
+        images: Tensor | TowerFeatures,
+        prompt: Prompt,
+        num_merged_tokens: int | str | list | None = None,
+        **kwargs,
     ) -> EncodedImages:
         """[`encode_images`] with the question of each image that is new in the `prompt`.
 
-        `tower_outputs`, the output of `vision_tower` with all hidden states, spares its pass: several mergers or
-        questions may share it.
+        Args:
+            images: Pixels (I, 3, H, W), or what [`run_tower`] made of them.
+            kwargs: `vision_feature_layer` and `vision_feature_select_strategy` for pixels; `tower_outputs`, the output
+                of `vision_tower` with all hidden states, spares its pass: several mergers or questions may share it.
 
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
-        features, outputs, question, budgets, extras = self._read_images(
-            pixel_values, prompt, num_merged_tokens, kwargs
-        )
-        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
+        features, outputs, question, budgets, extras = self._read_images(images, prompt, num_merged_tokens, kwargs)
+        image_shape = images.image_shape if isinstance(images, TowerFeatures) else images.shape[-2:]
+        return self._merge_and_project(features, outputs, image_shape, question, budgets, extras)
 
-    def _read_images(self, pixel_values: Tensor, prompt: Prompt, num_merged_tokens, options: dict) -> tuple:
+    def _read_images(self, images: Tensor | TowerFeatures, prompt: Prompt, num_merged_tokens, options: dict) -> tuple:
         """Features, output of the tower, question, budgets and extras of the images that are new in the prompt."""
-        budgets = self.budgets(len(pixel_values), num_merged_tokens)
+        budgets = self.budgets(len(images), num_merged_tokens)
         question = None
         if ALL_TOKENS not in budgets:  # what is wrong with a prompt is found while the device has nothing to do yet
             question = self._read_question(prompt, budgets, self.config.num_patches)
-        features, outputs, extras = self._run_tower(
-            pixel_values,
-            options.pop("vision_feature_layer", None),
-            options.pop("vision_feature_select_strategy", None),
-            with_extras=set(budgets) != {ALL_TOKENS},
-            **options,
-        )
+        if isinstance(images, TowerFeatures):
+            features, outputs, extras = images.features, BaseModelOutputWithPooling(), images.extras
+        else:
+            features, outputs, extras = self._run_tower(
+                images,
+                options.pop("vision_feature_layer", None),
+                options.pop("vision_feature_select_strategy", None),
+                with_extras=set(budgets) != {ALL_TOKENS},
+                **options,
+            )
         if ALL_TOKENS in budgets:
             question = self._read_question(prompt, budgets, features.shape[1])
         return features, outputs, question, budgets, extras
@@ -492,7 +514,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Args:
             position_ids: (B or 1, L), counting each placeholder as one; those of merged tokens and of the text behind
                 them follow from it (`MergerConfig.position_ids`).
-            mm_encoder_outputs: `{"image": outputs}` with the images encoded before, instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": outputs}` with the images encoded before, instead of `pixel_values`: what
+                [`encode_images`] or [`run_tower`] returned.
             question_mask: (B, L) bool, text that a question-aware merger may read of an image's turn; default all.
             answer_mask: (B, L) bool, tokens that are answer and which it never reads.
             num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
@@ -501,16 +524,14 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
         The other arguments, and the result, are those of [`~transformers.LlavaModel`].
         """
-        are_given = bool(mm_encoder_outputs)
-        if pixel_values is not None:
-            if are_given:
-                raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
+        to_merge = images_to_merge(pixel_values, mm_encoder_outputs)
+        if to_merge is not None:
             masks = {"question_mask": question_mask, "answer_mask": answer_mask}
-            mm_encoder_outputs = {"image": self._encode_images_of_call(pixel_values, masks, num_merged_tokens, kwargs)}
+            mm_encoder_outputs = {"image": self._encode_images_of_call(to_merge, masks, num_merged_tokens, kwargs)}
         elif self.training and not mm_encoder_outputs:
             self._join_image_parts(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
-        layout = None if tokens_are_placed else self.place_tokens(images, kwargs, check=are_given)
+        layout = None if tokens_are_placed else self.place_tokens(images, kwargs, check=to_merge is None)
         if FORWARD_TAKES_ENCODED_IMAGES:
             outputs = super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
         else:
@@ -519,10 +540,10 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             keep_layout(find_cache(outputs), layout)
         return outputs
 
-    def _encode_images_of_call(self, pixel_values: Tensor, masks: dict, num_merged_tokens, arguments: dict):
+    def _encode_images_of_call(self, images: Tensor | TowerFeatures, masks: dict, num_merged_tokens, arguments: dict):
         """The images of a forward whose other `arguments` these are."""
         prompt, options = self._prompt_of_call(masks, arguments)
-        return self.encode_images_of_prompt(pixel_values, prompt, num_merged_tokens, **options)
+        return self.encode_images_of_prompt(images, prompt, num_merged_tokens, **options)
 
     def _prompt_of_call(self, masks: dict, arguments: dict) -> tuple[Prompt, dict]:
         """The prompt of a forward with these `arguments`, and those of them that are for the tower."""
@@ -605,6 +626,24 @@ class LlavaMergeForConditionalGeneration(
     def get_image_features(self, pixel_values: Tensor, *args, **kwargs):
         """Merged and projected features of each image; see [`LlavaMergeModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, *args, **kwargs)
+
+    def encode_images(
+        self, pixel_values: Tensor, num_merged_tokens: int | str | list | None = None, **kwargs
+    ) -> EncodedImages | TowerFeatures:
+        """Images (I, 3, H, W) for several questions, prompts or turns, so that the tower sees them once.
+
+        Pass the result as `mm_encoder_outputs={"image": ...}` to `forward` or `generate`, instead of `pixel_values`,
+        with the prompts that the processor makes of them; it has to have an image for each of theirs, in order. A
+        question-aware merger merges what the tower kept anew for each question, and any budget; others merge here, to
+        this budget.
+
+        Args:
+            num_merged_tokens: Of merged images; see `forward`.
+            kwargs: `vision_feature_layer` and `vision_feature_select_strategy`.
+        """
+        if self.model.reads_question:
+            return self.model.run_tower(pixel_values, **kwargs)
+        return self.model.encode_images(pixel_values, num_merged_tokens=num_merged_tokens, **kwargs)
 
     def merge_sources(self, labels: Tensor | None = None, **inputs) -> list[Tensor]:
         """Which patches each merged token came from, (M, N) of each image; see [`LlavaMergeModel.merge_sources`].

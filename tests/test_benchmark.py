@@ -13,7 +13,7 @@ from llava_merge.benchmark import memory, run
 from llava_merge.benchmark.models import SHAPES, make_inputs, make_model
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.run import BenchmarkSettings, benchmark, kv_bytes_of_token
-from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls
+from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls, with_encoded_images
 from llava_merge.cli import app
 from llava_merge.inference_graphs import InferenceGraphs
 
@@ -54,6 +54,13 @@ class TestTiming:
             raise RuntimeError
         assert len(moments["merger"]) == 1 and len(moments["merger"][0]) == 2
         assert not model.model.merger._forward_hooks and not model.model.merger._forward_pre_hooks
+
+    def test_another_question_spares_the_tower(self):
+        model, passes = tiny_model(aware(9)), []
+        inputs = with_encoded_images(model, make_inputs(model, 2, 9, 6, 0))
+        model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+        model.generate(**inputs, max_new_tokens=2)
+        assert not passes and "pixel_values" not in inputs
 
     def test_prompts_have_just_their_placeholders(self):
         model = tiny_model(agnostic(9))

@@ -9,6 +9,7 @@ COLUMNS = {
     "multi_modal_projector": "projector",
     "prefill": "prefill",
     "rest": "rest",
+    "another_question": "another question",
     "decode": "a token",
     "answer": "answer",
 }

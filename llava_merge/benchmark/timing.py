@@ -62,7 +62,8 @@ def time_generate(model, inputs: dict, new_tokens: int, with_phases: bool = True
 
     Returns:
         `first_token`, and of it with phases `vision_tower`, `merger`, `multi_modal_projector`, `prefill` of the
-        language model, and `rest`, which is host, embeddings and head; `decode`, of a token; `answer`, of all.
+        language model, and `rest`, which is host, embeddings and head, and `another_question`, the first token where
+        the images are encoded already; `decode`, of a token; `answer`, of all.
     """
     stopwatch = Stopwatch(model.device)
     modules = {name: getattr(model.model, name) for name in PHASES} if with_phases else {}
@@ -73,12 +74,21 @@ def time_generate(model, inputs: dict, new_tokens: int, with_phases: bool = True
         phases["prefill"] = phases.pop("language_model")
         phases["rest"] = first - sum(phases.values())
     answer = wall_time(model, inputs, new_tokens, stopwatch)
+    if with_phases:
+        phases["another_question"] = wall_time(model, with_encoded_images(model, inputs), 1, stopwatch)
     return {
         "first_token": first,
         **phases,
         "decode": (answer - first) / (new_tokens - 1),
         "answer": answer,
     }
+
+
+def with_encoded_images(model, inputs: dict) -> dict:
+    """Inputs of `generate` whose images the tower need not see any more."""
+    encoded = model.encode_images(inputs["pixel_values"], num_merged_tokens=inputs.get("num_merged_tokens"))
+    others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return {**others, "mm_encoder_outputs": {"image": encoded}}
 
 
 def wall_time(model, inputs: dict, new_tokens: int, stopwatch: Stopwatch) -> float:

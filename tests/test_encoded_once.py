@@ -1,0 +1,111 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Images that are encoded before they are asked about: several questions, and one pass of the tower."""
+
+import pytest
+import torch
+from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
+
+from llava_merge.compat import CACHE_ARGUMENT
+from llava_merge.merge_extras import TowerFeatures
+from llava_merge.token_placing import EncodedImages
+
+
+pytestmark = pytest.mark.core
+
+NUM_TOKENS = 9
+MERGERS = {
+    "agnostic": agnostic(),
+    "aware": aware(),
+    "aware, mass": aware(attention_mass=1.0),
+    "tome": {"merger_type": "tome", "num_merged_tokens": NUM_TOKENS, "attention_mass": 1.0},
+    "visionzip": {"merger_type": "visionzip", "num_merged_tokens": NUM_TOKENS},
+    "cdpruner": {"merger_type": "cdpruner", "num_merged_tokens": NUM_TOKENS},
+    "none": {"merger_type": "none"},
+}
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+def asking(model, counts: list[int], seed: int, num_tokens: int | None = None) -> dict:
+    number = num_tokens or (36 if model.config.merger_config.merger_type == "none" else NUM_TOKENS)
+    batch = prompts(counts, number, text=6 + seed, seed=seed)
+    if model.config.merger_config.merger_type == "cdpruner" or model.config.merger_config.question_aware:
+        batch["question_mask"] = batch["attention_mask"].bool()
+    return batch
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("counts", [[1], [2, 1]])
+@torch.no_grad()
+def test_every_question_gets_the_plain_answer_and_the_tower_runs_once(name, counts):
+    model, images = tiny_model(MERGERS[name]), pixels(sum(counts))
+    passes = []
+    encoded = {"image": model.encode_images(images)}
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    logits, answers = [], []
+    for seed in range(3):
+        batch = asking(model, counts, seed)
+        logits.append(model(**batch, mm_encoder_outputs=encoded).logits)
+        answers.append(model.generate(**batch, mm_encoder_outputs=encoded, **GREEDY))
+    assert not passes
+    handle.remove()
+    for seed in range(3):
+        batch = asking(model, counts, seed)
+        assert torch.equal(logits[seed], model(**batch, pixel_values=images).logits)
+        assert torch.equal(answers[seed], model.generate(**batch, pixel_values=images, **GREEDY))
+    assert list(encoded) == ["image"]  # as it was, for the next
+
+
+def test_what_is_kept():
+    images = pixels(2)
+    assert isinstance(tiny_model(agnostic()).encode_images(images), EncodedImages)
+    kept = tiny_model(aware()).encode_images(images)
+    assert isinstance(kept, TowerFeatures) and len(kept) == 2 and kept.features.shape == (2, 36, 32)
+    model = tiny_model(MERGERS["cdpruner"])
+    with model.merger_bypassed():
+        assert len(model.encode_images(images).pooler_output[0]) == 36
+
+
+@torch.no_grad()
+def test_one_image_for_several_rows_and_another_budget():
+    model, images = tiny_model(aware(attention_mass=1.0)), pixels(2)
+    kept = model.encode_images(images)
+    batch = asking(model, [1, 1], 3, 4)
+    twice = {"image": kept[[1, 1]]}
+    expected = model(**batch, pixel_values=images[[1, 1]], num_merged_tokens=4).logits
+    assert torch.equal(model(**batch, mm_encoder_outputs=twice, num_merged_tokens=4).logits, expected)
+    answer = model.generate(**batch, mm_encoder_outputs=twice, num_merged_tokens=4, **GREEDY)
+    plain = model.generate(**batch, pixel_values=images[[1, 1]], num_merged_tokens=4, **GREEDY)
+    assert torch.equal(answer, plain)
+
+
+@torch.no_grad()
+def test_a_chat_goes_on_with_the_images_of_all_turns():
+    model, images = tiny_model(aware()), pixels(2)
+    kept, words = model.encode_images(images), {**GREEDY, "suppress_tokens": [IMAGE_ID]}
+
+    def second_answer(first_image: dict, both_images: dict) -> torch.Tensor:
+        said = model.generate(**prompts([1], NUM_TOKENS), **first_image, **words, return_dict_in_generate=True)
+        ids = torch.cat((said.sequences, prompts([1], NUM_TOKENS, seed=5)["input_ids"][:, 1:]), dim=1)
+        cache = {CACHE_ARGUMENT: said[CACHE_ARGUMENT]}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **both_images, **cache, **words)
+
+    encoded = second_answer({"mm_encoder_outputs": {"image": kept[[0]]}}, {"mm_encoder_outputs": {"image": kept}})
+    assert torch.equal(encoded, second_answer({"pixel_values": images[:1]}, {"pixel_values": images}))
+
+
+def test_wrong_ones_are_refused():
+    model = tiny_model(aware())
+    kept = {"image": model.encode_images(pixels(1))}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="The prompts hold 18 image placeholders"):
+            call(**asking(model, [2], 0), mm_encoder_outputs=kept)
+        with pytest.raises(ValueError, match="not both"):
+            call(**asking(model, [1], 0), mm_encoder_outputs=kept, pixel_values=pixels(1))
+
+
+def test_gradients_reach_the_merger_behind_a_tower_that_ran_before():
+    model = tiny_model(aware())
+    with torch.no_grad():
+        kept = {"image": model.encode_images(pixels(1))}
+    model(**asking(model, [1], 0), mm_encoder_outputs=kept).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.merger.parameters())
