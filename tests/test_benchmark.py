@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, agnostic, make_processor, tiny_model, tiny_stock
+from conftest import NUM_PATCHES, agnostic, aware, make_processor, tiny_model, tiny_stock
 from PIL import Image
 from typer.testing import CliRunner
 
