@@ -176,6 +176,8 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             return f"they do without {', '.join(sorted(given))}"
         if self.training:
             return "the model is in training mode"
+        if torch.is_autocast_enabled(self.device.type):
+            return "they were made without torch.autocast"
         new_tokens, most = setting("max_new_tokens"), self.inference_graphs.shapes.max_new_tokens
         if new_tokens is None or new_tokens > most:
             return f"max_new_tokens={new_tokens}, and they were made for up to {most}"

@@ -115,6 +115,17 @@ def merge_by_budget(merge, features, question, grid, budgets: list[int | str], e
     return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
 
 
+def features_of(hidden_states: tuple[Tensor, ...], layers: list[int], first_patch: int) -> Tensor:
+    """The tower's features (I, N, vision_dim): hidden states of the `layers` side by side, without what is no patch."""
+    states = [hidden_states[index][:, first_patch:] for index in layers]
+    return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+
+def attention_layer_of(layers: list[int]) -> int:
+    """The layer that makes the last of the features, with its keys and attention; its input has the same number."""
+    return max(0, max(layers) - 1)
+
+
 def read_tower(
     tower: nn.Module,
     hidden_states: tuple[Tensor, ...],

@@ -28,7 +28,15 @@ from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .loading import read_checkpoint  # noqa: F401
-from .merge_extras import MergeExtras, TowerFeatures, merge_by_budget, projected_relevance, read_tower
+from .merge_extras import (
+    MergeExtras,
+    TowerFeatures,
+    attention_layer_of,
+    features_of,
+    merge_by_budget,
+    projected_relevance,
+    read_tower,
+)
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
@@ -210,8 +218,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         layers = self._tower_layers(layer)
         method, extra_layers = self.merging_method, []
         if with_extras and method.requires:
-            # the last: what the layer that makes the last of the features, with its keys and attention, makes them from
-            extra_layers = [*self._tower_layers(list(method.extra_layers)), max(0, max(layers) - 1)]
+            extra_layers = [*self._tower_layers(list(method.extra_layers)), attention_layer_of(layers)]
         outputs = tower_outputs
         if outputs is None:
             outputs = self.vision_tower(
@@ -221,8 +228,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
                 **{name: value for name, value in kwargs.items() if value is not None},
             )
         first_patch = 1 if strategy == "default" else 0
-        states = [outputs.hidden_states[index][:, first_patch:] for index in layers]
-        features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        features = features_of(outputs.hidden_states, layers, first_patch)
         if not extra_layers:
             return features, outputs, None
         *extra_layers, attention_layer = extra_layers

@@ -135,6 +135,18 @@ def test_other_calls_run_without_graphs(fields, reason, monkeypatch):
     assert torch.equal(answer, expected) and not seen
 
 
+def test_neither_autocast_nor_training_is_answered_from_graphs(monkeypatch):
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen, batch = counted(model, monkeypatch), inputs([1], 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(**batch)
+    model.train().generate(**batch)
+    assert not seen
+    model.eval().generate(**batch)
+    assert len(seen) == 1
+
+
 def test_other_shapes_run_without_graphs(monkeypatch):
     model = merging("agnostic")
     model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)

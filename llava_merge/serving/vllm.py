@@ -38,7 +38,14 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from llava_merge import LlavaMergeProcessor
 from llava_merge.checkpoint_files import refuse_missing_weights
 from llava_merge.configuration_llava_merge import keeps_places
-from llava_merge.merge_extras import MergeExtras, merge_by_budget, projected_relevance, read_tower
+from llava_merge.merge_extras import (
+    MergeExtras,
+    attention_layer_of,
+    features_of,
+    merge_by_budget,
+    projected_relevance,
+    read_tower,
+)
 from llava_merge.merging_base import find_merging_method
 from llava_merge.modeling_token_merger import TokenMerger
 from llava_merge.question_turns import Question
@@ -264,10 +271,11 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             return self.vision_tower(pixel_values, feature_select_strategy=strategy), MergeExtras()
         layers, first = config.feature_layers(), 1 if strategy == "default" else 0
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        features = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
         extra_layers = config.feature_layers(list(self.method.extra_layers)) if self.method.extra_layers else []
-        last = max(0, max(layers) - 1)
-        return features, read_tower(self.vision_tower, states, self.method.requires, extra_layers, last, first)
+        last, requires = attention_layer_of(layers), self.method.requires
+        return features_of(states, layers, first), read_tower(
+            self.vision_tower, states, requires, extra_layers, last, first
+        )
 
     def _recall_features(self, pixel_values: Tensor, pictures: list[int]) -> Tensor:
         """Features of the images, which the tower makes only of pictures that are not kept: (I, N, vision_dim)."""
