@@ -174,7 +174,8 @@ class InferenceGraphs:
         limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
         with (
             for_graphs(),
-            torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=8 * limit),
+            # by the names of torch before 2.7, which later ones know too
+            torch._dynamo.config.patch(cache_size_limit=limit, accumulated_cache_size_limit=8 * limit),
             logging.tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
         ):
             states = shapes_of_cache(self.model)

@@ -79,6 +79,15 @@ def test_one_image_for_several_rows_and_another_budget():
 
 
 @torch.no_grad()
+def test_what_a_method_requires_of_the_tower_goes_with_its_image():
+    model, images = tiny_model(MERGERS["visionzip"]), pixels(3)
+    kept = {"image": model.model.run_tower(images)[[2, 0]]}
+    batch = asking(model, [1, 1], 0)
+    expected = model(**batch, pixel_values=images[[2, 0]]).logits
+    torch.testing.assert_close(model(**batch, mm_encoder_outputs=kept).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_chat_goes_on_with_the_images_of_all_turns():
     model, images = tiny_model(aware()), pixels(2)
     kept, words = model.encode_images(images), {**GREEDY, "suppress_tokens": [IMAGE_ID]}
