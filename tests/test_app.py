@@ -101,7 +101,7 @@ class TestInABrowser:
         expect_tokens(page, 5)
         assert page.locator("#overlay img").get_attribute("src") != after
         page.get_by_text("Each token's patches").click()
-        assert page.locator("#token_maps img").evaluate("image => image.naturalWidth") > 112
+        page.wait_for_function("document.querySelector('#token_maps img')?.naturalWidth > 112")
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert overflow <= 0
 
