@@ -104,7 +104,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
 
         Raises:
             ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training
-                mode, has FlashAttention, a text model with layers of several kinds, or a `text_tower`.
+                mode, has adapters, FlashAttention, a text model with layers of several kinds, or a `text_tower`.
         """
         self.decompile()
         check_can_be_compiled(self)
@@ -190,7 +190,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             ValueError: The placeholders are not those of the images.
         """
         ids, mask, pixels = self._prompt_of_call(arguments)
-        if ids is None or ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
+        if ids is None or ids.ndim != 2 or mask is None or mask.shape != ids.shape:
             return None, "they take input_ids and attention_mask as (batch, tokens)"
         num_images = 0 if pixels is None else len(pixels)
         budgets = self.model.budgets(num_images, arguments.get("num_merged_tokens"))
@@ -265,6 +265,12 @@ def check_can_be_compiled(model):
         )
     if model.training:
         raise ValueError("compile_for_inference: the model is in training mode. Call model.eval() before.")
+    adapted = [name for name, _ in model.named_modules() if name.endswith((".base_layer", ".original_module"))]
+    if adapted:
+        raise ValueError(
+            f"compile_for_inference: {adapted[0]} and others belong to adapters, and graphs would not see that one is "
+            f"switched or turned off. Merge them into the weights before: model.merge_and_unload()."
+        )
     attention = model.model.language_model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(

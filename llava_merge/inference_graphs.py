@@ -203,12 +203,12 @@ class InferenceGraphs:
             "shape": shape,
         }
 
-    def prefill(self, shape: PrefillShape, input_ids: Tensor, mask: Tensor | None, pixels: Tensor | None) -> Tensor:
+    def prefill(self, shape: PrefillShape, input_ids: Tensor, mask: Tensor, pixels: Tensor | None) -> Tensor:
         """Logits of the next token, (B, 1, vocabulary), to be read before the next call.
 
         Args:
             input_ids: (B, L or fewer).
-            mask: (B, L or fewer), 0 where a token is padding; None where none is.
+            mask: (B, L or fewer), 0 where a token is padding.
             pixels: (I, 3, H, W).
         """
         recorded = self.prefills[shape]
@@ -216,7 +216,7 @@ class InferenceGraphs:
         buffers["ids"][:, :padding] = padding_id(self.model.config)
         buffers["ids"][:, padding:] = input_ids
         buffers["mask"][:, :padding] = False
-        buffers["mask"][:, padding:] = True if mask is None else mask.bool()
+        buffers["mask"][:, padding:] = mask.bool()
         if shape.num_images:
             buffers["pixels"].copy_(pixels)
         return recorded()
