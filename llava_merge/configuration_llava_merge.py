@@ -69,10 +69,10 @@ class MergerConfig(PretrainedConfig):
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
         seed: Of `random`: which tokens are kept.
-        important_ratio: Of `vispruner` and `visionzip`: share of the M tokens that CLS attention chooses; default 0.5
-            and 54/64.
-        faithful: Of `visionzip`: add to a contextual token the mean of what merges into it, as the released code does,
-            which about doubles its norm, instead of taking the mean of both.
+        important_ratio: Of `vispruner`, `visionzip` and `prumerge_plus`: share of the M tokens that CLS attention
+            chooses; default 0.5, 54/64 and 0.25.
+        faithful: Of `visionzip` and `prumerge_plus`: add to a token what merges into it, as the released code does,
+            instead of taking a mean; in `visionzip` that about doubles its norm.
         estimator: Of `gumbel_topk` and `gumbel_topk_question`, which draw tokens in training: `"gumbel"` passes the
             gradients straight through, `"soft_topk"` mixes noise into tokens whose choice was close.
         initial_temperature: Of the same: at the start of training; their `set_progress` anneals it.

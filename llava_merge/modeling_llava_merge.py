@@ -41,11 +41,13 @@ from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
+from .merging_fastervlm import FasterVLM  # noqa: F401
 from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry  # noqa: F401
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
 from .merging_none import Identity  # noqa: F401
+from .merging_prumerge_plus import PruMergePlus  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
 from .merging_selection import keep_patches  # noqa: F401
 from .merging_strided import StridedTokens  # noqa: F401

@@ -41,6 +41,9 @@ def ask(model, processor, asked: list[tuple]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
+NOT_MEASURED = ("fastervlm", "prumerge_plus")  # which came after the bundled mergers were evaluated
+
+
 class TestEmbeddedModel:
     def test_it_is_small_safetensors_of_stock_architecture(self):
         weights = load_file(MODEL_DIR / "model.safetensors")
@@ -74,7 +77,7 @@ class TestEmbeddedModel:
         """Of the unmerged score, with 64, 16 and 4 tokens; what reads the question leads all that is untrained."""
         results = RESULTS[f"evaluation_{scenes}"]["results"]
         scores = {key: row["scores"]["all"]["score"] for key, row in results.items()}
-        untrained = {method.name for method in list_mergers() if not method.trained} - {"none"}
+        untrained = {method.name for method in list_mergers() if not method.trained} - {"none", *NOT_MEASURED}
         for budget, share in zip((64, 16, 4), shares, strict=True):
             score = scores[f"llava_merge/demo/mergers/{merger}@{budget}"]
             assert score >= share * scores["none@all"], budget

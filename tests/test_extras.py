@@ -100,7 +100,8 @@ def hooks_of(model, run: bool = False) -> int:
 
 
 @pytest.mark.parametrize(
-    "merger_type, num_keys", [("average_pooling", 1), ("divprune", 1), ("none", 1), ("visionzip", 2), ("vispruner", 2)]
+    "merger_type, num_keys",
+    [("average_pooling", 1), ("divprune", 1), ("none", 1), ("visionzip", 2), ("vispruner", 2), ("prumerge_plus", 2)],
 )
 def test_the_tower_runs_once_and_no_hook_is_left(merger_type, num_keys):
     """The keys of one layer are projected once more where a method asks for them, and nothing where none does."""
@@ -130,7 +131,7 @@ def test_the_tower_runs_once_and_no_hook_is_left(merger_type, num_keys):
     assert hooks_of(model) == hooks == hooks_of(tiny_model({"merger_type": "none"}), run=True)
 
 
-@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner", "cdpruner"])
+@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner", "fastervlm", "prumerge_plus", "cdpruner"])
 def test_image_features_compile_as_one_graph(merger_type):
     model = tiny_model({**aware(M), "merger_type": merger_type, "question_aware": merger_type == "cdpruner"})
     question = torch.randn(2, 5, 64)
@@ -146,7 +147,7 @@ def test_image_features_compile_as_one_graph(merger_type):
             torch.testing.assert_close(compiled(pixels(2)), features(pixels(2)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner"])
+@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner", "fastervlm", "prumerge_plus"])
 def test_training_with_gradient_checkpointing_and_lora_on_the_tower(merger_type):
     model = tiny_model({"merger_type": merger_type, "num_merged_tokens": M})
     lora = LoraConfig(r=2, target_modules=r".*vision_tower.*(q_proj|k_proj|v_proj)", init_lora_weights=False)
@@ -335,10 +336,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "fields, message",
         [
-            ({"merger_type": "tome", "faithful": True}, "faithful=True: merger_type='tome' does not read it, only vis"),
+            (
+                {"merger_type": "tome", "faithful": True},
+                "faithful=True: merger_type='tome' does not read it, only prumerge_plus, vis|only vis",
+            ),
             ({"merger_type": "random", "init": "random"}, "init='random': merger_type='random' does not read it"),
             ({"merger_type": "strided", "seed": 1}, "seed=1: merger_type='strided' does not read it, only random"),
-            ({"merger_type": "divprune", "important_ratio": 0.5}, "only vispruner, visionzip|only visionzip, vispr"),
+            ({"merger_type": "divprune", "important_ratio": 0.5}, "only [a-z_, ]*visionzip"),
             ({"merger_type": "vispruner", "important_ratio": 1.5}, "important_ratio=1.5: it is the share"),
             ({"merger_type": "vispruner", "important_ratio": True}, "important_ratio=True"),
             ({"merger_type": "random", "seed": "x"}, "seed='x': has to be a int"),

@@ -43,6 +43,9 @@ METHODS = {
     "visionzip": {},
     "visionzip-faithful": {"faithful": True},
     "vispruner": {},
+    "fastervlm": {},
+    "prumerge_plus": {},
+    "prumerge_plus-faithful": {"faithful": True},
     "divprune": {},
     "cdpruner": {},
     "gumbel_topk": {},
@@ -50,7 +53,7 @@ METHODS = {
     "gumbel_topk_question": {},
     "gumbel_topk_question-soft": {"estimator": "soft_topk"},
 }
-LINEAR = [name for name in METHODS if not name.startswith("fixed_pooling") and name != "visionzip-faithful"]
+LINEAR = [name for name in METHODS if not name.startswith("fixed_pooling") and not name.endswith("-faithful")]
 DRAWING = [name for name in METHODS if name.startswith("gumbel")]
 QUESTION = [name for name in METHODS if "question" in name]
 ALL = pytest.mark.parametrize("name", METHODS)

@@ -18,7 +18,18 @@ MERGERS = {
     "V3, without mass": agnostic(),
     **{
         name: {"merger_type": name, "num_merged_tokens": NUM_TOKENS, "attention_mass": 1.0}
-        for name in ("average_pooling", "cdpruner", "divprune", "random", "strided", "tome", "visionzip", "vispruner")
+        for name in (
+            "average_pooling",
+            "cdpruner",
+            "divprune",
+            "fastervlm",
+            "prumerge_plus",
+            "random",
+            "strided",
+            "tome",
+            "visionzip",
+            "vispruner",
+        )
     },
     "V1": {"merger_type": "gumbel_topk", "num_merged_tokens": NUM_TOKENS},
     "V2": {"merger_type": "gumbel_topk_question", "num_merged_tokens": NUM_TOKENS, "question_aware": True},

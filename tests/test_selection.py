@@ -6,6 +6,8 @@ import torch
 
 from llava_merge.merging_cdpruner import cdpruner, conditional_dpp_picks
 from llava_merge.merging_divprune import divprune, max_min_picks
+from llava_merge.merging_fastervlm import fastervlm
+from llava_merge.merging_prumerge_plus import evenly_spread, prumerge_plus
 from llava_merge.merging_random import random_tokens
 from llava_merge.merging_selection import cosine_similarity, merge_into_nearest, other_patches, top_patches
 from llava_merge.merging_strided import strided_tokens
@@ -190,6 +192,50 @@ def test_visionzip(kind, num_tokens, ratio, faithful):
     expected = [slow_visionzip(*image, num_tokens, ratio) for image in each]
     scale = (lambda weights: 2 if len(weights) > 1 else 1) if faithful else None
     check_merged(output, expected, given["features"], scale)
+
+
+@KINDS
+@BUDGETS
+def test_fastervlm(kind, num_tokens):
+    given = images(kind)
+    output = fastervlm(given["features"], given["cls_attention"], num_tokens, return_source=True)
+    check_kept(output, given["features"], [highest(each.tolist(), num_tokens) for each in given["cls_attention"]])
+
+
+def slow_prumerge_plus(features, attention, keys, num_tokens: int, ratio: float):
+    if num_tokens == N:
+        return [(patch, {patch: 1.0}, 1) for patch in range(N)]
+    important = highest(attention.tolist(), max(1, round(num_tokens * ratio)))
+    rest, wanted = [patch for patch in range(N) if patch not in important], num_tokens - len(important)
+    kept = sorted(important + [rest[int((index + 0.5) * len(rest) / wanted)] for index in range(wanted)])
+    similarity, tokens = similarities(keys), []
+    owners = {patch: max(kept, key=lambda each: (similarity[each][patch], -each)) for patch in range(N)}  # noqa: B023
+    owners |= {patch: patch for patch in kept}
+    for patch in kept:
+        others = sorted((each for each in range(N) if each != patch), key=lambda each: (-similarity[patch][each], each))  # noqa: B023
+        weights = {patch: 1.0, **{other: float(attention[other]) for other in others[:1]}}  # a 18th of 24
+        shares = {each: weight / sum(weights.values()) for each, weight in weights.items()}
+        tokens.append((patch, shares, [*owners.values()].count(patch)))
+    return tokens
+
+
+@KINDS
+@BUDGETS
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_prumerge_plus(kind, num_tokens, ratio, faithful):
+    given = images(kind)
+    output = prumerge_plus(**given, num_tokens=num_tokens, important_ratio=ratio, faithful=faithful, return_source=True)
+    each = zip(given["features"], given["cls_attention"], given["keys"], strict=True)
+    expected = [slow_prumerge_plus(*image, num_tokens, ratio) for image in each]
+    scale = (lambda weights: 1 / max(weights.values())) if faithful else None  # its own patch weighs 1
+    check_merged(output, expected, given["features"], scale)
+
+
+def test_the_spread_patches_are_even():
+    assert evenly_spread(torch.arange(12)[None], 3).tolist() == [[2, 6, 10]]
+    assert evenly_spread(torch.arange(12)[None], 12).tolist() == [[*range(12)]]
+    assert evenly_spread(torch.arange(12)[None], 0).tolist() == [[]]
 
 
 def slow_vispruner(features, attention, num_tokens: int, ratio: float):
