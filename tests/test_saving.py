@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm.auto
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 from hub_server import HubServer
 from safetensors.torch import load, load_file
@@ -58,6 +60,11 @@ def in_a_process(call) -> int:
     """Process id of a child that runs `call` and ends without any cleaning up."""
     pid = os.fork()
     if pid == 0:
+        for bar in (
+            tqdm.std.tqdm,
+            tqdm.auto.tqdm,
+        ):  # theirs is one for all processes, and the killed never give it back
+            bar.set_lock(threading.RLock())
         try:
             call()
         finally:
