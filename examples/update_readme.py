@@ -281,6 +281,24 @@ def compiled_table(reports: dict[str, dict]) -> str:
     )
 
 
+def cpu_table(reports: dict[str, dict]) -> str:
+    """One prompt at once on a CPU, in milliseconds, beside the stock model of the same run."""
+    head = ["", "tokens", "first token", "another question about it", "answer"]
+    rows = []
+    for model, report in reports.items():
+        for row in report["results"]["1"].values():
+            shown = "stock" if row["merger"] == "none" else f"`{row['merger'].rpartition('/')[2]}`"
+            again = f"{row['milliseconds']['another_question']['median']:.0f} ms"
+            times = [timed(row, "first_token"), again, timed(row, "answer")]
+            rows.append([f"{model}, {shown}", row["budget"], *times])
+    protocol = next(iter(reports.values()))["protocol"]
+    return (
+        f"{table(head, rows)}\n\n{protocol['hardware']}, {protocol['threads']} threads, {protocol['dtype']}, "
+        f"transformers {protocol['versions']['transformers']}, answers of {protocol['new_tokens']} tokens "
+        f"([demo](examples/results/benchmark_cpu_demo.json), [0.2b](examples/results/benchmark_cpu_02b.json))."
+    )
+
+
 def timed(row: dict, name: str) -> str:
     return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
 
@@ -313,6 +331,7 @@ def updated(text: str) -> str:
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8")}),
+        "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }
