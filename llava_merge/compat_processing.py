@@ -7,7 +7,7 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import Unpack
 
 from .compat import TRANSFORMERS_V5
-from .placeholders import ALL_TOKENS
+from .placeholders import ALL_TOKENS, tokens_of_budget
 
 
 if TRANSFORMERS_V5:
@@ -78,6 +78,6 @@ class MergedPlaceholderProcessor(LlavaProcessor):
 
             def placeholders(_: re.Match) -> str:
                 budget = next(budgets)
-                return self.image_token * (num_patches if budget == ALL_TOKENS else budget)
+                return self.image_token * tokens_of_budget(budget, num_patches)
 
             return [re.sub(re.escape(self.image_token), placeholders, sample) for sample in texts]

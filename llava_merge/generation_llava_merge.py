@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
 from .merge_extras import TowerFeatures
-from .placeholders import ALL_TOKENS, repeat_rows_together
+from .placeholders import repeat_rows_together, tokens_of_budget
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
 from .token_layout import TokenLayout, packed_positions
@@ -39,14 +39,13 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             self._encode_images_for_generation(to_merge, input_ids, model_kwargs)
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         image_mask = self._new_image_mask(input_ids, model_kwargs)
-        if find_cache(model_kwargs) is not None and not image_mask.any():
+        cache = find_cache(model_kwargs)
+        if cache is not None and not image_mask.any():
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls
         layout = None
         if self.model.places_tokens:
-            cache = find_cache(model_kwargs)
-            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=to_merge is None).repeated(
-                expand_size
-            )
+            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=to_merge is None)
+            layout = layout.repeated(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -92,7 +91,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         """Indices of the given images whose placeholders stand behind the cached tokens."""
         if not prompt.new_image_mask.any():
             return []
-        num_tokens = [self.config.num_patches if budget == ALL_TOKENS else budget for budget in budgets]
+        num_tokens = [tokens_of_budget(budget, self.config.num_patches) for budget in budgets]
         if sum(num_tokens) != prompt.image_mask.sum():
             return list(range(len(budgets)))  # only the new images are given
         whole = Prompt(prompt.ids, prompt.embeds, prompt.image_mask)

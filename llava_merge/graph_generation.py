@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
 from .generation_llava_merge import EncodesImagesBeforeForward
-from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of, tokens_of_budget
-from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number
+from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
+from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget
 from .stock_signature import takes_arguments_of
 from .token_placing import find_cache
 
@@ -152,38 +152,42 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             )
             self.decompile()
             return None
-        shape, reason = None, self._why_without_graphs(arguments)
+        shape, reason = None, self._why_without_graphs(graphs, arguments)
         if reason is None:
-            shape, reason = self._find_shape(graphs.shapes, arguments)
+            shape, reason = self._find_shape(graphs, arguments)
         if reason is not None:
             logger.warning_once(f"This call of generate runs without the graphs of compile_for_inference(): {reason}.")
         return shape
 
-    def _why_without_graphs(self, arguments: dict) -> str | None:
+    def _why_without_graphs(self, graphs: InferenceGraphs, arguments: dict) -> str | None:
         """What of a call graphs do not do, besides its shape."""
-        config = arguments.get("generation_config") or self.generation_config
+        configs = (arguments.get("generation_config"), self.generation_config)  # the second fills what the first leaves
 
-        def setting(name: str):
-            return arguments[name] if name in arguments else getattr(config, name, None)
+        def asked(name: str) -> list:
+            """What the call asks for, or all that its configurations say."""
+            if name in arguments:
+                return [arguments[name]]
+            said = [getattr(config, name, None) for config in configs]  # releases have dropped some of the names
+            return [value for value in said if value is not None]
 
         given = {
             name
             for name, value in arguments.items()
             if value is not None and name not in INPUTS and name in arguments_of_forward(type(self))
         }
-        given |= {name for name, plain in PLAIN.items() if setting(name) not in plain}
+        given |= {name for name, plain in PLAIN.items() if any(value not in plain for value in asked(name))}
         if given:
             return f"they do without {', '.join(sorted(given))}"
         if self.training:
             return "the model is in training mode"
         if torch.is_autocast_enabled(self.device.type):
             return "they were made without torch.autocast"
-        new_tokens, most = setting("max_new_tokens"), self.inference_graphs.shapes.max_new_tokens
+        new_tokens, most = next(iter(asked("max_new_tokens")), None), graphs.shapes.max_new_tokens
         if new_tokens is None or new_tokens > most:
             return f"max_new_tokens={new_tokens}, and they were made for up to {most}"
         return None
 
-    def _find_shape(self, shapes: GraphShapes, arguments: dict) -> tuple[PrefillShape | None, str | None]:
+    def _find_shape(self, graphs: InferenceGraphs, arguments: dict) -> tuple[PrefillShape | None, str | None]:
         """The prefill of a call, or why there is none.
 
         Raises:
@@ -196,9 +200,9 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         budgets = self.model.budgets(num_images, arguments.get("num_merged_tokens"))
         if len({*budgets}) > 1 or (pixels is not None and pixels.shape[2:] != self.config.image_shape):
             return None, "they take images of one size, with one budget"
-        length = shapes.length_of(ids.shape[1])
+        length = graphs.shapes.length_of(ids.shape[1])
         shape = PrefillShape(len(ids), length, num_images, budgets[0] if budgets else ALL_TOKENS)
-        if shape not in self.inference_graphs.prefills:
+        if shape not in graphs.prefills:
             found = f"{len(ids)} prompts of {ids.shape[1]} tokens, with {num_images} images of {budgets[:1]} tokens"
             return None, f"they were made for other shapes than {found}"
         num_tokens = [tokens_of_budget(budget, self.config.num_patches) for budget in budgets]

@@ -17,7 +17,7 @@ from transformers import Cache, StaticLayer
 from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
-from .placeholders import ALL_TOKENS
+from .placeholders import ALL_TOKENS, tokens_of_budget
 from .question_turns import Prompt, Question
 from .token_layout import TokenLayout, biased_causal_mask, packed_positions
 from .token_placing import EncodedImages, sliding_window_of
@@ -59,11 +59,6 @@ class PrefillShape:
     length: int
     num_images: int
     budget: int | str
-
-
-def tokens_of_budget(budget: int | str, num_patches: int) -> int:
-    """Tokens of an image that gets `budget`."""
-    return num_patches if budget == ALL_TOKENS else budget
 
 
 class PlacedLayer(StaticLayer):

@@ -52,9 +52,7 @@ def prumerge_plus(
     nearest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :, :num_neighbours]
     is_near = torch.zeros_like(own).scatter(-1, nearest, 1.0)
     weights = own + is_near * cls_attention.float()[:, None]
-    merged, source = weighted_mean(features, weights)
-    if faithful:
-        merged = (merged.float() * weights.sum(dim=-1, keepdim=True)).to(features.dtype)
+    merged, source = weighted_mean(features, weights, as_sum=faithful)
     sizes = nearest_members(keys, indices).sum(dim=-1)
     return MergeOutput(merged, source if return_source else None, indices, sizes)
 

@@ -60,10 +60,16 @@ def nearest_members(metric: Tensor, anchors: Tensor) -> Tensor:
     return members(owner, anchors.shape[1])
 
 
-def weighted_mean(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (I, M, dim) of `features` (I, N, dim), in their dtype, by `weights` (I, M, N); the weights as shares."""
-    shares = weights / weights.sum(dim=-1, keepdim=True)
-    return (shares @ features.float()).to(features.dtype), shares
+def weighted_mean(features: Tensor, weights: Tensor, as_sum: bool = False) -> tuple[Tensor, Tensor]:
+    """Means (I, M, dim) of `features` (I, N, dim), in their dtype, by `weights` (I, M, N); the weights as shares.
+
+    Args:
+        as_sum: Return weighted sums instead of means.
+    """
+    total = weights.sum(dim=-1, keepdim=True)
+    shares = weights / total
+    merged = (shares @ features.float()).to(features.dtype)
+    return ((merged.float() * total).to(features.dtype) if as_sum else merged), shares
 
 
 def merge_into_nearest(features: Tensor, anchors: Tensor, metric: Tensor, return_source: bool) -> MergeOutput:

@@ -50,9 +50,7 @@ def visionzip(
     mean_of_assigned = assigned / count.clamp(min=1)
     weights = torch.cat((one_hot(dominant, num_patches), own + mean_of_assigned), dim=1)
     weights = weights.take_along_dim(order[:, :, None], dim=1)
-    merged, source = weighted_mean(features, weights)
-    if faithful:
-        merged = (merged.float() * weights.sum(dim=-1, keepdim=True)).to(features.dtype)
+    merged, source = weighted_mean(features, weights, as_sum=faithful)
     sizes = torch.cat((torch.ones_like(dominant, dtype=torch.float32), 1 + count[:, :, 0]), dim=1).gather(1, order)
     return MergeOutput(merged, source if return_source else None, anchors, sizes)
 

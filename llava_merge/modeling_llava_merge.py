@@ -55,7 +55,7 @@ from .merging_tome import ToMe  # noqa: F401
 from .merging_visionzip import VisionZip  # noqa: F401
 from .merging_vispruner import VisPruner  # noqa: F401
 from .modeling_token_merger import TokenMerger
-from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders
+from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders, tokens_of_budget
 from .pretrained_llava_merge import LlavaMergePreTrainedModel
 from .projector_files import save_projector  # noqa: F401
 from .prompt_reading import ReadsPrompt
@@ -474,7 +474,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
     def _read_question(self, prompt: Prompt, budgets: list[int | str], num_patches: int) -> Question | None:
         """The question of each new image of a prompt that was checked to have the placeholders for them."""
-        num_tokens = [num_patches if budget == ALL_TOKENS else budget for budget in budgets]
+        num_tokens = [tokens_of_budget(budget, num_patches) for budget in budgets]
         check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
         return self.get_question(prompt, num_tokens)
 

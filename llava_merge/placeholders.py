@@ -39,6 +39,11 @@ def budget_of_each_image(num_merged_tokens: int | str | list | tuple, num_images
     return [budget if budget == ALL_TOKENS else index(budget) for budget in budgets]
 
 
+def tokens_of_budget(budget: int | str, num_patches: int) -> int:
+    """Tokens of an image with `num_patches` that gets `budget`."""
+    return num_patches if budget == ALL_TOKENS else budget
+
+
 def check_on_device(is_right: Tensor, message: str, explain: Callable[[], str]):
     """Raises what `explain` says where `is_right` () is False.
 

@@ -8,7 +8,7 @@ import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from llava_merge import LlavaMergeForConditionalGeneration
 from llava_merge.inference_graphs import PrefillShape
@@ -129,11 +129,23 @@ def test_other_calls_run_without_graphs(fields, reason, monkeypatch):
     model = merging("agnostic")
     model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
     seen, batch = counted(model, monkeypatch), {**inputs([1], 6), **fields}
-    assert reason in model._why_without_graphs(batch)
+    assert reason in model._why_without_graphs(model.inference_graphs, batch)
     answer, expected = model.generate(**batch), plain(model, batch)
     if fields.get("return_dict_in_generate"):
         answer, expected = answer.sequences, expected.sequences
     assert torch.equal(answer, expected) and not seen
+
+
+def test_what_the_model_s_own_settings_ask_for_counts_beside_those_of_a_call():
+    """`generate` fills what a given configuration leaves open from the model's."""
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    model.generation_config.num_beams = 2
+    batch = {name: tensor for name, tensor in inputs([1], 6).items() if isinstance(tensor, torch.Tensor)}
+    batch["generation_config"] = GenerationConfig(max_new_tokens=8, do_sample=False)
+    assert "num_beams" in model._why_without_graphs(model.inference_graphs, batch)
+    assert torch.equal(model.generate(**batch), plain(model, batch))
+    assert model._why_without_graphs(model.inference_graphs, {**batch, "num_beams": 1}) is None
 
 
 def test_neither_autocast_nor_training_is_answered_from_graphs(monkeypatch):

@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
 from llava_merge.evaluation.grid import Cell
-from llava_merge.placeholders import ALL_TOKENS
+from llava_merge.placeholders import ALL_TOKENS, tokens_of_budget
 
 
 IMAGE_TOKEN_ID = 32000
@@ -77,7 +77,7 @@ def make_inputs(
 
 def tokens_of_cell(model, cell: Cell) -> int:
     """Tokens of an image in a cell."""
-    return model.config.num_patches if cell.budget == ALL_TOKENS else cell.budget
+    return tokens_of_budget(cell.budget, model.config.num_patches)
 
 
 def inputs_of_cell(model, cell: Cell, batch_size: int, settings) -> dict:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.evaluation.candidates import Candidate, budgets_of
 from llava_merge.evaluation.data import PictureQuestion
-from llava_merge.placeholders import ALL_TOKENS
+from llava_merge.placeholders import tokens_of_budget
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Grid:
 
     def _prompts(self, budget: int | str, texts: list[str], pixel_values: Tensor | None, tower) -> Prompts:
         """What the processor would make of the texts at a budget, with the images merged from the tower's output."""
-        num_tokens = self.model.config.num_patches if budget == ALL_TOKENS else budget
+        num_tokens = tokens_of_budget(budget, self.model.config.num_patches)
         mark = self.processor.image_token
         texts = [text.replace(mark, mark * num_tokens) for text in texts]
         batch = self.processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
