@@ -270,8 +270,8 @@ def compiled_table(reports: dict[str, dict]) -> str:
     rows = []
     for key, row in next(iter(reports.values()))["results"]["1"].items():
         name = "stock" if row["merger"] == "none" else f"`{row['merger']}`"
-        cells = [report["results"][size][key] for size, report in reports.items()]
-        times = [timed(cell, part) for cell in cells for part in ("first_token", "answer")]
+        cells = [report["results"][size].get(key) for size, report in reports.items()]
+        times = ["" if cell is None else timed(cell, part) for cell in cells for part in ("first_token", "answer")]
         rows.append([name + ", compiled" * row["compiled"], row["budget"], *times])
     protocol = reports["1"]["protocol"]
     links = ", ".join(f"[{size} at once](examples/results/benchmark_7b_compiled_{size}.json)" for size in reports)
@@ -330,7 +330,7 @@ def updated(text: str) -> str:
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
-        "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8")}),
+        "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),

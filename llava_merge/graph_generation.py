@@ -67,7 +67,11 @@ class GraphCache(DynamicCache):
 
     def answer(self, input_ids: Tensor) -> LlavaCausalLMOutputWithPast:
         """The next logits behind the new `input_ids` (B, L), the prompt's with the first call."""
-        logits = self.graphs.decode(input_ids) if self.num_tokens else self.first_logits
+        if self.num_tokens:
+            logits = self.graphs.decode(input_ids)
+        else:
+            self.graphs.wait_for_prefill()
+            logits = self.first_logits
         self.num_tokens += input_ids.shape[1]
         return LlavaCausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: self})
 

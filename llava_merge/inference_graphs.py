@@ -159,6 +159,8 @@ class InferenceGraphs:
         self.prefills: dict[PrefillShape, Recorded] = {}
         self.decodes: dict[int, Recorded] = {}
         self.in_use = threading.Lock()
+        device = model.lm_head.weight.device
+        self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.fingerprint = fingerprint_of(model)
 
     def warm_up(self):
@@ -199,7 +201,10 @@ class InferenceGraphs:
         }
 
     def prefill(self, shape: PrefillShape, input_ids: Tensor, mask: Tensor, pixels: Tensor | None) -> Tensor:
-        """Logits of the next token, (B, 1, vocabulary), to be read before the next call.
+        """Logits of the next token, (B, 1, vocabulary), to be read after [`wait_for_prefill`] and before the next call.
+
+        On a GPU it runs on a stream of its own, so that copies to the device which the caller makes meanwhile do not
+        wait until all of it is done. The arguments have to live till then.
 
         Args:
             input_ids: (B, L or fewer).
@@ -208,13 +213,21 @@ class InferenceGraphs:
         """
         recorded = self.prefills[shape]
         padding, buffers = shape.length - input_ids.shape[1], recorded.inputs
-        buffers["ids"][:, :padding] = padding_id(self.model.config)
-        buffers["ids"][:, padding:] = input_ids
-        buffers["mask"][:, :padding] = False
-        buffers["mask"][:, padding:] = mask.bool()
-        if shape.num_images:
-            buffers["pixels"].copy_(pixels)
-        return recorded()
+        if self.aside is not None:
+            self.aside.wait_stream(torch.cuda.current_stream(self.aside.device))
+        with torch.cuda.stream(self.aside):  # nothing where it is None
+            buffers["ids"][:, :padding] = padding_id(self.model.config)
+            buffers["ids"][:, padding:] = input_ids
+            buffers["mask"][:, :padding] = False
+            buffers["mask"][:, padding:] = mask.bool()
+            if shape.num_images:
+                buffers["pixels"].copy_(pixels)
+            return recorded()
+
+    def wait_for_prefill(self):
+        """Lets the present stream wait for it, not the host."""
+        if self.aside is not None:
+            torch.cuda.current_stream(self.aside.device).wait_stream(self.aside)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Logits of the token behind `tokens` (B, 1): (B, 1, vocabulary), to be read before the next call."""
