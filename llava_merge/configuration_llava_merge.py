@@ -23,7 +23,7 @@ BUDGET = ("num_merged_tokens", "merge_ratio")
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
-QUESTION_METHODS = ("cdpruner", "gumbel_topk_question")  # that are question-aware unless told otherwise
+QUESTION_METHODS = ("cdpruner", "gumbel_topk_question", "mmtok")  # that are question-aware unless told otherwise
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 
 
@@ -63,7 +63,7 @@ class MergerConfig(PretrainedConfig):
         internal_dim: Width of the pooling attention; default half of `vision_dim`.
         num_heads: Heads of the pooling attention; has to divide `internal_dim` and `vision_dim`.
         question_aware: Whether the question steers the merging. Then an image has to be merged anew per question. By
-            default only where the method is made for that, `cdpruner` and `gumbel_topk_question`.
+            default only where the method is made for that: `cdpruner`, `mmtok` and `gumbel_topk_question`.
         init: `"average_pooling"` starts `fixed_pooling` as exact average pooling of the patch grid, `"random"` as the
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
@@ -77,7 +77,7 @@ class MergerConfig(PretrainedConfig):
             gradients straight through, `"soft_topk"` mixes noise into tokens whose choice was close.
         initial_temperature: Of the same: at the start of training; their `set_progress` anneals it.
         final_temperature: Of the same: at the end of training.
-        text_tower: Of `cdpruner`: directory or Hub repo of the CLIP whose vision tower the model has, such as
+        text_tower: Of `cdpruner`, `mmtok`: directory or Hub repo of the CLIP whose vision tower the model has, such as
             "openai/clip-vit-large-patch14-336". Its text tower then says how much a patch matters for the question,
             instead of the model's own projector. 0.5 GB more to load; the question is read as text, on the CPU.
         position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,

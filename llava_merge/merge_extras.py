@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from .merging_base import full_precision
+from .merging_selection import cosine_similarity
 from .placeholders import ALL_TOKENS
 from .question_turns import Question
 
 
-KINDS = ("cls_attention", "keys", "layers", "relevance")
+KINDS = ("cls_attention", "keys", "layers", "relevance", "word_relevance")
 HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # towers that can be asked
 
 
@@ -31,6 +32,7 @@ class MergeExtras:
         num_heads: Heads of the keys.
         layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
         relevance: (I, N) float32, how much each patch matters for its image's question.
+        word_relevance: (I, N, T) float32, for each token of it; -inf throughout where a token is none.
     """
 
     cls_attention: Tensor | None = None
@@ -38,6 +40,7 @@ class MergeExtras:
     num_heads: int = 1
     layers: tuple[Tensor, ...] = ()
     relevance: Tensor | None = None
+    word_relevance: Tensor | None = None
 
     @property
     def kinds(self) -> set[str]:
@@ -67,7 +70,7 @@ class MergeExtras:
         Raises:
             ValueError: They are of another number of images or patches.
         """
-        named = {"cls_attention": self.cls_attention, "keys": self.keys, "relevance": self.relevance}
+        named = {name: getattr(self, name) for name in KINDS if name != "layers"}
         named |= {f"layers[{index}]": layer for index, layer in enumerate(self.layers)}
         for name, tensor in named.items():
             if tensor is not None and tensor.shape[:2] != features.shape[:2]:
@@ -187,16 +190,35 @@ def mean_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
 def projected_relevance(features: Tensor, question: Question, projector: nn.Module) -> Tensor:
     """Relevance of each patch of `features` (I, N, vision_dim) for its question: (I, N) float32, a cosine.
 
-    Between the patch, seen from the mean of its image, and the direction in which `projector` leads from that mean to
-    the mean embedding of the question: its gradient there. It costs the projection of one token and its way back; to
-    project all patches would say nearly the same. 0 where there is no question.
+    [`projected_similarity`] with the mean embedding of the question; 0 where there is none.
     """
     mask = question.mask.float()  # (I, B·T)
     words = normalize(question.embeds.flatten(0, 1).float(), dim=-1)
     wanted = mask @ words / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (I, text_dim)
+    return projected_similarity(features, wanted[:, None], projector)[:, :, 0]
+
+
+def projected_word_relevance(features: Tensor, question: Question, projector: nn.Module) -> Tensor:
+    """Relevance of each patch of `features` (I, N, vision_dim) for each token of its row: (I, N, T) float32, a cosine.
+
+    [`projected_similarity`] with the token's embedding; -inf where it is no question's.
+    """
+    rows, is_question = question.rows_of_images()
+    similarity = projected_similarity(features, question.embeds[rows], projector)
+    return similarity.masked_fill(~is_question[:, None], -torch.inf)
+
+
+def projected_similarity(features: Tensor, wanted: Tensor, projector: nn.Module) -> Tensor:
+    """Cosine of each patch of `features` (I, N, vision_dim) with what is `wanted` (I, n, text_dim): (I, N, n) float32.
+
+    Between the patch, seen from the mean of its image, and the direction in which `projector` leads from that mean to
+    `wanted`: its gradient there. It costs the projection of n tokens and its way back; to project all patches would say
+    nearly the same.
+    """
     mean = features.mean(dim=1, keepdim=True)  # (I, 1, vision_dim)
-    direction = lead_back(projector, mean, wanted[:, None])
-    return cosine_similarity(direction.float(), (features - mean).float(), dim=-1)
+    directions = lead_back(projector, mean.expand(-1, wanted.shape[1], -1), wanted)
+    with full_precision(features.device):
+        return cosine_similarity(features - mean, directions)
 
 
 def lead_back(projector: nn.Module, tokens: Tensor, wanted: Tensor) -> Tensor:

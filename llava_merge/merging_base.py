@@ -17,6 +17,7 @@ from .question_turns import Question
 
 
 MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
+READ_FOR_QUESTION = frozenset({"relevance", "word_relevance"})  # of what a method may require
 
 
 @dataclass
@@ -34,6 +35,7 @@ class MergeContext:
         num_heads: Heads that the keys are of.
         layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
         relevance: (I, N) float32, how much each patch matters for its image's question.
+        word_relevance: (I, N, T) float32, for each token of it; -inf throughout where a token is none.
     """
 
     grid: tuple[int, int]
@@ -46,6 +48,7 @@ class MergeContext:
     num_heads: int = 1
     layers: tuple[Tensor, ...] = ()
     relevance: Tensor | None = None
+    word_relevance: Tensor | None = None
 
 
 @dataclass
@@ -75,7 +78,8 @@ class MergerInfo:
         name: Value of `merger_type`.
         trained: Whether it has parameters to train.
         question_aware: Whether it can read the question.
-        requires: What it cannot do without: "cls_attention", "keys", "layers" of the tower, "relevance" for a question.
+        requires: What it cannot do without: "cls_attention", "keys", "layers" of the tower, "relevance" or
+            "word_relevance" for a question.
         paper: Where it comes from, with arXiv ids; empty where it is nobody's.
         summary: What it does, in one sentence.
     """
@@ -107,8 +111,8 @@ class MergingMethod(nn.Module):
         needs_grid: Whether the features have to lie on a rows × columns grid.
         training_free: Whether it has no parameters.
         sits_on_slots: Whether it always leaves `MergeOutput.positions` out, so that they are known without the picture.
-        requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"` and `"relevance"`: the model
-            then puts it into the [`MergeContext`].
+        requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"`, `"relevance"` and
+            `"word_relevance"`: the model then puts it into the [`MergeContext`].
         extra_layers: Hidden states of the tower that `"layers"` means, as `vision_feature_layer` counts.
         options: Fields of [`MergerConfig`] that only this method and some others read.
         paper: Where the method comes from, with arXiv ids.
@@ -187,7 +191,7 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
             f"question_aware=True: merger_type={config.merger_type!r} does not read the question; set it to False or "
             f"choose one of {aware}."
         )
-    if "relevance" in method.requires and not config.question_aware:
+    if method.requires & READ_FOR_QUESTION and not config.question_aware:
         raise ValueError(
             f"question_aware=False: merger_type={config.merger_type!r} merges for a question; set it to True, or "
             f"choose another method."

@@ -34,11 +34,10 @@ from .merge_extras import (
     attention_layer_of,
     features_of,
     merge_by_budget,
-    projected_relevance,
     read_tower,
 )
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MERGING_METHODS, MergeOutput, MergingMethod
+from .merging_base import MERGING_METHODS, READ_FOR_QUESTION, MergeOutput, MergingMethod
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fastervlm import FasterVLM  # noqa: F401
@@ -46,6 +45,7 @@ from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry  # noqa: F401
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
+from .merging_mmtok import MMTok  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .merging_prumerge_plus import PruMergePlus  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
@@ -63,7 +63,7 @@ from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
 from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
-from .text_tower import TextTower
+from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401
 from .token_placing import EncodedImages, PlacesTokens, find_cache, keep_layout
 from .vllm_backend import check_backend, is_run_by_vllm
@@ -174,19 +174,22 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Raises:
             ValueError: There is no question.
         """
-        if extras is None or "relevance" not in self.merging_method.requires:
+        requires = self.merging_method.requires
+        if extras is None or not requires & READ_FOR_QUESTION:
             return extras
         if question is None:
             raise ValueError(
                 f"merger_type={self.config.merger_config.merger_type!r} merges each image for its question, and none "
                 f"is given. Pass question=..., or call forward or generate, which read it from the prompt."
             )
-        if self.config.merger_config.text_tower is not None:
-            tower = self.find_text_tower(self.config.merger_config)
-            return replace(extras, relevance=tower.relevance(features, question, self.question_tokenizer))
-        device = device_of(self.multi_modal_projector.linear_1.weight, features)
-        features, question = features.to(device), question.to(device)
-        return replace(extras, relevance=projected_relevance(features, question, self.multi_modal_projector))
+        tower = self.find_text_tower(self.config.merger_config)
+        if tower is None:
+            device = device_of(self.multi_modal_projector.linear_1.weight, features)
+            features, question = features.to(device), question.to(device)
+        read = read_for_question(
+            requires, features, question, self.multi_modal_projector, tower, self.question_tokenizer
+        )
+        return replace(extras, **read)
 
     def find_text_tower(self, merger_config: MergerConfig, **hub_kwargs) -> TextTower | None:
         """The text tower that `merger_config` asks for, if it does; loaded once.

@@ -34,6 +34,7 @@ from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
+from .merging_mmtok import MMTok  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .merging_prumerge_plus import PruMergePlus  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
@@ -143,6 +144,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             num_heads=extras.num_heads,
             layers=extras.layers,
             relevance=extras.relevance,
+            word_relevance=extras.word_relevance,
         )
         output = self.method(features, context)
         if output.positions is None:

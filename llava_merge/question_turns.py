@@ -164,6 +164,11 @@ class Question:
         """(I, B·T) bool: which tokens, all rows on end, are the question of each image."""
         return self.token_turns.flatten() == self.image_turns[:, None]
 
+    def rows_of_images(self) -> tuple[Tensor, Tensor]:
+        """The row (I,) that holds the question of each image, and which of its tokens are that: (I, T) bool."""
+        rows = (self.token_turns == self.image_turns[:, None, None]).any(dim=2).int().argmax(dim=1)
+        return rows, self.token_turns[rows] == self.image_turns[:, None]
+
     @property
     def has_text(self) -> Tensor:
         """(I,) bool: whether an image has a question at all."""

@@ -2,11 +2,13 @@
 """CLIP's text tower, which says how much each patch matters for a question."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from .checkpoint_files import naming_broken_files, refuse_missing_weights
+from .merge_extras import projected_relevance, projected_word_relevance
+from .merging_base import READ_FOR_QUESTION, full_precision
 from .question_turns import Question
 
 
@@ -82,18 +84,60 @@ class TextTower:
         Raises:
             ValueError: The question is known as embeddings only, or there is no tokenizer.
         """
+        directions = self.mean_directions(self._texts_of(features, question, tokenizer))
+        return -(self._see(features) @ directions[:, :, None])[:, :, 0]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def word_relevance(self, features: Tensor, question: Question, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+        """Relevance of each patch for each token that CLIP's tokenizer makes of its question: (I, N, T) float32.
+
+        As `relevance`, but with the last hidden state at the token; -inf where a question has fewer than T.
+        """
+        directions, is_word = self.word_directions(self._texts_of(features, question, tokenizer))
+        return -(self._see(features) @ directions.transpose(1, 2)).masked_fill(~is_word[:, None], torch.inf)
+
+    def _see(self, features: Tensor) -> Tensor:
+        """Patches in the space that CLIP compares in, with length 1: (I, N, projection_dim)."""
+        clip = self.clip.to(features.device)
+        return normalize(clip.visual_projection(clip.vision_model.post_layernorm(features.float())), dim=-1)
+
+    def _texts_of(self, features: Tensor, question: Question, tokenizer) -> list[str]:
+        """The question of each image."""
         if question.ids is None:
             raise ValueError(NO_IDS.format(name=self.name))
         if tokenizer is None:
             raise ValueError(NO_TOKENIZER.format(name=self.name))
-        ids, clip = question.ids.flatten().to(features.device), self.clip.to(features.device)
-        masks = question.mask.to(features.device)
-        directions = self.mean_directions([tokenizer.decode(ids[mask], skip_special_tokens=True) for mask in masks])
-        patches = clip.visual_projection(clip.vision_model.post_layernorm(features.float()))
-        return -(normalize(patches, dim=-1) @ directions[:, :, None])[:, :, 0]
+        self.clip.to(features.device)
+        ids = question.ids.flatten()
+        return [tokenizer.decode(ids[mask.to(ids.device)], skip_special_tokens=True) for mask in question.mask]
 
     def mean_directions(self, texts: list[str]) -> Tensor:
         """Mean of the normed embeddings of the segments of each text: (texts, projection_dim), 0 where it is empty."""
+        segments, text_of_segment = self._segments_of(texts)
+        if not segments:
+            return torch.zeros(len(texts), self.clip.config.projection_dim, device=self.clip.device)
+        embeds = normalize(self.clip.text_projection(self._read(segments).pooler_output), dim=-1)
+        owners = torch.tensor(text_of_segment, device=embeds.device)
+        share = (owners == torch.arange(len(texts), device=embeds.device)[:, None]).float()  # (texts, segments)
+        return share / share.sum(dim=1, keepdim=True).clamp(min=1) @ embeds
+
+    def word_directions(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Normed embeddings of the tokens of each text, (texts, T, projection_dim), and where they are, (texts, T)."""
+        segments, text_of_segment = self._segments_of(texts)
+        words = [[] for _ in texts]
+        if segments:
+            embeds = normalize(self.clip.text_projection(self._read(segments).last_hidden_state), dim=-1)
+            for text, segment, states in zip(text_of_segment, segments, embeds, strict=True):
+                words[text].append(states[1 : len(segment) - 1])
+        nothing = torch.zeros(0, self.clip.config.projection_dim, device=self.clip.device)
+        of_texts = [torch.cat([nothing, *states]) for states in words]
+        lengths = torch.tensor([*map(len, of_texts)], device=nothing.device)
+        padded = nn.utils.rnn.pad_sequence(of_texts, batch_first=True)
+        return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
+
+    def _segments_of(self, texts: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Ids of the texts in pieces that CLIP can read, and which text each is of."""
         length = self.clip.config.text_config.max_position_embeddings - 2
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         segments, text_of_segment = [], []
@@ -101,12 +145,28 @@ class TextTower:
             pieces = self.tokenizer(text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
             segments += [[start, *pieces[at : at + length], end] for at in range(0, len(pieces), length)]
             text_of_segment += [index] * (len(segments) - len(text_of_segment))
-        device = self.clip.device
-        if not segments:
-            return torch.zeros(len(texts), self.clip.config.projection_dim, device=device)
-        longest = max(map(len, segments))  # behind the end nothing is read, for attention is causal
-        ids = torch.tensor([segment + [end] * (longest - len(segment)) for segment in segments], device=device)
-        embeds = normalize(self.clip.text_projection(self.clip.text_model(ids).pooler_output), dim=-1)
-        owners = torch.tensor(text_of_segment, device=device)
-        share = (owners == torch.arange(len(texts), device=device)[:, None]).float()  # (texts, segments)
-        return share / share.sum(dim=1, keepdim=True).clamp(min=1) @ embeds
+        return segments, text_of_segment
+
+    def _read(self, segments: list[list[int]]):
+        """What the text tower makes of segments."""
+        longest, end = max(map(len, segments)), self.tokenizer.eos_token_id
+        ids = [segment + [end] * (longest - len(segment)) for segment in segments]  # what is behind the end is not seen
+        return self.clip.text_model(torch.tensor(ids, device=self.clip.device))
+
+
+def read_for_question(
+    requires: frozenset[str],
+    features: Tensor,
+    question: Question,
+    projector: nn.Module,
+    tower: TextTower | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Tensor]:
+    """What a method `requires` of the question, by name: as the text `tower` has it, or without one the `projector`."""
+    kinds = requires & READ_FOR_QUESTION
+    if tower is not None:
+        ways = {"relevance": tower.relevance, "word_relevance": tower.word_relevance}
+        with full_precision(features.device):
+            return {kind: ways[kind](features, question, tokenizer) for kind in kinds}
+    ways = {"relevance": projected_relevance, "word_relevance": projected_word_relevance}
+    return {kind: ways[kind](features, question, projector) for kind in kinds}

@@ -41,7 +41,7 @@ def ask(model, processor, asked: list[tuple]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-NOT_MEASURED = ("fastervlm", "prumerge_plus")  # which came after the bundled mergers were evaluated
+NOT_MEASURED = ("fastervlm", "mmtok", "prumerge_plus")  # which came after the bundled mergers were evaluated
 
 
 class TestEmbeddedModel:

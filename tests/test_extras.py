@@ -4,6 +4,7 @@
 import sys
 import threading
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llava_merge import (
     Question,
     register_merging_method,
 )
-from llava_merge.merge_extras import find_layer, mean_attention
+from llava_merge.merge_extras import find_layer, mean_attention, projected_word_relevance
 
 
 pytestmark = pytest.mark.core
@@ -39,7 +40,7 @@ def asks_for_all():
         seen: list[MergeExtras] = []
 
         def forward(self, features, context):
-            names = ("cls_attention", "keys", "num_heads", "layers", "relevance")
+            names = ("cls_attention", "keys", "num_heads", "layers", "relevance", "word_relevance")
             self.seen.append(MergeExtras(**{name: getattr(context, name) for name in names}))
             return MergeOutput(merged_features=context.geometry.windows.to(features.dtype) @ features)
 
@@ -131,9 +132,9 @@ def test_the_tower_runs_once_and_no_hook_is_left(merger_type, num_keys):
     assert hooks_of(model) == hooks == hooks_of(tiny_model({"merger_type": "none"}), run=True)
 
 
-@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner", "fastervlm", "prumerge_plus", "cdpruner"])
+@pytest.mark.parametrize("merger_type", ["visionzip", "vispruner", "fastervlm", "prumerge_plus", "cdpruner", "mmtok"])
 def test_image_features_compile_as_one_graph(merger_type):
-    model = tiny_model({**aware(M), "merger_type": merger_type, "question_aware": merger_type == "cdpruner"})
+    model = tiny_model({**aware(M), "merger_type": merger_type, "question_aware": merger_type in ("cdpruner", "mmtok")})
     question = torch.randn(2, 5, 64)
 
     def features(pixel_values):
@@ -319,6 +320,52 @@ class TestRelevance:
             self.model().get_image_features(pixels(2))
         with pytest.raises(ValueError, match=r"question_aware=False: merger_type='cdpruner' merges for a question"):
             tiny_model({"merger_type": "cdpruner", "num_merged_tokens": M, "question_aware": False})
+
+
+class TestWordRelevance:
+    def model(self):
+        return tiny_model({**aware(M), "merger_type": "mmtok"})
+
+    def relevance(self, model, question) -> torch.Tensor:
+        return model.model.get_merge_extras(pixels(2), question=question).word_relevance
+
+    def test_it_is_the_cosine_with_the_gradient_of_each_word(self):
+        model, words = self.model(), torch.randn(2, 5, 64)
+        with torch.no_grad():
+            features = model.get_vision_features(pixels(2))
+            relevance = self.relevance(model, words)
+        assert relevance.shape == (2, features.shape[1], 5) and relevance.dtype == torch.float32
+        for image, word in product(range(2), range(5)):
+            mean = features[image].mean(0).requires_grad_()
+            (model.model.multi_modal_projector(mean[None])[0] @ words[image, word]).backward()
+            expected = torch.cosine_similarity(features[image] - mean.detach(), mean.grad[None])
+            torch.testing.assert_close(relevance[image, :, word], expected, atol=1e-5, rtol=1e-4)
+
+    def test_words_of_others_and_of_no_question_are_none(self):
+        """Two images of one row and turn, one of another row, whose question is shorter, one without."""
+        model, words = self.model(), torch.randn(3, 5, 64)
+        turns = torch.tensor([[0, 0, 0, 4, 4], [4, 2, 2, 4, 4], [4, 4, 4, 4, 4]])
+        question = Question(words, turns, torch.tensor([0, 0, 2, 3]))
+        features = torch.randn(4, 36, model.config.merged_vision_dim)
+        relevance = projected_word_relevance(features, question, model.model.multi_modal_projector)
+        is_word = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+        assert torch.equal(relevance.isfinite(), is_word[:, None].expand(-1, 36, -1))
+        alone = Question.of_each_image(words[1:2, 1:3])
+        expected = projected_word_relevance(features[2:3], alone, model.model.multi_modal_projector)
+        torch.testing.assert_close(relevance[2:3, :, 1:3], expected)
+
+    def test_forward_takes_the_question_from_the_prompt(self):
+        model, seen = self.model(), []
+        model.model.merger.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["extras"].word_relevance), with_kwargs=True
+        )
+        batch = {**prompts([1, 1], M), "pixel_values": pixels(2)}
+        with torch.no_grad():
+            model(**batch)
+        embeds = model.get_input_embeddings()(batch["input_ids"][1, -8:-1])
+        alone = self.relevance(model, Question.of_each_image(embeds.expand(2, -1, -1)))
+        assert seen[0].isfinite().all(dim=1)[1].sum() == 7
+        torch.testing.assert_close(seen[0][1, :, -8:-1], alone[1], atol=1e-5, rtol=1e-4)
 
 
 class TestBadInput:

@@ -7,6 +7,7 @@ from conftest import aware, pixels, prompts, tiny_model
 from test_mergers import METHODS
 
 from llava_merge import MERGING_METHODS
+from llava_merge.merging_base import READ_FOR_QUESTION
 
 
 N = 36
@@ -24,7 +25,7 @@ def model_of(name: str, dtype: torch.dtype, num_tokens: int):
     merger_type = name.split("-")[0]
     fields = {"merger_type": merger_type, "num_heads": 4, "attention_mass": 1.0, **METHODS[name]}
     fields["num_merged_tokens"] = None if name == "none" else num_tokens
-    if fields.get("question_aware") or "relevance" in MERGING_METHODS[merger_type].requires:
+    if fields.get("question_aware") or MERGING_METHODS[merger_type].requires & READ_FOR_QUESTION:
         fields = {**aware(num_tokens), **fields}
     elif MERGING_METHODS[merger_type].uses_question and merger_type != "fixed_pooling":
         fields = {**aware(num_tokens), **fields, "question_aware": True}

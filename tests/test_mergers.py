@@ -44,6 +44,7 @@ METHODS = {
     "visionzip-faithful": {"faithful": True},
     "vispruner": {},
     "fastervlm": {},
+    "mmtok": {},
     "prumerge_plus": {},
     "prumerge_plus-faithful": {"faithful": True},
     "divprune": {},
@@ -84,6 +85,7 @@ def inputs(num_images: int = 3, num_patches: int = 36, dtype=torch.float32) -> d
             keys=torch.randn(num_images, num_patches, 32, generator=generator).to(dtype),
             num_heads=4,
             relevance=torch.rand(num_images, num_patches, generator=generator),
+            word_relevance=0.1 * torch.randn(num_images, num_patches, 5, generator=generator),
         ),
     }
 

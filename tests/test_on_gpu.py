@@ -23,6 +23,7 @@ MERGERS = {
             "cdpruner",
             "divprune",
             "fastervlm",
+            "mmtok",
             "prumerge_plus",
             "random",
             "strided",

@@ -1,12 +1,15 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Each training-free method against a slow and obvious one: lists and loops, one image at a time."""
 
+import math
+
 import pytest
 import torch
 
 from llava_merge.merging_cdpruner import cdpruner, conditional_dpp_picks
 from llava_merge.merging_divprune import divprune, max_min_picks
 from llava_merge.merging_fastervlm import fastervlm
+from llava_merge.merging_mmtok import coverage_of_patches, coverage_picks, mmtok
 from llava_merge.merging_prumerge_plus import evenly_spread, prumerge_plus
 from llava_merge.merging_random import random_tokens
 from llava_merge.merging_selection import cosine_similarity, merge_into_nearest, other_patches, top_patches
@@ -301,6 +304,42 @@ def test_cdpruner_picks_one_by_one(num_tokens):
     assert conditional_dpp_picks(features, relevance, num_tokens).tolist() == picks
     kept = cdpruner(features, relevance, num_tokens, return_source=True)
     check_kept(kept, features, [sorted(image) for image in picks])
+
+
+def slow_mmtok(features, word_relevance, num_tokens: int) -> list[int]:
+    """By METHODS, entry by entry; words that are none are left out."""
+    similarity = similarities(features)
+    words = [column for column in word_relevance.T.tolist() if column[0] != -math.inf]
+    rows = []
+    for scores, share in [(word, 1 / len(words)) for word in words] + [(row, 0.5 / N) for row in similarity]:
+        powers = [math.exp(score / (0.02 if share != 0.5 / N else 0.2)) for score in scores]
+        rows.append([share * power / sum(powers) for power in powers])
+    chosen, covered = [], [0.0] * len(rows)
+    while len(chosen) < num_tokens:
+        rest = [i for i in range(N) if i not in chosen]
+        gain = {i: sum(max(0.0, row[i] - most) for row, most in zip(rows, covered, strict=True)) for i in rest}
+        chosen.append(max(rest, key=lambda i: (gain[i], -i)))  # noqa: B023
+        covered = [max(row[chosen[-1]], most) for row, most in zip(rows, covered, strict=True)]
+    return chosen
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 8, N])
+def test_mmtok_picks_one_by_one(num_tokens):
+    features = images("random")["features"]
+    words = 0.1 * torch.randn(3, N, 6, generator=torch.Generator().manual_seed(1))
+    words[0, :, 4:] = words[1, :, 0] = -torch.inf
+    words[2] = -torch.inf  # no question
+    picks = [slow_mmtok(*image, num_tokens) for image in zip(features, words, strict=True)]
+    assert coverage_picks(coverage_of_patches(features, words), num_tokens).tolist() == picks
+    check_kept(mmtok(features, words, num_tokens, return_source=True), features, [sorted(image) for image in picks])
+
+
+@KINDS
+@BUDGETS
+def test_mmtok_keeps_as_many_patches_as_asked(kind, num_tokens):
+    features = images(kind)["features"]
+    picks = coverage_picks(coverage_of_patches(features, torch.zeros(3, N, 2)), num_tokens)
+    assert all(len(set(image)) == num_tokens for image in picks.tolist())
 
 
 @KINDS

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
 from llava_merge.compat import TRANSFORMERS_V5
-from llava_merge.merging_base import MERGING_METHODS
+from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
 from llava_merge.serving.requests import (
     check_budget,
     check_room,
@@ -111,7 +111,7 @@ class TestPlaces:
     @pytest.mark.parametrize("name", sorted(MERGING_METHODS))
     def test_a_method_that_sits_on_slots_says_no_places(self, name):
         method = MERGING_METHODS[name]
-        fields = {"question_aware": True} if "relevance" in method.requires else {}
+        fields = {"question_aware": True} if method.requires & READ_FOR_QUESTION else {}
         budget = {} if name == "none" else {"num_merged_tokens": 9}
         model = tiny_model({"merger_type": name, **budget, **fields})
         question = torch.randn(3, 5, 64) if fields else None

@@ -51,7 +51,7 @@ def slow_relevance(clip_folder: str, features: torch.Tensor, text: str) -> torch
     """By METHODS, one patch and one segment after the other: (N,)."""
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     vocab = json.loads(open(f"{clip_folder}/vocab.json").read())
-    letters = [vocab[f"{letter}</w>" if last else letter] for word in text.split() for letter, last in spell(word)]
+    letters = letters_of(text, vocab)
     segments = [letters[at : at + LONGEST - 2] for at in range(0, len(letters), LONGEST - 2)]
     texts = []
     for segment in segments:
@@ -62,6 +62,11 @@ def slow_relevance(clip_folder: str, features: torch.Tensor, text: str) -> torch
         seen = clip.visual_projection(clip.vision_model.post_layernorm(patch))
         relevance.append(sum(-torch.cosine_similarity(seen, text, dim=0) for text in texts) / len(texts))
     return torch.stack(relevance)
+
+
+def letters_of(text: str, vocab: dict[str, int]) -> list[int]:
+    """Ids of a text."""
+    return [vocab[f"{letter}</w>" if last else letter] for word in text.split() for letter, last in spell(word)]
 
 
 def spell(word: str) -> list[tuple[str, bool]]:
@@ -90,6 +95,25 @@ def test_relevance_equals_the_slow_reference(model, clip_folder):
     for features, text, found in zip(model.get_vision_features(pixels(2)), texts, relevance, strict=True):
         torch.testing.assert_close(found, slow_relevance(clip_folder, features, text), atol=1e-5, rtol=1e-4)
     assert relevance.dtype == torch.float32 and (relevance[0] - relevance[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_relevance_for_each_word_equals_the_slow_reference(clip_folder):
+    model = tiny_model({**aware(M), "merger_type": "mmtok", "text_tower": clip_folder})
+    model.set_question_marks(make_processor())
+    texts = ("what color is the star ?", "red", "")  # of three segments and one
+    extras = model.model.get_merge_extras(pixels(3), question=about(model, *texts))
+    clip = CLIPModel.from_pretrained(clip_folder).eval()
+    vocab = json.loads(open(f"{clip_folder}/vocab.json").read())
+    for features, text, found in zip(model.get_vision_features(pixels(3)), texts, extras.word_relevance, strict=True):
+        letters = letters_of(text, vocab)
+        assert found.isfinite().all(dim=0).sum() == len(letters)
+        for at in range(0, len(letters), LONGEST - 2):
+            ids = torch.tensor([[vocab[START], *letters[at : at + LONGEST - 2], vocab[END]]])
+            words = clip.text_projection(clip.text_model(ids).last_hidden_state)[0, 1:-1]
+            seen = clip.visual_projection(clip.vision_model.post_layernorm(features))
+            expected = -torch.cosine_similarity(seen[:, None], words[None], dim=-1)
+            torch.testing.assert_close(found[:, at : at + len(words)], expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -185,7 +209,7 @@ class TestBadInput:
             model(**batch, pixel_values=pixels(1))
 
     def test_it_is_an_option_of_cdpruner(self, clip_folder):
-        with pytest.raises(ValueError, match="text_tower='.*': merger_type='tome' does not read it, only cdpruner"):
+        with pytest.raises(ValueError, match="text_tower='.*': merger_type='tome' does not .*, only cdpruner, mmtok"):
             tiny_model({"merger_type": "tome", "num_merged_tokens": M, "text_tower": clip_folder})
         with pytest.raises(ValueError, match="text_tower=3: has to be a directory or Hub repo"):
             tiny_model({**aware(M), "merger_type": "cdpruner", "text_tower": 3})

@@ -43,6 +43,7 @@ MERGERS = {
     "aware": aware(9),
     "visionzip": {"merger_type": "visionzip", "num_merged_tokens": 9},
     "cdpruner": {**aware(9), "merger_type": "cdpruner"},
+    "mmtok": {**aware(9), "merger_type": "mmtok"},
 }
 
 

@@ -23,7 +23,6 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration as Vl
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
-    StageMissingLayer,
     WeightsMapper,
     init_vllm_registered_model,
     maybe_prefix,
@@ -43,10 +42,9 @@ from llava_merge.merge_extras import (
     attention_layer_of,
     features_of,
     merge_by_budget,
-    projected_relevance,
     read_tower,
 )
-from llava_merge.merging_base import find_merging_method
+from llava_merge.merging_base import READ_FOR_QUESTION, find_merging_method
 from llava_merge.modeling_token_merger import TokenMerger
 from llava_merge.question_turns import Question
 from llava_merge.serving.requests import (
@@ -58,7 +56,7 @@ from llava_merge.serving.requests import (
     questions_of_images,
     served_budgets,
 )
-from llava_merge.text_tower import TextTower
+from llava_merge.text_tower import TextTower, read_for_question
 from llava_merge.token_layout import place_on_slots
 
 
@@ -208,9 +206,9 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
                 vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")
             )
         # an agnostic merger's tokens are kept by vLLM itself; other extras than relevance are the tower's
-        self.keeps_features = config.merger_config.question_aware and self.method.requires <= {"relevance"}
+        self.keeps_features = config.merger_config.question_aware and self.method.requires <= READ_FOR_QUESTION
         self.kept_features: dict[int, Tensor] = {}  # (N, vision_dim) of each picture
-        self.text_tower = None
+        self.text_tower = self.question_tokenizer = None
         if config.merger_config.text_tower is not None:
             self.text_tower = TextTower(config.merger_config.text_tower, config.merged_vision_dim, {})
             self.question_tokenizer = cached_tokenizer_from_config(model_config)
@@ -251,8 +249,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             features, extras = self._recall_features(images["pixel_values"], pictures.flatten().tolist()), MergeExtras()
         else:
             features, extras = self._run_tower(images["pixel_values"])
-        if "relevance" in self.method.requires:
-            extras = replace(extras, relevance=self._relevance(features, question))
+        if self.method.requires & READ_FOR_QUESTION:
+            extras = replace(extras, **self._read_for_question(features, question))
         grid = self.config.patch_grid(self.config.image_shape)
         tokens, places = merge_by_budget(
             self._merge_alike, features, question, grid, budgets.flatten().tolist(), extras
@@ -296,11 +294,16 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         ids = nn.functional.pad(ids, (0, 1), value=-1)  # there may be none
         return Question.of_each_image(self.language_model.embed_input_ids(ids.clamp(min=0)), ids >= 0, ids)
 
-    def _relevance(self, features: Tensor, question: Question) -> Tensor:
-        """(I, N), how much each patch matters for its question."""
-        if self.text_tower is not None:
-            return self.text_tower.relevance(features, question, self.question_tokenizer)
-        return projected_relevance(features, question, self.multi_modal_projector)
+    def _read_for_question(self, features: Tensor, question: Question) -> dict[str, Tensor]:
+        """How much each patch matters for its question."""
+        return read_for_question(
+            self.method.requires,
+            features,
+            question,
+            self.multi_modal_projector,
+            self.text_tower,
+            self.question_tokenizer,
+        )
 
     def _merge_alike(self, features, question, grid, budget: int, extras) -> tuple[Tensor, Tensor]:
         """Projected tokens (I, M, hidden) and places (I, M) of images with the same budget."""
@@ -349,14 +352,14 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             ValueError: A part that is transformers' lacks a weight.
         """
         parts = ["merger"] if self.is_native else ["merger", "vision_tower", "multi_modal_projector"]
-        states = {part: {} for part in parts if not isinstance(getattr(self, part), StageMissingLayer)}
+        states = {part: {} for part in parts}
 
         def others():
             for name, tensor in self.hf_to_vllm_mapper.apply(weights):
                 part, _, rest = name.partition(".")
                 if part in states:
                     states[part][rest.removeprefix("vision_model.")] = tensor
-                elif part not in parts:
+                else:
                     yield name, tensor
 
         loaded = set(AutoWeightsLoader(self).load_weights(others()))
