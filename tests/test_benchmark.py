@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from conftest import NUM_PATCHES, agnostic, aware, make_processor, tiny_model, tiny_stock
+from conftest import NUM_PATCHES, agnostic, aware, load_example, make_processor, tiny_model, tiny_stock
 from PIL import Image
 from typer.testing import CliRunner
 
+from llava_merge import MERGING_METHODS
 from llava_merge.benchmark import memory, run
 from llava_merge.benchmark.models import SHAPES, make_inputs, make_model
 from llava_merge.benchmark.report import make_tables
@@ -211,3 +212,28 @@ class TestCommand:
         done = CliRunner().invoke(app, ["benchmark", *arguments, "--output", str(tmp_path / "out")])
         assert done.exit_code == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+class TestOverheadOfMergers:
+    def test_every_method_is_measured(self, base, tmp_path):
+        module = load_example("benchmark_mergers")
+        options = ["--model", str(base), "--batch-sizes", "2", "--num-merged-tokens", "9", "4", "--repeats", "1"]
+        module.main(module.parse([*options, "--output", str(tmp_path / "overhead.json")]))
+        results = json.loads((tmp_path / "overhead.json").read_text())["results"]
+        assert {name.partition(":")[0] for name in results["methods"]} == {*MERGING_METHODS} - {"none"}
+        assert results["stock_prefill"]["2"]["median"] > 0
+        assert all(
+            set(found) == {"2 x 9", "2 x 4"} and min(cell["eager"]["median"] for cell in found.values()) > 0
+            for found in results["methods"].values()
+        )
+
+    def test_it_merges_as_the_model_does(self):
+        """With what the method asks of tower and question, from the very images."""
+        module, pixels = load_example("benchmark_mergers"), torch.randn(2, 3, *tiny_model(None).config.image_shape)
+        for merger_type in ("visionzip", "mmtok"):
+            model = tiny_model({**aware(9), "merger_type": merger_type, "question_aware": merger_type == "mmtok"})
+            with torch.no_grad():
+                merge, inputs = module.merging_call(model, pixels, 9)
+                features = model.get_image_features(pixels, question=inputs["question"]).pooler_output
+                projected = model.model.multi_modal_projector(merge(**inputs))
+            torch.testing.assert_close(torch.stack([*features]), projected)
