@@ -14,6 +14,7 @@ def cdpruner(features: Tensor, relevance: Tensor, num_tokens: int, return_source
     return keep_patches(features, picks.sort(dim=1).values, return_source)
 
 
+@torch.no_grad()
 def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) -> Tensor:
     """Greedy picks of a determinantal point process, in their order: (I, M), the earlier of equal ones.
 
@@ -24,21 +25,18 @@ def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) 
     low, high = relevance.aminmax(dim=1, keepdim=True)
     weight = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
     kernel = weight[:, :, None] * cosine_similarity(features, features) * weight[:, None]  # (I, N, N)
-    gain = kernel.diagonal(dim1=1, dim2=2)  # by how much each patch would multiply the determinant
+    gain = kernel.diagonal(dim1=1, dim2=2)  # by how much each patch would multiply the determinant; a view
     least = 1e-5 * gain  # float32 tells no less from a mixture
     last = weight - 2  # order of the mixtures, below every gain
-    rows = kernel.new_zeros(len(kernel), num_tokens, kernel.shape[1])  # of the Cholesky factor of the picks
     picks = []
-    for step in range(num_tokens):
-        pick = gain.where(gain > least, last).argmax(dim=1, keepdim=True)  # (I, 1)
+    for _ in range(num_tokens):
+        is_new = gain > least
+        pick = gain.where(is_new, last).argmax(dim=1, keepdim=True)  # (I, 1)
         picks.append(pick)
-        known = (rows[:, :step] * rows[:, :step].take_along_dim(pick[:, :, None], dim=2)).sum(dim=1)  # (I, N)
-        row = kernel.take_along_dim(pick[:, :, None], dim=1)[:, 0] - known
-        square = gain.gather(1, pick)
-        row = row * square.rsqrt().where(square > least.gather(1, pick), 0)
-        rows[:, step] = row
-        gain = gain - row.square()
-        gain, last = (tensor.scatter(1, pick, -torch.inf) for tensor in (gain, last))
+        row = kernel.gather(1, pick[:, :, None].expand(-1, -1, kernel.shape[2]))  # (I, 1, N)
+        share = gain.reciprocal().where(is_new, 0).gather(1, pick)
+        kernel.addcmul_(row.transpose(1, 2) * share[:, :, None], row, value=-1)  # what the pick explains is gone
+        last.scatter_(1, pick, -torch.inf)
     return torch.cat(picks, dim=1)
 
 

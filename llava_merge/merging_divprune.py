@@ -13,19 +13,21 @@ def divprune(features: Tensor, num_tokens: int, return_source: bool = False) -> 
     return keep_patches(features, max_min_picks(features, num_tokens).sort(dim=1).values, return_source)
 
 
+@torch.no_grad()
 def max_min_picks(features: Tensor, num_tokens: int) -> Tensor:
     """Greedy picks of max-min diversity by 1 - cosine, in their order: (I, M), the earlier of equal ones.
 
     The first is the patch whose nearest neighbour is farthest, each other the one farthest from all before.
     """
     distance = 1 - cosine_similarity(features, features)  # (I, N, N)
-    nearest = distance.diagonal_scatter(torch.full_like(distance[:, 0], torch.inf), dim1=1, dim2=2).amin(dim=1)
-    picks = [nearest.argmax(dim=1, keepdim=True)]
-    to_chosen = torch.full_like(nearest, torch.inf)
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    to_chosen = distance.amin(dim=1)
+    picks = [to_chosen.argmax(dim=1, keepdim=True)]
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # no patch is picked twice: nothing is below
+    to_chosen = torch.full_like(to_chosen, torch.inf)
     for _ in range(num_tokens - 1):
-        last = picks[-1]
-        to_chosen = torch.minimum(to_chosen, distance.take_along_dim(last[:, :, None], dim=1)[:, 0])
-        to_chosen = to_chosen.scatter(1, last, -torch.inf)  # stays: nothing is below
+        row = distance.gather(1, picks[-1][:, :, None].expand(-1, -1, distance.shape[2]))[:, 0]
+        to_chosen = to_chosen.minimum(row)
         picks.append(to_chosen.argmax(dim=1, keepdim=True))
     return torch.cat(picks, dim=1)
 

@@ -31,21 +31,23 @@ def coverage_of_patches(features: Tensor, word_relevance: Tensor) -> Tensor:
     return torch.cat((words, patches * (PATCH_WEIGHT / features.shape[1])), dim=1)
 
 
+@torch.no_grad()
 def coverage_picks(coverage: Tensor, num_tokens: int) -> Tensor:
     """Greedy picks of columns of (I, rows, N) whose largest values have the highest sum over the rows, in their order.
 
     Returns:
         (I, M) int64; of equally good ones the earlier.
     """
-    covered = torch.zeros_like(coverage[:, :, :1])  # (I, rows, 1), by the picks so far
-    is_picked = torch.zeros_like(coverage[:, 0], dtype=torch.bool)
+    patches = coverage.transpose(1, 2).contiguous()  # (I, N, rows)
+    covered = torch.zeros_like(patches[:, :1])  # by the picks so far
+    barred = torch.zeros_like(patches[:, :, 0])  # -inf where a patch is picked
     picks = []
     for _ in range(num_tokens):
-        gain = (coverage - covered).clamp(min=0).sum(dim=1).masked_fill(is_picked, -1)  # (I, N)
-        pick = gain.argmax(dim=1, keepdim=True)
+        gain = (patches - covered).clamp_(min=0).sum(dim=2)  # (I, N)
+        pick = (gain + barred).argmax(dim=1, keepdim=True)
         picks.append(pick)
-        covered = covered.maximum(coverage.take_along_dim(pick[:, None], dim=2))
-        is_picked = is_picked.scatter(1, pick, True)
+        covered = covered.maximum(patches.gather(1, pick[:, :, None].expand_as(covered)))
+        barred.scatter_(1, pick, -torch.inf)
     return torch.cat(picks, dim=1)
 
 
