@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava_merge import MergerInfo, list_mergers
 from llava_merge.configuration_llava_merge import QUESTION_METHODS
+from llava_merge.evaluation.protocol import check_same_protocol
 from llava_merge.files import write_whole
 
 
@@ -183,12 +184,13 @@ def first_numbers(simple: dict, hard: dict) -> str:
     found = {report["protocol"]["data"]: report["results"] for report in (simple, hard)}
     scores = {(data, budget): f"{percent(found[data][f'{merger}@{budget}'])} %" for data in found for budget in BUDGETS}
     stock = {data: f"{percent(found[data]['none@all'])} %" for data in found}
+    others = sum(key.endswith("@16") and ":" not in key for key in simple["results"]) - 1
     return (
         f"On the embedded demo model, 16 of 576 visual tokens, merged by a V3 that reads the question, answer "
         f"{scores['demo', '16']} of the questions about simple drawn scenes and {scores['demo-hard', '16']} about hard "
         f"ones, 64 tokens {scores['demo', '64']} and {scores['demo-hard', '64']}, 4 tokens {scores['demo', '4']} and "
         f"{scores['demo-hard', '4']}; all 576 answer {stock['demo']} and {stock['demo-hard']}. The language model was "
-        f"not trained along ([measured](#measured), with 11 other methods, losses included)."
+        f"not trained along ([measured](#measured), with {others} other methods, losses included)."
     )
 
 
@@ -303,16 +305,43 @@ def timed(row: dict, name: str) -> str:
     return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
 
 
+def overhead_table(reports: list[dict]) -> str:
+    """What methods cost between tower and projector, cheapest first; reports of one machine, of some methods each."""
+    rows = {}
+    for report in reports:
+        stock = report["results"]["stock_prefill"]["32"]["median"]
+        for name, cells in report["results"]["methods"].items():
+            times = [{way: time["median"] for way, time in cell.items()} for cell in cells.values()]
+            shares = [cell[way] / stock for cell in times[2:] for way in ("eager", "recorded")]
+            shown = [" / ".join(f"{time:.2f}" for time in cell.values()) for cell in times]
+            shown += [" / ".join(f"{100 * share:.1f} %" for share in pair) for pair in (shares[:2], shares[2:])]
+            rows[name] = shares[0], [f"`{name.partition(':')[0]}`" + ", question-aware" * (":" in name), *shown]
+    head = ["", "1 × 64", "1 × 288", "32 × 64", "32 × 288", "of stock's 32 × 64", "32 × 288"]
+    protocol, repeats = reports[0]["protocol"], {report["protocol"]["repeats"] for report in reports}
+    parts = ", ".join(f"[{part}](examples/results/merger_overhead_{part}.json)" for part in range(1, len(reports) + 1))
+    stocks = " and ".join(f"{report['results']['stock_prefill']['32']['median']:.0f}" for report in reports)
+    return (
+        f"{table(head, [row for _, row in sorted(rows.values())])}\n\nMilliseconds, medians of "
+        f"{', '.join(map(str, repeats))} calls, {protocol['dtype']}, {protocol['hardware']}, transformers "
+        f"{protocol['versions']['transformers']}; the stock prefill of 32 took {stocks} ms in the two runs ({parts})."
+    )
+
+
 def read_result(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def read_evaluation(name: str) -> dict:
+    """An evaluation, with the methods that were evaluated later, by the same protocol."""
+    report, later = read_result(name), read_result(f"{name}_later")
+    check_same_protocol(report["protocol"], later["protocol"], f"{name}_later.json")
+    return {**report, "results": {**later["results"], **report["results"]}}
+
+
 def updated(text: str) -> str:
     """README with the tables of today between their marks."""
-    simple, hard, training, cost, flips = map(
-        read_result,
-        ("evaluation_demo", "evaluation_demo_hard", "demo_training", "training_benchmark", "evaluation_flips"),
-    )
+    simple, hard = map(read_evaluation, ("evaluation_demo", "evaluation_demo_hard"))
+    training, cost, flips = map(read_result, ("demo_training", "training_benchmark", "evaluation_flips"))
     lora = {
         (merger, scenes): read_result(f"evaluation_lora_{merger}_{scenes}")
         for merger in LORA_MERGERS
@@ -331,6 +360,7 @@ def updated(text: str) -> str:
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
+        "overhead": overhead_table([read_result(f"merger_overhead_{part}") for part in (1, 2)]),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),

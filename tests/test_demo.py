@@ -41,9 +41,6 @@ def ask(model, processor, asked: list[tuple]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-NOT_MEASURED = ("fastervlm", "mmtok", "prumerge_plus")  # which came after the bundled mergers were evaluated
-
-
 class TestEmbeddedModel:
     def test_it_is_small_safetensors_of_stock_architecture(self):
         weights = load_file(MODEL_DIR / "model.safetensors")
@@ -75,15 +72,17 @@ class TestEmbeddedModel:
     )
     def test_the_committed_scores_of_the_bundled_mergers(self, scenes, merger, shares):
         """Of the unmerged score, with 64, 16 and 4 tokens; what reads the question leads all that is untrained."""
-        results = RESULTS[f"evaluation_{scenes}"]["results"]
+        results = load_example("update_readme").read_evaluation(f"evaluation_{scenes}")["results"]
         scores = {key: row["scores"]["all"]["score"] for key, row in results.items()}
-        untrained = {method.name for method in list_mergers() if not method.trained} - {"none", *NOT_MEASURED}
+        untrained = {method.name for method in list_mergers() if not method.trained} - {"none"}
         for budget, share in zip((64, 16, 4), shares, strict=True):
             score = scores[f"llava_merge/demo/mergers/{merger}@{budget}"]
             assert score >= share * scores["none@all"], budget
-            if merger == "question_aware":  # of simple scenes, 64 tokens are enough for anybody
-                best = max(scores[f"{name}@{budget}"] for name in untrained)
-                assert score > best or (scenes, budget) == ("demo", 64) and score == best
+            if merger == "question_aware":
+                best = max((f"{name}@{budget}" for name in untrained), key=scores.get)
+                is_enough_for_others = (scenes, budget) == ("demo", 64)
+                low = results[best]["scores"]["all"]["ci95"][0]
+                assert score > scores[best] or is_enough_for_others and score > low
 
     @pytest.mark.parametrize("merger", MERGERS)
     def test_the_committed_scores_where_the_language_model_was_trained_along(self, merger):
