@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_llava_merge import MergerConfig
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
-from .merging_grid import sample_query_map, slots_per_row
+from .merging_grid import default_query_grid, sample_query_map
 from .question_turns import Question
 
 
@@ -74,6 +74,20 @@ class PoolAttention(nn.Module):
         return tuple(split_heads(tensor, self.num_heads) for tensor in projected)
 
 
+def check_heads(config: MergerConfig, *names: str):
+    """Refuses fields of `config` that its heads do not divide.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for name in names:
+        if getattr(config, name) % config.num_heads:
+            raise ValueError(
+                f"{name}={getattr(config, name)} cannot be split into num_heads={config.num_heads} equal heads; "
+                f"choose a num_heads that divides it."
+            )
+
+
 def split_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """(I, L, num_heads × head_dim) → (I, num_heads, L, head_dim)."""
     return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -112,15 +126,8 @@ class FixedPooling(MergingMethod):
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)
-        for name in ("vision_dim", "internal_dim"):
-            if getattr(config, name) % config.num_heads:
-                raise ValueError(
-                    f"{name}={getattr(config, name)} cannot be split into num_heads={config.num_heads} equal heads; "
-                    f"choose a num_heads that divides it."
-                )
-        if config.query_grid is None:
-            lengths = slots_per_row(config.num_merged_tokens or 256)
-            config.query_grid = [len(lengths), max(lengths)]
+        check_heads(config, "vision_dim", "internal_dim")
+        config.query_grid = default_query_grid(config)
         self.pools_windows = config.init == "average_pooling"
         self.pool_queries = nn.Parameter(torch.empty(*config.query_grid, config.internal_dim))
         self.pool_attention = PoolAttention(config.vision_dim, config.internal_dim, config.num_heads)

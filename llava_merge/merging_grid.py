@@ -65,6 +65,14 @@ def slots_per_row(num_slots: int) -> list[int]:
     return [num_slots // rows + (row < num_slots % rows) for row in range(rows)]
 
 
+def default_query_grid(config) -> list[int]:
+    """Rows and columns of a map of learned queries: those of a `MergerConfig`, or of the slots of its budget."""
+    if config.query_grid is not None:
+        return config.query_grid
+    lengths = slots_per_row(config.num_merged_tokens or 256)
+    return [len(lengths), max(lengths)]
+
+
 def slot_positions(num_slots: int, device=None) -> tuple[tuple[Tensor, int], tuple[Tensor, Tensor]]:
     """Place of each slot in raster order: (row, number of rows) and (column, length of its row), as (M,) integers."""
     num_rows = len(slots_per_row(num_slots))

@@ -35,9 +35,11 @@ from .merging_grid import slot_geometry
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
 from .merging_mmtok import MMTok  # noqa: F401
+from .merging_mqt import MQT  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .merging_prumerge_plus import PruMergePlus  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
+from .merging_resampler import Resampler  # noqa: F401
 from .merging_selection import keep_patches  # noqa: F401
 from .merging_strided import StridedTokens  # noqa: F401
 from .merging_tome import ToMe  # noqa: F401

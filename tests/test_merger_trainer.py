@@ -547,6 +547,8 @@ METHODS = [
     {"merger_type": "gumbel_topk", "estimator": "soft_topk"},
     {"merger_type": "gumbel_topk_question"},
     {"merger_type": "gumbel_topk_question", "estimator": "soft_topk"},
+    {"merger_type": "mqt"},
+    {"merger_type": "resampler"},
     {"merger_type": "average_pooling"},
 ]
 

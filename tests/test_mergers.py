@@ -37,6 +37,8 @@ METHODS = {
     "fixed_pooling-question": {"question_aware": True},
     "fixed_pooling-random": {"init": "random"},
     "fixed_pooling-random-question": {"init": "random", "question_aware": True},
+    "resampler": {},
+    "mqt": {},
     "random": {"seed": 3},
     "strided": {},
     "tome": {},
@@ -54,7 +56,8 @@ METHODS = {
     "gumbel_topk_question": {},
     "gumbel_topk_question-soft": {"estimator": "soft_topk"},
 }
-LINEAR = [name for name in METHODS if not name.startswith("fixed_pooling") and not name.endswith("-faithful")]
+MIXING = ("fixed_pooling", "resampler", "mqt")  # whose tokens are no means of patches
+LINEAR = [name for name in METHODS if not name.startswith(MIXING) and not name.endswith("-faithful")]
 DRAWING = [name for name in METHODS if name.startswith("gumbel")]
 QUESTION = [name for name in METHODS if "question" in name]
 ALL = pytest.mark.parametrize("name", METHODS)
