@@ -151,7 +151,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         """The prefill that a call of `generate` needs, None where there is none and it has to run without graphs."""
         if fingerprint_of(self) != graphs.fingerprint:
             logger.warning(
-                "The model has another merger, place or precision than when it was compiled. Call "
+                "The model has another merger, adapter, place or precision than when it was compiled. Call "
                 "compile_for_inference() again; till then it runs without graphs."
             )
             self.decompile()

@@ -360,4 +360,5 @@ def fingerprint_of(model) -> tuple:
         model.lm_head.weight.data_ptr(),
         merger_config.position_ids,
         merger_config.attention_mass,
+        "peft_config" in vars(model),  # as PEFT leaves it on a model that it puts adapters into
     )

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
@@ -197,6 +197,20 @@ def test_another_merger_is_never_answered_from_old_graphs(monkeypatch):
     with model.merger_bypassed():
         whole = inputs([1], 6, num_tokens=36)
         assert torch.equal(model.generate(**whole), plain(model, whole))
+
+
+@pytest.mark.parametrize("put_in", [get_peft_model, lambda model, lora: inject_adapter_in_model(lora, model)])
+def test_adapters_that_come_later_are_never_left_out(put_in):
+    model, batch = merging("agnostic"), inputs([1], 6, new_tokens=12)
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    before = model.generate(**batch)
+    adapted = put_in(model, LoraConfig(target_modules=["v_proj"], layers_to_transform=[1], init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter)
+    answer = adapted.generate(**batch)
+    assert model.inference_graphs is None and torch.equal(answer, plain(model, batch))
+    assert not torch.equal(answer, before)
 
 
 def test_streams_and_stopping_criteria_see_the_prompt_as_it_was(monkeypatch):
