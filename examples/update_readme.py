@@ -6,6 +6,7 @@ python examples/update_readme.py
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from llava_merge import MergerInfo, list_mergers
@@ -283,6 +284,19 @@ def compiled_table(reports: dict[str, dict]) -> str:
     )
 
 
+def loading_sentence(report: dict) -> str:
+    """What loading and importing take."""
+    results, protocol = report["results"], report["protocol"]
+    stock, merged = (statistics.median(results["load_seconds"][name]) for name in ("stock", "merged"))
+    return (
+        f"Loading a merged checkpoint of LLaVA-1.5-7B's shape and the stock one takes {merged:.2f} and {stock:.2f} s, "
+        f"medians of {protocol['rounds']} loads in turn that vary by half (median ratio {results['load_ratio']:.2f}; mapped into "
+        f"memory, {protocol['hardware']}, {protocol['threads']} threads, transformers "
+        f"{protocol['versions']['transformers']}). `import llava_merge` adds {results['import_median']:.2f} s to "
+        f"transformers ([loading.json](examples/results/loading.json))."
+    )
+
+
 def cpu_table(reports: dict[str, dict]) -> str:
     """One prompt at once on a CPU, in milliseconds, beside the stock model of the same run."""
     head = ["", "tokens", "first token", "another question about it", "answer"]
@@ -362,6 +376,7 @@ def updated(text: str) -> str:
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
         "overhead": overhead_table([read_result(f"merger_overhead_{part}") for part in (1, 2)]),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
+        "loading": loading_sentence(read_result("loading")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }

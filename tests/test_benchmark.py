@@ -237,3 +237,13 @@ class TestOverheadOfMergers:
                 features = model.get_image_features(pixels, question=inputs["question"]).pooler_output
                 projected = model.model.multi_modal_projector(merge(**inputs))
             torch.testing.assert_close(torch.stack([*features]), projected)
+
+
+def test_loading_and_importing_are_measured(tmp_path, capsys):
+    module = load_example("benchmark_loading")
+    options = ["--model", "0.2b", "--text-layers", "1", "--rounds", "1", "--device", "cpu"]
+    module.main(module.parse([*options, "--scratch", str(tmp_path), "--output", str(tmp_path / "loading.json")]))
+    results = json.loads((tmp_path / "loading.json").read_text())["results"]
+    assert len(results["load_seconds"]["merged"]) == 1 and results["load_ratio"] > 0
+    assert 0 < results["import_median"] < 5 and "Loading takes" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["loading.json"]
