@@ -290,7 +290,7 @@ def loading_sentence(report: dict) -> str:
     stock, merged = (statistics.median(results["load_seconds"][name]) for name in ("stock", "merged"))
     return (
         f"Loading a merged checkpoint of LLaVA-1.5-7B's shape takes {merged:.2f} s, stock {stock:.2f} s, medians "
-        f"of {protocol['rounds']} loads in turn that vary by half (median ratio {results['load_ratio']:.2f}; mapped into "
+        f"of {protocol['rounds']} loads in turn that vary by half (median ratio {results['load_ratio']:.2f}; mapped to "
         f"memory, {protocol['hardware']}, {protocol['threads']} threads, transformers "
         f"{protocol['versions']['transformers']}). `import llava_merge` adds {results['import_median']:.2f} s to "
         f"transformers ([loading.json](examples/results/loading.json))."
