@@ -32,7 +32,7 @@ from llava_merge.files import write_whole
 from llava_merge.serving.convert import convert
 
 
-IMPORTS = """
+IMPORT = """
 import time, torch, transformers
 from transformers import LlavaForConditionalGeneration
 start = time.process_time()
@@ -73,7 +73,7 @@ def time_load(model_class: type, folder: Path, arguments: argparse.Namespace) ->
 
 def time_import() -> float:
     """Seconds of CPU time that `import llava_merge` adds to transformers and its LLaVA, in a new process."""
-    output = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    output = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
     return float(output.stdout.split()[-1])
 
 

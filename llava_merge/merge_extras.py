@@ -59,9 +59,14 @@ class MergeExtras:
         """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self, change) -> "MergeExtras":
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is there besides `layers`, by name."""
         tensors = {name: getattr(self, name) for name in KINDS if name != "layers"}
-        changed = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _each(self, change) -> "MergeExtras":
+        changed = {name: change(tensor) for name, tensor in self._tensors.items()}
         return replace(self, **changed, layers=tuple(map(change, self.layers)))
 
     def check_shapes(self, features: Tensor):
@@ -70,10 +75,9 @@ class MergeExtras:
         Raises:
             ValueError: They are of another number of images or patches.
         """
-        named = {name: getattr(self, name) for name in KINDS if name != "layers"}
-        named |= {f"layers[{index}]": layer for index, layer in enumerate(self.layers)}
+        named = self._tensors | {f"layers[{index}]": layer for index, layer in enumerate(self.layers)}
         for name, tensor in named.items():
-            if tensor is not None and tensor.shape[:2] != features.shape[:2]:
+            if tensor.shape[:2] != features.shape[:2]:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; for features of shape {tuple(features.shape)} it has to "
                     f"begin with {tuple(features.shape[:2])}. Take both from the same images."

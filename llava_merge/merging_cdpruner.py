@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, keep_patches
 
 
 def cdpruner(features: Tensor, relevance: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -33,7 +33,7 @@ def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) 
         is_new = gain > least
         pick = gain.where(is_new, last).argmax(dim=1, keepdim=True)  # (I, 1)
         picks.append(pick)
-        row = kernel.gather(1, pick[:, :, None].expand(-1, -1, kernel.shape[2]))  # (I, 1, N)
+        row = gather_patches(kernel, pick)  # (I, 1, N)
         share = gain.reciprocal().where(is_new, 0).gather(1, pick)
         kernel.addcmul_(row.transpose(1, 2) * share[:, :, None], row, value=-1)  # what the pick explains is gone
         last.scatter_(1, pick, -torch.inf)

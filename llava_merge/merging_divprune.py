@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, keep_patches
 
 
 def divprune(features: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -26,8 +26,7 @@ def max_min_picks(features: Tensor, num_tokens: int) -> Tensor:
     distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # no patch is picked twice: nothing is below
     to_chosen = torch.full_like(to_chosen, torch.inf)
     for _ in range(num_tokens - 1):
-        row = distance.gather(1, picks[-1][:, :, None].expand(-1, -1, distance.shape[2]))[:, 0]
-        to_chosen = to_chosen.minimum(row)
+        to_chosen = to_chosen.minimum(gather_patches(distance, picks[-1])[:, 0])
         picks.append(to_chosen.argmax(dim=1, keepdim=True))
     return torch.cat(picks, dim=1)
 

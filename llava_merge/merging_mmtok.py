@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, keep_patches
 
 
 WORD_TEMPERATURE, PATCH_TEMPERATURE, PATCH_WEIGHT = 0.02, 0.2, 0.5
@@ -46,7 +46,7 @@ def coverage_picks(coverage: Tensor, num_tokens: int) -> Tensor:
         gain = (patches - covered).clamp_(min=0).sum(dim=2)  # (I, N)
         pick = (gain + barred).argmax(dim=1, keepdim=True)
         picks.append(pick)
-        covered = covered.maximum(patches.gather(1, pick[:, :, None].expand_as(covered)))
+        covered = covered.maximum(gather_patches(patches, pick))
         barred.scatter_(1, pick, -torch.inf)
     return torch.cat(picks, dim=1)
 

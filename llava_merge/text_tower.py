@@ -84,8 +84,8 @@ class TextTower:
         Raises:
             ValueError: The question is known as embeddings only, or there is no tokenizer.
         """
-        directions = self.mean_directions(self._texts_of(features, question, tokenizer))
-        return -(self._see(features) @ directions[:, :, None])[:, :, 0]
+        texts, patches = self._texts_of(question, tokenizer), self._see(features)
+        return -(patches @ self.mean_directions(texts)[:, :, None])[:, :, 0]
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -94,23 +94,23 @@ class TextTower:
 
         As `relevance`, but with the last hidden state at the token; -inf where a question has fewer than T.
         """
-        directions, is_word = self.word_directions(self._texts_of(features, question, tokenizer))
-        return -(self._see(features) @ directions.transpose(1, 2)).masked_fill(~is_word[:, None], torch.inf)
+        texts, patches = self._texts_of(question, tokenizer), self._see(features)
+        directions, is_word = self.word_directions(texts)
+        return -(patches @ directions.transpose(1, 2)).masked_fill(~is_word[:, None], torch.inf)
 
     def _see(self, features: Tensor) -> Tensor:
-        """Patches in the space that CLIP compares in, with length 1: (I, N, projection_dim)."""
+        """Patches in the space that CLIP compares in, with length 1: (I, N, projection_dim); moves CLIP to them."""
         clip = self.clip.to(features.device)
         return normalize(clip.visual_projection(clip.vision_model.post_layernorm(features.float())), dim=-1)
 
-    def _texts_of(self, features: Tensor, question: Question, tokenizer) -> list[str]:
+    def _texts_of(self, question: Question, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
         """The question of each image."""
         if question.ids is None:
             raise ValueError(NO_IDS.format(name=self.name))
         if tokenizer is None:
             raise ValueError(NO_TOKENIZER.format(name=self.name))
-        self.clip.to(features.device)
         ids = question.ids.flatten()
-        return [tokenizer.decode(ids[mask.to(ids.device)], skip_special_tokens=True) for mask in question.mask]
+        return [tokenizer.decode(ids[mask], skip_special_tokens=True) for mask in question.mask.to(ids.device)]
 
     def mean_directions(self, texts: list[str]) -> Tensor:
         """Mean of the normed embeddings of the segments of each text: (texts, projection_dim), 0 where it is empty."""

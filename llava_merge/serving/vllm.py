@@ -249,8 +249,10 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             features, extras = self._recall_features(images["pixel_values"], pictures.flatten().tolist()), MergeExtras()
         else:
             features, extras = self._run_tower(images["pixel_values"])
-        if self.method.requires & READ_FOR_QUESTION:
-            extras = replace(extras, **self._read_for_question(features, question))
+        requires, projector = self.method.requires, self.multi_modal_projector
+        if requires & READ_FOR_QUESTION:
+            read = read_for_question(requires, features, question, projector, self.text_tower, self.question_tokenizer)
+            extras = replace(extras, **read)
         grid = self.config.patch_grid(self.config.image_shape)
         tokens, places = merge_by_budget(
             self._merge_alike, features, question, grid, budgets.flatten().tolist(), extras
@@ -293,17 +295,6 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         ids = nn.utils.rnn.pad_sequence([*questions], batch_first=True, padding_value=-1)
         ids = nn.functional.pad(ids, (0, 1), value=-1)  # there may be none
         return Question.of_each_image(self.language_model.embed_input_ids(ids.clamp(min=0)), ids >= 0, ids)
-
-    def _read_for_question(self, features: Tensor, question: Question) -> dict[str, Tensor]:
-        """How much each patch matters for its question."""
-        return read_for_question(
-            self.method.requires,
-            features,
-            question,
-            self.multi_modal_projector,
-            self.text_tower,
-            self.question_tokenizer,
-        )
 
     def _merge_alike(self, features, question, grid, budget: int, extras) -> tuple[Tensor, Tensor]:
         """Projected tokens (I, M, hidden) and places (I, M) of images with the same budget."""
