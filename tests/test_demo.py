@@ -78,11 +78,12 @@ class TestEmbeddedModel:
         for budget, share in zip((64, 16, 4), shares, strict=True):
             score = scores[f"llava_merge/demo/mergers/{merger}@{budget}"]
             assert score >= share * scores["none@all"], budget
-            if merger == "question_aware":
-                best = max((f"{name}@{budget}" for name in untrained), key=scores.get)
-                is_enough_for_others = (scenes, budget) == ("demo", 64)
-                low = results[best]["scores"]["all"]["ci95"][0]
-                assert score > scores[best] or is_enough_for_others and score > low
+            if merger == "question_aware":  # of simple scenes, 64 tokens are enough for anybody
+                is_enough = (scenes, budget) == ("demo", 64)
+                ahead = {"mmtok"} if is_enough else set()  # by 2 of 1200 answers, as README says
+                best = max(scores[f"{name}@{budget}"] for name in untrained - ahead)
+                assert score > best or is_enough and score == best
+                assert all(scores[f"{name}@{budget}"] > score for name in ahead)
 
     @pytest.mark.parametrize("merger", MERGERS)
     def test_the_committed_scores_where_the_language_model_was_trained_along(self, merger):

@@ -60,10 +60,8 @@ def in_a_process(call) -> int:
     """Process id of a child that runs `call` and ends without any cleaning up."""
     pid = os.fork()
     if pid == 0:
-        for bar in (
-            tqdm.std.tqdm,
-            tqdm.auto.tqdm,
-        ):  # theirs is one for all processes, and the killed never give it back
+        # theirs is one for all processes, and the killed never give it back
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
             bar.set_lock(threading.RLock())
         try:
             call()

@@ -306,14 +306,33 @@ def test_cdpruner_picks_one_by_one(num_tokens):
     check_kept(kept, features, [sorted(image) for image in picks])
 
 
-def slow_mmtok(features, word_relevance, num_tokens: int) -> list[int]:
-    """By METHODS, entry by entry; words that are none are left out."""
-    similarity = similarities(features)
-    words = [column for column in word_relevance.T.tolist() if column[0] != -math.inf]
-    rows = []
-    for scores, share in [(word, 1 / len(words)) for word in words] + [(row, 0.5 / N) for row in similarity]:
-        powers = [math.exp(score / (0.02 if share != 0.5 / N else 0.2)) for score in scores]
+def test_cdpruner_takes_mixtures_last_and_by_relevance():
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.randn(3, 4, 8, generator=generator)
+    mixing = torch.randn(3, N, 4, generator=generator)
+    relevance = torch.rand(3, N, generator=generator)
+    for features in (directions.repeat(1, N // 4, 1), mixing @ directions):  # copies of four, and mixtures of them
+        for picks, weights in zip(conditional_dpp_picks(features, relevance, N).tolist(), relevance, strict=True):
+            rest = [float(weights[pick]) for pick in picks[4:]]
+            assert rest == sorted(rest, reverse=True) and len(set(picks)) == N
+
+
+def slow_coverage(features, word_relevance) -> list[list[float]]:
+    """By METHODS, entry by entry; words that are none cover nothing."""
+    words = word_relevance.T.tolist()
+    is_word, rows = [word[0] != -math.inf for word in words], []
+    for scores, temperature, share in [
+        *((word, 0.02, 1 / sum(is_word) if there else 0) for word, there in zip(words, is_word, strict=True)),
+        *((row, 0.2, 0.5 / N) for row in similarities(features)),
+    ]:
+        powers = [math.exp(score / temperature) if share else 1.0 for score in scores]
         rows.append([share * power / sum(powers) for power in powers])
+    return rows
+
+
+def slow_mmtok(features, word_relevance, num_tokens: int) -> list[int]:
+    """Each pick adds most to what is covered."""
+    rows = slow_coverage(features, word_relevance)
     chosen, covered = [], [0.0] * len(rows)
     while len(chosen) < num_tokens:
         rest = [i for i in range(N) if i not in chosen]
@@ -329,8 +348,11 @@ def test_mmtok_picks_one_by_one(num_tokens):
     words = 0.1 * torch.randn(3, N, 6, generator=torch.Generator().manual_seed(1))
     words[0, :, 4:] = words[1, :, 0] = -torch.inf
     words[2] = -torch.inf  # no question
+    coverage = coverage_of_patches(features, words)
+    expected = torch.tensor([slow_coverage(*image) for image in zip(features, words, strict=True)])
+    torch.testing.assert_close(coverage, expected, atol=1e-6, rtol=1e-4)
     picks = [slow_mmtok(*image, num_tokens) for image in zip(features, words, strict=True)]
-    assert coverage_picks(coverage_of_patches(features, words), num_tokens).tolist() == picks
+    assert coverage_picks(coverage, num_tokens).tolist() == picks
     check_kept(mmtok(features, words, num_tokens, return_source=True), features, [sorted(image) for image in picks])
 
 

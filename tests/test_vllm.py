@@ -277,7 +277,7 @@ class TestRefusals:
     def test_images_that_come_as_embeddings(self, served):
         llm, reference = served
         request = reference.request(*cases()[0]) | {"multi_modal_data": {"image": torch.randn(1, 9, WIDTH)}}
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="You must set `--enable-mm-embeds`"):
             ask(llm, [request])
 
     def test_then_it_answers_as_before(self, served):
