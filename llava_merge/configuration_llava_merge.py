@@ -16,15 +16,21 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
-WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "internal_dim", "num_heads")
-OPTIONAL = ("num_merged_tokens", "internal_dim")
+WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "tower_dim", "internal_dim", "num_heads")
+OPTIONAL = ("num_merged_tokens", "tower_dim", "internal_dim")
 BUDGET = ("num_merged_tokens", "merge_ratio")
 # Fields that a merger's weights were trained with, though their shapes may fit other values too.
-TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid")
+TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid", "feature_layers")
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
-QUESTION_METHODS = ("cdpruner", "gumbel_topk_question", "mmtok")  # that are question-aware unless told otherwise
+QUESTION_METHODS = ("cdpruner", "gumbel_topk_question", "mmtok", "quecc")  # which are so unless told otherwise
+LAYER_METHODS = ("quecc", "tokenpacker")  # that read several layers of the tower, whichever they are
 DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
+
+
+def default_feature_layers(num_layers: int) -> list[int]:
+    """Hidden states that the methods in `LAYER_METHODS` read of a tower: 12, 16, 22 and 23 where it has 24 layers."""
+    return sorted({num_layers // 2, 2 * num_layers // 3, max(0, num_layers - 2), num_layers - 1})
 
 
 def is_number(value) -> bool:
@@ -60,14 +66,18 @@ class MergerConfig(PretrainedConfig):
         merge_ratio: M as a share of the N visual tokens, instead of `num_merged_tokens`: 0.5 makes 288 of 576.
         vision_dim: Width of the visual features: the tower's hidden size times the number of feature layers.
         text_dim: Width of the language model's input embeddings, in which the question comes.
+        tower_dim: Width of one hidden state of the tower, which only `feature_layers` need; default `vision_dim`.
         internal_dim: Width of the pooling attention; default half of `vision_dim`.
         num_heads: Heads of the pooling attention; has to divide `internal_dim` and `vision_dim`.
         question_aware: Whether the question steers the merging. Then an image has to be merged anew per question. By
-            default only where the method is made for that: `cdpruner`, `mmtok` and `gumbel_topk_question`.
+            default only where the method is made for that: `cdpruner`, `mmtok`, `quecc` and `gumbel_topk_question`.
         init: `"average_pooling"` starts `fixed_pooling` as exact average pooling of the patch grid, `"random"` as the
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
+        feature_layers: Hidden states of the tower that keys and values come from, counted as in `vision_feature_layer`.
+            In `fixed_pooling` besides the features, and they add nothing before training; default none. In
+            `tokenpacker` and `quecc` all of them; default [12, 16, 22, 23] of 24 layers, of others in proportion.
         seed: Of `random`: which tokens are kept.
         important_ratio: Of `vispruner`, `visionzip` and `prumerge_plus`: share of the M tokens that CLS attention
             chooses; default 0.5, 54/64 and 0.25.
@@ -104,11 +114,13 @@ class MergerConfig(PretrainedConfig):
         merge_ratio: float | None = None,
         vision_dim: int = 1024,
         text_dim: int = 4096,
+        tower_dim: int | None = None,
         internal_dim: int | None = None,
         num_heads: int = 8,
         question_aware: bool | None = None,
         init: str = "average_pooling",
         query_grid: tuple[int, int] | None = None,
+        feature_layers: list[int] | None = None,
         seed: int = 0,
         important_ratio: float | None = None,
         faithful: bool = False,
@@ -129,11 +141,15 @@ class MergerConfig(PretrainedConfig):
         self.merge_ratio = merge_ratio
         self.vision_dim = vision_dim
         self.text_dim = text_dim
+        self.tower_dim = vision_dim if tower_dim is None else tower_dim
         self.internal_dim = internal_dim
         self.num_heads = num_heads
         self.question_aware = merger_type in QUESTION_METHODS if question_aware is None else question_aware
         self.init = init
         self.query_grid = list(query_grid) if isinstance(query_grid, tuple) else query_grid
+        if feature_layers is None and merger_type in LAYER_METHODS:
+            feature_layers = default_feature_layers(24)
+        self.feature_layers = list(feature_layers) if isinstance(feature_layers, tuple) else feature_layers
         self.seed = seed
         self.important_ratio = important_ratio
         self.faithful = faithful
@@ -199,6 +215,13 @@ class MergerConfig(PretrainedConfig):
 
     def _check_options(self):
         """The fields that only some methods read."""
+        layers = self.feature_layers
+        is_list = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)
+        if layers is not None and not is_list:
+            raise ValueError(
+                f"feature_layers={layers!r}: has to be a list of hidden states of the tower, such as [12, 16, 22], or "
+                f"None."
+            )
         ratio = self.important_ratio
         if ratio is not None and not (is_number(ratio) and 0 <= ratio <= 1):
             raise ValueError(
@@ -342,16 +365,20 @@ class LlavaMergeConfig(LlavaConfig):
         num_states = self.vision_config.num_hidden_layers + 1
         return [index + num_states if index < 0 else index for index in ([layer] if isinstance(layer, int) else layer)]
 
+    def merger_layers(self) -> list[int]:
+        """Hidden states of the tower that the merger reads besides the features, counted from the front."""
+        return self.feature_layers(self.merger_config.feature_layers or [])
+
     @property
     def num_used_tower_layers(self) -> int:
-        """Layers of the tower up to `vision_feature_layer`; LLaVA-1.5's last is never used.
+        """Layers of the tower up to the last that features or merger come from; LLaVA-1.5's last is never used.
 
         Other towers than CLIP and SigLIP keep all: some end with a norm that is no part of the layer before.
         """
         num_layers = self.vision_config.num_hidden_layers
         if self.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
             return num_layers
-        return min(num_layers, max(1, *self.feature_layers()))
+        return min(num_layers, max(1, *self.feature_layers(), *self.merger_layers()))
 
     @property
     def used_vision_config(self) -> PretrainedConfig:
@@ -387,20 +414,30 @@ class LlavaMergeConfig(LlavaConfig):
         Raises:
             ValueError: It is for other widths, or its budget does not fit the image.
         """
-        widths = {"vision_dim": self.merged_vision_dim, "text_dim": self.text_config.hidden_size}
+        widths = {
+            "vision_dim": self.merged_vision_dim,
+            "text_dim": self.text_config.hidden_size,
+            "tower_dim": self.vision_config.hidden_size,
+        }
         if isinstance(merger_config, dict):
             check_merger_fields(merger_config)
-            merger_config = MergerConfig(**{**widths, **merger_config})
+            own_default = {}
+            if merger_config.get("merger_type") in LAYER_METHODS:
+                own_default = {"feature_layers": default_feature_layers(self.vision_config.num_hidden_layers)}
+            merger_config = MergerConfig(**{**widths, **own_default, **merger_config})
         else:
             merger_config = copy.deepcopy(merger_config)  # it may be another model's too
         if not merger_config.question_aware:
             merger_config.text_dim = widths["text_dim"]  # nothing depends on it
+        if not merger_config.feature_layers:
+            merger_config.tower_dim = widths["tower_dim"]  # nor on this
         for name, width in widths.items():
             if getattr(merger_config, name) != width:
                 raise ValueError(
                     f"The merger has {name}={getattr(merger_config, name)}, this model needs {name}={width}. Use a "
                     f"merger made for this model, or MergerConfig(..., {name}={width}) for a new one."
                 )
+        self._check_merger_layers(merger_config.feature_layers or [])
         num_tokens = merger_config.num_tokens(self.num_patches)
         if merger_config.question_end_token_ids is None and self.merger_config is not None:
             for name in QUESTION_MARKS:  # of the tokenizer, which stays the same
@@ -409,6 +446,15 @@ class LlavaMergeConfig(LlavaConfig):
         if merger_config.merger_type != "none":
             merger_config.num_merged_tokens = num_tokens
         return merger_config
+
+    def _check_merger_layers(self, layers: list[int]):
+        num_layers = self.vision_config.num_hidden_layers
+        if not all(0 <= layer <= num_layers for layer in self.feature_layers(layers)):
+            raise ValueError(
+                f"feature_layers={layers}: this tower has hidden states 0 to {num_layers}, which may also be counted "
+                f"from the end, -1 to {-num_layers - 1}. Choose some of them, such as "
+                f"{default_feature_layers(num_layers)}."
+            )
 
 
 def height_and_width(name: str, size) -> tuple[int, int]:
@@ -465,7 +511,8 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
     if saved is None or merger_type not in (None, saved.get("merger_type", DEFAULT_MERGER_TYPE)):
         return given
     if not isinstance(given, dict):
-        given.query_grid = given.query_grid or saved.get("query_grid")
+        for name in ("query_grid", "feature_layers"):
+            setattr(given, name, getattr(given, name) or saved.get(name))
         check_trained_with(saved, given.to_dict())
         return given
     check_trained_with(saved, given)

@@ -30,7 +30,7 @@ class MergeExtras:
             that rows sum to less than 1. In a tower without CLS, the mean attention that a patch receives from all.
         keys: (I, N, hidden size of the tower), of all heads side by side.
         num_heads: Heads of the keys.
-        layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
+        layers: Hidden states (I, N, hidden size of the tower) that `MergerConfig.feature_layers` names.
         relevance: (I, N) float32, how much each patch matters for its image's question.
         word_relevance: (I, N, T) float32, for each token of it; -inf throughout where a token is none.
     """
@@ -137,22 +137,23 @@ def read_tower(
     tower: nn.Module,
     hidden_states: tuple[Tensor, ...],
     requires: frozenset[str],
-    extra_layers: list[int],
+    layers: list[int],
     attention_layer: int,
     first_patch: int,
 ) -> MergeExtras:
     """The extras that `requires` names, of a tower's `hidden_states` (I, first_patch + N, hidden size).
 
     Args:
+        layers: Hidden states that are extras themselves.
         attention_layer: Layer of keys and attention; its input is the hidden state of that number.
         first_patch: Tokens before the patches: 1 where the first is CLS.
 
     Raises:
         ValueError: Keys and attention of such a tower are not known.
     """
-    layers = tuple(hidden_states[index][:, first_patch:] for index in extra_layers)
+    states = tuple(hidden_states[index][:, first_patch:] for index in layers)
     if not requires & {"cls_attention", "keys"}:
-        return MergeExtras(layers=layers)
+        return MergeExtras(layers=states)
     kind = tower.config.model_type
     if kind not in HAS_CLS:
         raise ValueError(
@@ -161,13 +162,13 @@ def read_tower(
             f"`llava-merge mergers`."
         )
     layer, num_heads = find_layer(tower, attention_layer), tower.config.num_attention_heads
-    states = layer.layer_norm1(hidden_states[attention_layer])
-    keys = layer.self_attn.k_proj(states)
+    normed = layer.layer_norm1(hidden_states[attention_layer])
+    keys = layer.self_attn.k_proj(normed)
     attention = None
     if "cls_attention" in requires:
-        queries = layer.self_attn.q_proj(states[:, :1] if HAS_CLS[kind] else states)
+        queries = layer.self_attn.q_proj(normed[:, :1] if HAS_CLS[kind] else normed)
         attention = mean_attention(queries, keys, num_heads)[:, first_patch:]
-    return MergeExtras(attention, keys[:, first_patch:] if "keys" in requires else None, num_heads, layers)
+    return MergeExtras(attention, keys[:, first_patch:] if "keys" in requires else None, num_heads, states)
 
 
 def find_layer(tower: nn.Module, index: int) -> nn.Module:

@@ -33,7 +33,7 @@ class MergeContext:
         cls_attention: (I, N) float32, see `MergeExtras`; this and the following only where the method `requires` it.
         keys: (I, N, hidden size of the tower).
         num_heads: Heads that the keys are of.
-        layers: Hidden states (I, N, hidden size of the tower) of `MergingMethod.extra_layers`.
+        layers: Hidden states (I, N, tower_dim) that `MergerConfig.feature_layers` names.
         relevance: (I, N) float32, how much each patch matters for its image's question.
         word_relevance: (I, N, T) float32, for each token of it; -inf throughout where a token is none.
     """
@@ -112,8 +112,8 @@ class MergingMethod(nn.Module):
         training_free: Whether it has no parameters.
         sits_on_slots: Whether it always leaves `MergeOutput.positions` out, so that they are known without the picture.
         requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"`, `"relevance"` and
-            `"word_relevance"`: the model then puts it into the [`MergeContext`].
-        extra_layers: Hidden states of the tower that `"layers"` means, as `vision_feature_layer` counts.
+            `"word_relevance"`: the model then puts it into the [`MergeContext`]. Which layers is said by
+            `MergerConfig.feature_layers`; a method that can do without has it among its `options` only.
         options: Fields of [`MergerConfig`] that only this method and some others read.
         paper: Where the method comes from, with arXiv ids.
 
@@ -128,7 +128,6 @@ class MergingMethod(nn.Module):
     training_free = False
     sits_on_slots = False
     requires: frozenset[str] = frozenset()
-    extra_layers: tuple[int, ...] = ()
     options: tuple[str, ...] = ()
     paper = ""
 
@@ -177,7 +176,7 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
 
     Raises:
         ValueError: There is no such method, it cannot read the question that `config` asks it to, it needs a question
-            that `config` denies it, or an option of another method is set.
+            or layers that `config` denies it, or an option of another method is set.
     """
     if config.merger_type not in MERGING_METHODS:
         raise ValueError(
@@ -196,8 +195,19 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
             f"question_aware=False: merger_type={config.merger_type!r} merges for a question; set it to True, or "
             f"choose another method."
         )
+    if "layers" in method.requires and not config.feature_layers:
+        raise ValueError(
+            f"feature_layers=None: merger_type={config.merger_type!r} reads layers of the tower; name them, such as "
+            f"feature_layers=[12, 16, 22]."
+        )
     check_options(config, method)
     return method
+
+
+def required_extras(config: MergerConfig) -> frozenset[str]:
+    """What the model has to put into the [`MergeContext`]: what the method requires, and layers that are named."""
+    requires = find_merging_method(config).requires
+    return requires | {"layers"} if config.feature_layers else requires
 
 
 def check_options(config: MergerConfig, method: type[MergingMethod]):

@@ -56,22 +56,42 @@ def soft_maximum_of_turns(tokens: Tensor, question: Question, sharpness: float) 
     return pooled.to(tokens.dtype)[question.image_turns]
 
 
+class LayerProjection(nn.Module):
+    """What several layers of the tower add to keys and values; nothing before training."""
+
+    def __init__(self, num_layers: int, tower_dim: int, dim: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(tower_dim) for _ in range(num_layers))
+        self.k_proj = ZeroLinear(num_layers * tower_dim, dim, bias=False)
+        self.v_proj = ZeroLinear(num_layers * tower_dim, dim, bias=False)
+
+    def forward(self, layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Of layers (I, N, tower_dim), each (I, N, dim)."""
+        normed = torch.cat([norm(layer) for norm, layer in zip(self.norms, layers, strict=True)], dim=-1)
+        return self.k_proj(normed), self.v_proj(normed)
+
+
 class PoolAttention(nn.Module):
     """Keys, values and queries of the pooling attention, split into heads."""
 
-    def __init__(self, vision_dim: int, dim: int, num_heads: int):
+    def __init__(self, config: MergerConfig):
         super().__init__()
-        self.num_heads = num_heads
+        vision_dim, dim, layers = config.vision_dim, config.internal_dim, config.feature_layers
+        self.num_heads = config.num_heads
         self.norm = nn.LayerNorm(vision_dim)
         self.q_proj = nn.Linear(dim, dim, bias=False)  # zero queries have no preference
         self.k_proj = nn.Linear(vision_dim, dim, bias=False)
         self.v_proj = nn.Linear(vision_dim, dim)
+        self.layers = LayerProjection(len(layers), config.tower_dim, dim) if layers else None
 
-    def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, queries: Tensor, features: Tensor, layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Of queries (I, M, dim) and features (I, N, vision_dim), each (I, num_heads, length, dim / num_heads)."""
         normed = self.norm(features)
-        projected = self.q_proj(queries), self.k_proj(normed), self.v_proj(normed)
-        return tuple(split_heads(tensor, self.num_heads) for tensor in projected)
+        keys, values = self.k_proj(normed), self.v_proj(normed)
+        if self.layers is not None:
+            more_keys, more_values = self.layers(layers)
+            keys, values = keys + more_keys, values + more_values
+        return tuple(split_heads(tensor, self.num_heads) for tensor in (self.q_proj(queries), keys, values))
 
 
 def check_heads(config: MergerConfig, *names: str):
@@ -115,13 +135,14 @@ class FixedPooling(MergingMethod):
     and learns which patches of the window matter. The second looks at the whole image, in each head through a window of
     learned width, and enters through `output_proj`, which starts at zero. With `init="random"` only the second is left,
     without windows and with random weights: the plain resampler (Perceiver, arXiv 2103.03206; Flamingo, 2204.14198).
-    `source` counts both attentions. Pooling as the start: D-Abstractor (2312.06742). One map of queries for
+    Keys and values of both also come from `feature_layers` of the tower, where they are named; what is pooled stays the
+    features. `source` counts both attentions. Pooling as the start: D-Abstractor (2312.06742). One map of queries for
     every M: after MQT (2405.19315).
     """
 
     uses_question = True
     sits_on_slots = True
-    options = ("init", "query_grid")
+    options = ("init", "query_grid", "feature_layers")
     paper = "resampler 2103.03206, pooled start 2312.06742, one map for every M 2405.19315"
 
     def __init__(self, config: MergerConfig):
@@ -130,7 +151,7 @@ class FixedPooling(MergingMethod):
         config.query_grid = default_query_grid(config)
         self.pools_windows = config.init == "average_pooling"
         self.pool_queries = nn.Parameter(torch.empty(*config.query_grid, config.internal_dim))
-        self.pool_attention = PoolAttention(config.vision_dim, config.internal_dim, config.num_heads)
+        self.pool_attention = PoolAttention(config)
         self.query_modulator = (
             QuestionModulator(config.text_dim, config.internal_dim) if config.question_aware else None
         )
@@ -149,7 +170,8 @@ class FixedPooling(MergingMethod):
             self.locality.copy_(slopes)
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
-        queries, keys, values = self.pool_attention(self.make_queries(features, context), features)
+        queries = self.make_queries(features, context)
+        queries, keys, values = self.pool_attention(queries, features, context.layers)
         if not self.pools_windows:
             pooled = join_heads(scaled_dot_product_attention(queries, keys, values))
             source = attention_weights(queries, keys, None).mean(dim=1) if context.return_source else None

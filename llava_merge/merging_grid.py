@@ -16,6 +16,7 @@ class SlotGeometry:
     Attributes:
         windows: (M, N), share of each slot's area that lies on each patch; rows sum to 1.
         log_windows: (M, N), their logarithms, -inf outside a window.
+        blend: (M, N), how the four patches around each slot's centre blend there (bilinear); rows sum to 1.
         squared_distances: (M, N), of each slot's centre to each patch's, in units of the slot's sides.
         centres: (M, 2), x and y of each slot's centre on the square from -1 to 1.
         places: (M,) int64, the patch nearest each slot's centre, in raster order.
@@ -23,34 +24,42 @@ class SlotGeometry:
 
     windows: Tensor
     log_windows: Tensor
+    blend: Tensor
     squared_distances: Tensor
     centres: Tensor
     places: Tensor
 
 
-def slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
-    """The [`SlotGeometry`] of M = `num_slots` slots on `grid`; the same objects each time it is asked for.
+def made_once(make):
+    """Decorator of a function of hashable arguments: the same objects each time it is asked for them.
 
-    Under torch.compile it is made in the graph: what a graph has made must not be kept for another.
+    Under torch.compile they are made in the graph: what a graph has made must not be kept for another.
     """
-    if torch.compiler.is_compiling():
-        return make_slot_geometry(grid, num_slots, device)
-    return kept_slot_geometry(grid, num_slots, device)
+
+    @functools.lru_cache(maxsize=64)
+    def kept(*args):
+        with torch.inference_mode(False):  # a later call may train
+            return make(*args)
+
+    @functools.wraps(make)
+    def get(*args):
+        return make(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return get
 
 
-@functools.lru_cache(maxsize=64)
-def kept_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
-    """[`make_slot_geometry`], made once for each grid, number of slots and device."""
-    with torch.inference_mode(False):  # a later call may train
-        return make_slot_geometry(grid, num_slots, device)
-
-
-def make_slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
-    """The windows, distances, centres and places of the slots."""
+@made_once
+def slot_geometry(grid: tuple[int, int], num_slots: int, device: torch.device) -> SlotGeometry:
+    """The [`SlotGeometry`] of M = `num_slots` slots on `grid`."""
     windows = window_weights(grid, num_slots, device)
-    distances = squared_distances(grid, num_slots, device)
-    places = slot_places(grid, num_slots, device)
-    return SlotGeometry(windows, windows.log(), distances, slot_centres(num_slots, device), places)
+    return SlotGeometry(
+        windows,
+        windows.log(),
+        blend=blend_weights(grid, num_slots, device),
+        squared_distances=squared_distances(grid, num_slots, device),
+        centres=slot_centres(num_slots, device),
+        places=slot_places(grid, num_slots, device),
+    )
 
 
 def slots_per_row(num_slots: int) -> list[int]:
@@ -105,10 +114,36 @@ def centre_distance(index: Tensor, count: Tensor | int, num_patches: int) -> Ten
     return index[:, None] + 0.5 - patches * count / num_patches
 
 
+def blend_of_two(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
+    """How the two patches nearest the centre of interval `index` of `count` blend there: (M, num_patches)."""
+    patches = torch.arange(num_patches, device=index.device)
+    centre = ((index + 0.5) * num_patches / count - 0.5).clamp(0, num_patches - 1)
+    return (1 - (centre[:, None] - patches).abs()).clamp(min=0)
+
+
 def window_weights(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
     """Share of each slot's area that lies on each patch: (M, N) float32, rows sum to 1, N is the size of `grid`."""
     vertical, horizontal = slot_positions(num_slots, device)
     rows, columns = overlap(*vertical, grid[0]), overlap(*horizontal, grid[1])
+    return (rows[:, :, None] * columns[:, None, :]).flatten(1)
+
+
+@made_once
+def cell_weights(grid: tuple[int, int], num_slots: int, cells: int, device: torch.device) -> Tensor:
+    """As [`window_weights`], of each of the `cells` × `cells` cells that a slot is cut into: (M × cells², N)."""
+    inside = torch.arange(cells, device=device)
+    (row, num_rows), (column, length) = slot_positions(num_slots, device)
+    rows = overlap((row[:, None] * cells + inside).flatten(), num_rows * cells, grid[0])  # (M × cells, rows)
+    lengths = (length * cells).repeat_interleave(cells)
+    columns = overlap((column[:, None] * cells + inside).flatten(), lengths, grid[1])
+    rows, columns = rows.view(-1, cells, 1, grid[0], 1), columns.view(-1, 1, cells, 1, grid[1])
+    return (rows * columns).view(-1, grid[0] * grid[1])
+
+
+def blend_weights(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
+    """What makes of N patches the picture of M pixels that bilinear resizing makes: (M, N) float32, rows sum to 1."""
+    vertical, horizontal = slot_positions(num_slots, device)
+    rows, columns = blend_of_two(*vertical, grid[0]), blend_of_two(*horizontal, grid[1])
     return (rows[:, :, None] * columns[:, None, :]).flatten(1)
 
 

@@ -37,7 +37,7 @@ from .merge_extras import (
     read_tower,
 )
 from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import MERGING_METHODS, READ_FOR_QUESTION, MergeOutput, MergingMethod
+from .merging_base import READ_FOR_QUESTION, MergeOutput, required_extras
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fastervlm import FasterVLM  # noqa: F401
@@ -49,10 +49,12 @@ from .merging_mmtok import MMTok  # noqa: F401
 from .merging_mqt import MQT  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .merging_prumerge_plus import PruMergePlus  # noqa: F401
+from .merging_quecc import QueCC  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
 from .merging_resampler import Resampler  # noqa: F401
 from .merging_selection import keep_patches  # noqa: F401
 from .merging_strided import StridedTokens  # noqa: F401
+from .merging_tokenpacker import TokenPacker  # noqa: F401
 from .merging_tome import ToMe  # noqa: F401
 from .merging_visionzip import VisionZip  # noqa: F401
 from .merging_vispruner import VisPruner  # noqa: F401
@@ -123,9 +125,9 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         return self
 
     @property
-    def merging_method(self) -> type[MergingMethod]:
-        """The merger's, whose configuration was checked when the merger was made."""
-        return MERGING_METHODS[self.config.merger_config.merger_type]
+    def required_extras(self) -> frozenset[str]:
+        """What the merger requires besides the features: names of fields of [`MergeExtras`]."""
+        return required_extras(self.config.merger_config)
 
     def get_vision_features(
         self,
@@ -159,7 +161,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Args:
             question: See [`get_image_features`].
         """
-        if not self.merging_method.requires:
+        if not self.required_extras:
             return MergeExtras()
         if isinstance(question, Tensor):
             question = Question.of_each_image(question)
@@ -176,7 +178,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Raises:
             ValueError: There is no question.
         """
-        requires = self.merging_method.requires
+        requires = self.required_extras
         if extras is None or not requires & READ_FOR_QUESTION:
             return extras
         if question is None:
@@ -223,9 +225,9 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
         self._check_image_size(pixel_values, kwargs)
         layers = self._tower_layers(layer)
-        method, extra_layers = self.merging_method, []
-        if with_extras and method.requires:
-            extra_layers = [*self._tower_layers(list(method.extra_layers)), attention_layer_of(layers)]
+        requires, extra_layers = self.required_extras, []
+        if with_extras and requires:
+            extra_layers = [*self.config.merger_layers(), attention_layer_of(layers)]
         outputs = tower_outputs
         if outputs is None:
             outputs = self.vision_tower(
@@ -240,22 +242,33 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             return features, outputs, None
         *extra_layers, attention_layer = extra_layers
         extras = read_tower(
-            self.vision_tower, outputs.hidden_states, method.requires, extra_layers, attention_layer, first_patch
+            self.vision_tower, outputs.hidden_states, requires, extra_layers, attention_layer, first_patch
         )
         return features, outputs, extras
 
     def _tower_layers(self, layer: int | list[int] | None) -> list[int]:
         """Indices of hidden states, counted from the front."""
         layers = self.config.feature_layers(layer)
+        self.check_built(layers, f"vision_feature_layer={layer}")
+        return layers
+
+    def check_built(self, layers: list[int], setting: str):
+        """Refuses hidden states of tower layers that this model was built without, counted from the front.
+
+        Args:
+            setting: The argument of `from_pretrained` that asks for them.
+
+        Raises:
+            ValueError: There are some.
+        """
         built = self.vision_tower.config.num_hidden_layers
         if not all(0 <= index <= built for index in layers):
             num_states = self.config.vision_config.num_hidden_layers + 1
             raise ValueError(
-                f"vision_feature_layer={layer}: of the tower's {num_states} hidden states this model has only the "
-                f"first {built + 1}, since it was built without the layers that it did not need. Load the model with "
-                f"from_pretrained(..., vision_feature_layer={layer})."
+                f"{setting}: of the tower's {num_states} hidden states this model has only the first {built + 1}, "
+                f"since it was built without the layers that it did not need. Load the model with from_pretrained(..., "
+                f"{setting})."
             )
-        return layers
 
     def _check_image_size(self, pixel_values: Tensor, kwargs: dict):
         rows, columns = self.config.image_shape

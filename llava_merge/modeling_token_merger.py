@@ -26,6 +26,7 @@ from .merging_base import (
     check_grid,
     find_merging_method,
     full_precision,
+    required_extras,
 )
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
@@ -38,10 +39,12 @@ from .merging_mmtok import MMTok  # noqa: F401
 from .merging_mqt import MQT  # noqa: F401
 from .merging_none import Identity  # noqa: F401
 from .merging_prumerge_plus import PruMergePlus  # noqa: F401
+from .merging_quecc import QueCC  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
 from .merging_resampler import Resampler  # noqa: F401
 from .merging_selection import keep_patches  # noqa: F401
 from .merging_strided import StridedTokens  # noqa: F401
+from .merging_tokenpacker import TokenPacker  # noqa: F401
 from .merging_tome import ToMe  # noqa: F401
 from .merging_visionzip import VisionZip  # noqa: F401
 from .merging_vispruner import VisPruner  # noqa: F401
@@ -144,7 +147,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             cls_attention=extras.cls_attention,
             keys=extras.keys,
             num_heads=extras.num_heads,
-            layers=extras.layers,
+            layers=tuple(layer.to(features.dtype) for layer in extras.layers),
             relevance=extras.relevance,
             word_relevance=extras.word_relevance,
         )
@@ -158,7 +161,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
 
     def _check_required(self, features: Tensor, extras: MergeExtras | None) -> MergeExtras:
         """The extras, of which the method gets no more than it asked for."""
-        requires = self.method.requires
+        requires = required_extras(self.config)
         extras = MergeExtras() if extras is None else extras.of_kinds(requires)
         missing = ", ".join(sorted(requires - extras.kinds))
         if missing:
@@ -167,6 +170,12 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
                 f"fetches it, or pass extras=MergeExtras(...) as model.model.get_merge_extras(pixel_values) makes it."
             )
         extras.check_shapes(features)
+        widths, wanted = [layer.shape[-1] for layer in extras.layers], self.config.feature_layers or []
+        if widths != [self.config.tower_dim] * len(wanted):
+            raise ValueError(
+                f"layers have the widths {widths}; this merger takes those of feature_layers={wanted}, each tower_dim="
+                f"{self.config.tower_dim} wide."
+            )
         return extras.to(features.device)
 
     def _num_tokens(self, num_patches: int, num_tokens: int | None) -> int:

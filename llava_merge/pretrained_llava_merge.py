@@ -220,7 +220,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
         self.headless_model.find_text_tower(merger.config, **for_other_repo(hub_arguments(kwargs)))
-        self.config.set_merger_config(merger.config)
+        self.config.set_merger_config(self._fit_merger_config(merger.config))
         self.config.merger_config.has_projector = False  # it is the model's now
         if projector is not None:
             replace_projectors(self.headless_model, projector, self.dtype)
@@ -246,10 +246,21 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             ):
                 kept["num_merged_tokens"] = present.num_merged_tokens
             merger_config = {**kept, **merger_config}
-        merger = TokenMerger(self.config.fit_merger_config(merger_config)).to(self.dtype)
+        merger = TokenMerger(self._fit_merger_config(merger_config)).to(self.dtype)
         self.headless_model.find_text_tower(merger.config)
         self.config.set_merger_config(merger.config)
         self._put_merger(merger)
+
+    def _fit_merger_config(self, merger_config: MergerConfig | dict) -> MergerConfig:
+        """`merger_config` as this model needs it.
+
+        Raises:
+            ValueError: It does not fit the model, or reads layers of the tower that were not built.
+        """
+        fitted = self.config.fit_merger_config(merger_config)
+        layers = self.config.feature_layers(fitted.feature_layers or [])
+        self.headless_model.check_built(layers, f"merger_config={{'feature_layers': {fitted.feature_layers}}}")
+        return fitted
 
     def _put_merger(self, merger: TokenMerger):
         """Puts `merger`, which `self.config` is of already, in the place of the present one."""

@@ -151,6 +151,13 @@ def answered(batch: dict, num_words: int = 2, seed: int = 0) -> dict:
     }
 
 
+@pytest.fixture
+def plain_4bit_kernels(monkeypatch):
+    """bitsandbytes without its kernels for CPUs with AVX512-BF16, which take no width below 64."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+
+
 def pixels(num_images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_images, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
 

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import ANSWER_ID, aware, pixels, prompts, tiny_config, tiny_model
+from conftest import ANSWER_ID, aware, pixels, prompts, tiny_model
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModel, BitsAndBytesConfig
 
@@ -36,7 +36,7 @@ def asks_for_all():
     class AsksForAll(MergingMethod):
         training_free = True
         requires = frozenset({"cls_attention", "keys", "layers"})
-        extra_layers = (1, -3)
+        options = ("feature_layers",)
         seen: list[MergeExtras] = []
 
         def forward(self, features, context):
@@ -48,8 +48,11 @@ def asks_for_all():
     del MERGING_METHODS["asks_for_all"]
 
 
-def fetched(asks_for_all, **kwargs) -> tuple[torch.nn.Module, MergeExtras]:
-    model = tiny_model({"merger_type": "asks_for_all", "num_merged_tokens": M}, **kwargs)
+ALL_OF_IT = {"merger_type": "asks_for_all", "num_merged_tokens": M, "feature_layers": [1, -3]}
+
+
+def fetched(asks_for_all, merger_config: dict = ALL_OF_IT, **kwargs) -> tuple[torch.nn.Module, MergeExtras]:
+    model = tiny_model(merger_config, **kwargs)
     asks_for_all.seen.clear()
     with torch.no_grad():
         model.model.encode_images(pixels(2))
@@ -90,7 +93,7 @@ def test_a_tower_without_cls_gives_the_mean_attention_received(asks_for_all):
 
 def test_a_method_gets_only_what_it_requires(asks_for_all):
     asks_for_all.requires = frozenset({"keys"})
-    _, extras = fetched(asks_for_all)
+    _, extras = fetched(asks_for_all, {**ALL_OF_IT, "feature_layers": None})
     assert extras.kinds == {"keys"} and extras.cls_attention is None and extras.layers == ()
 
 
@@ -283,8 +286,7 @@ class TestRelevance:
         assert torch.equal(together[0], other[0]) and not torch.equal(together[1], other[1])
 
     @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-    def test_a_quantised_projector(self, bits, tmp_path):
-        pytest.importorskip("bitsandbytes")
+    def test_a_quantised_projector(self, bits, tmp_path, plain_4bit_kernels):
         model, words = self.model(), torch.randn(2, 5, 64)
         model.save_pretrained(tmp_path)
         quantised = type(model).from_pretrained(
@@ -406,14 +408,11 @@ class TestBadInput:
             tiny_model({"num_merged_tokens": M, **fields})
 
     def test_a_tower_of_another_kind(self, asks_for_all):
-        model = tiny_model({"merger_type": "asks_for_all", "num_merged_tokens": M})
+        model = tiny_model(ALL_OF_IT)
         model.model.vision_tower.config.model_type = "vit"
         with pytest.raises(ValueError, match="known of clip_vision_model and siglip_vision_model only, not of 'vit'"):
             model.model.encode_images(pixels(1))
 
-    def test_layers_that_were_not_built(self, asks_for_all):
-        asks_for_all.extra_layers = (3,)
-        model = tiny_model({"merger_type": "asks_for_all", "num_merged_tokens": M})
-        assert tiny_config().vision_config.num_hidden_layers == 3
-        with pytest.raises(ValueError, match="has only the first 3"):
-            model.model.encode_images(pixels(1))
+    def test_layers_have_to_be_named(self, asks_for_all):
+        with pytest.raises(ValueError, match="feature_layers=None: merger_type='asks_for_all' reads layers"):
+            tiny_model({**ALL_OF_IT, "feature_layers": None})

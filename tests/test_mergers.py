@@ -20,7 +20,6 @@ from llava_merge import (
 )
 from llava_merge.merging_fixed_pooling import soft_maximum_of_turns
 from llava_merge.merging_grid import (
-    kept_slot_geometry,
     sample_query_map,
     slot_centres,
     slot_geometry,
@@ -37,8 +36,12 @@ METHODS = {
     "fixed_pooling-question": {"question_aware": True},
     "fixed_pooling-random": {"init": "random"},
     "fixed_pooling-random-question": {"init": "random", "question_aware": True},
+    "fixed_pooling-layers-question": {"feature_layers": [1, 2], "question_aware": True},
     "resampler": {},
     "mqt": {},
+    "tokenpacker": {"feature_layers": [1, 2]},
+    "quecc": {"feature_layers": [1, 2], "question_aware": False},
+    "quecc-question": {"feature_layers": [1, 2]},
     "random": {"seed": 3},
     "strided": {},
     "tome": {},
@@ -56,7 +59,7 @@ METHODS = {
     "gumbel_topk_question": {},
     "gumbel_topk_question-soft": {"estimator": "soft_topk"},
 }
-MIXING = ("fixed_pooling", "resampler", "mqt")  # whose tokens are no means of patches
+MIXING = ("fixed_pooling", "resampler", "mqt", "tokenpacker", "quecc")  # whose tokens are no means of patches
 LINEAR = [name for name in METHODS if not name.startswith(MIXING) and not name.endswith("-faithful")]
 DRAWING = [name for name in METHODS if name.startswith("gumbel")]
 QUESTION = [name for name in METHODS if "question" in name]
@@ -89,6 +92,7 @@ def inputs(num_images: int = 3, num_patches: int = 36, dtype=torch.float32) -> d
             num_heads=4,
             relevance=torch.rand(num_images, num_patches, generator=generator),
             word_relevance=0.1 * torch.randn(num_images, num_patches, 5, generator=generator),
+            layers=tuple(torch.randn(2, num_images, num_patches, 32, generator=generator).to(dtype)),
         ),
     }
 
@@ -123,7 +127,7 @@ def test_half_precision_is_near_full_precision(name):
     merger, batch = make(name), inputs(dtype=torch.bfloat16)
     half = merger.to(torch.bfloat16)(**batch)
     extras, question = batch["extras"], batch["question"].to("cpu", torch.float32)
-    extras = replace(extras, keys=extras.keys.float())
+    extras = replace(extras, keys=extras.keys.float(), layers=tuple(layer.float() for layer in extras.layers))
     expected = merger.float()(batch["features"].float(), question, extras=extras)
     difference = (half.merged_features.float() - expected.merged_features).norm()
     assert difference / expected.merged_features.norm() < 0.02
@@ -256,28 +260,30 @@ def test_gradients_reach_every_parameter(name):
 @pytest.mark.parametrize("name", QUESTION)
 def test_the_question_changes_the_result_and_its_absence_is_the_agnostic_path(name):
     merger, batch = make(name), inputs()
-    result = merger(**batch).merged_features
     embeds = batch["question"].embeds
     mask = batch["question"].mask.reshape(3, 3, 5)[range(3), range(3)]
-    other = Question.of_each_image(embeds.flip(0), mask)
-    difference = (merger(batch["features"], other).merged_features - result).abs().amax(dim=(1, 2))[[0, 2]]
+
+    def merged_for(question: Question | None):
+        return merger(**{**batch, "question": question}).merged_features
+
+    result = merged_for(batch["question"])
+    difference = (merged_for(Question.of_each_image(embeds.flip(0), mask)) - result).abs().amax(dim=(1, 2))[[0, 2]]
     assert (difference.max() if name in DRAWING else difference.min()) > 1e-4  # a choice may stay
     padded = embeds.clone()
     padded[0, 3:] = 100.0
-    assert torch.equal(merger(batch["features"], Question.of_each_image(padded, mask)).merged_features, result)
-    absent = merger(batch["features"]).merged_features
-    masked = merger(batch["features"], Question.of_each_image(embeds, torch.zeros_like(mask))).merged_features
-    assert torch.equal(masked, absent)
+    assert torch.equal(merged_for(Question.of_each_image(padded, mask)), result)
+    assert torch.equal(merged_for(Question.of_each_image(embeds, torch.zeros_like(mask))), merged_for(None))
 
 
 @pytest.mark.parametrize("name", QUESTION)
 def test_images_of_a_turn_share_its_question(name):
-    merger, features = make(name), inputs()["features"]
-    embeds = inputs()["question"].embeds[:2]
+    merger, batch = make(name), inputs()
+    embeds = batch["question"].embeds[:2]
     token_turns = torch.tensor([[0, 0, 3, 3, 3], [3, 2, 2, 3, 3]])  # of rows with images 0 and 1, and 2
-    shared = merger(features, Question(embeds, token_turns, torch.tensor([0, 0, 2]))).merged_features
+    question = Question(embeds, token_turns, torch.tensor([0, 0, 2]))
+    shared = merger(**{**batch, "question": question}).merged_features
     for image, words in enumerate((embeds[0, :2], embeds[0, :2], embeds[1, 1:3])):
-        alone = merger(features[image : image + 1], words[None]).merged_features[0]
+        alone = merger(**{**images_of(batch, [image]), "question": words[None]}).merged_features[0]
         torch.testing.assert_close(shared[image], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -286,9 +292,8 @@ def test_a_question_is_embedded_once_for_all_images_of_its_turn(name):
     merger, rows = make(name), []
     merger.method.query_modulator.token_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
     embeds = inputs()["question"].embeds[:1]
-    merger(
-        inputs()["features"], Question(embeds, torch.zeros(1, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long))
-    )
+    question = Question(embeds, torch.zeros(1, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    merger(**{**inputs(), "question": question})
     assert rows == [(1, 5, 24)]
 
 
@@ -412,11 +417,11 @@ class TestKeptGeometry:
         assert slot_geometry((6, 6), 4, torch.device("cpu")).windows.shape == (4, 36)
 
     def test_a_merger_that_answered_in_inference_mode_trains_afterwards(self):
-        kept_slot_geometry.cache_clear()
-        merger = make("fixed_pooling")
+        merger, batch = make("fixed_pooling"), inputs(num_patches=33)
+        batch["grid"] = (3, 11)  # whose geometry nobody else has asked for
         with torch.inference_mode():
-            merger(**inputs())
-        merger(**inputs()).merged_features.sum().backward()
+            merger(**batch)
+        merger(**batch).merged_features.sum().backward()
         assert merger.method.locality.grad.abs().sum() > 0
 
     def test_a_forward_does_not_make_it_anew(self):

@@ -1,12 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Trained methods of others, against references that are built from torch's own attention."""
+"""Trained methods of others, against references that are built from torch's own layers."""
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_mergers import inputs, make
 from torch import nn
 
-from llava_merge import MergerConfig, TokenMerger
+from llava_merge import MergerConfig, TokenMerger, merging_quecc
+from llava_merge.merging_grid import blend_weights, cell_weights, slot_geometry, window_weights
 from llava_merge.merging_mqt import place_waves
 
 
@@ -76,7 +78,79 @@ def test_the_resampler_equals_the_reference():
     torch.testing.assert_close(output.source, shares, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mqt", "resampler"])
+def attended_windows(method, queries: torch.Tensor, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Each of 9 queries (3, 9, dim) attends to its own 2 × 2 patches of 6 × 6, cut out and batched: (3, 9, dim)."""
+    attention, dim = method.window_attention, queries.shape[-1]
+    joined = torch.cat(layers, dim=-1)
+    keys, values = (
+        projection(joined).view(3, 3, 2, 3, 2, dim).transpose(2, 3).reshape(27, 4, dim)
+        for projection in (attention.keys, attention.values)
+    )
+    reference = attention_of(attention, dim, attention.output_proj)
+    reference.out_proj.bias.data = attention.output_proj.bias
+    return reference(queries.reshape(27, 1, dim), keys, values, need_weights=False)[0].view(3, 9, -1)
+
+
+@torch.no_grad()
+def test_tokenpacker_equals_the_reference():
+    merger, batch = make("tokenpacker", internal_dim=32), inputs()
+    method = merger.method
+    picture = batch["features"].transpose(1, 2).unflatten(2, (6, 6))
+    small = nn.functional.interpolate(picture, size=(3, 3), mode="bilinear", align_corners=False)
+    queries = method.query_norm(method.query_proj(small.flatten(2).transpose(1, 2)))
+    output = merger(**batch, return_source=True)
+    expected = attended_windows(method, queries, batch["extras"].layers)
+    torch.testing.assert_close(output.merged_features, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(output.source > 0, (slot_geometry((6, 6), 9, torch.device("cpu")).windows > 0).expand(3, -1, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["quecc", "quecc-question"])
+def test_quecc_equals_the_reference(name, monkeypatch):
+    monkeypatch.setattr(merging_quecc, "CELLS", 2)  # so that a cell of 2 × 2 patches is one
+    merger, batch = make(name, internal_dim=32), inputs()
+    method = merger.method
+    features = batch["features"]
+    if name == "quecc-question":
+        features = features + method.query_modulator(batch["question"])[:, None]
+    patches = method.query_proj(features).transpose(1, 2).unflatten(2, (6, 6))
+    kernel = method.fold.weight.T.reshape(32, 1, 2, 2)
+    queries = nn.functional.conv2d(patches, kernel, method.fold.bias, stride=2, groups=32).flatten(2).transpose(1, 2)
+    expected = attended_windows(method, queries, batch["extras"].layers)
+    torch.testing.assert_close(merger(**batch).merged_features, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid, num_tokens", [((24, 24), 36), ((24, 24), 64), ((6, 9), 7), ((5, 4), 20)])
+def test_cells_of_a_slot_are_its_area(grid, num_tokens):
+    weights = cell_weights(grid, num_tokens, 4, torch.device("cpu")).unflatten(0, (num_tokens, 16))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(num_tokens, 16))
+    torch.testing.assert_close(weights.mean(dim=1), window_weights(grid, num_tokens))
+    if num_tokens == 36:
+        assert torch.equal(weights[7].nonzero()[:, 1].view(4, 4), torch.arange(4) + 100 + 24 * torch.arange(4)[:, None])
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (2, 18)])
+@pytest.mark.parametrize("size", [(3, 3), (2, 2), (4, 5), (6, 6), (1, 1)])
+def test_blending_is_bilinear_resizing(size, grid):
+    picture = torch.randn(1, 5, *grid)
+    expected = nn.functional.interpolate(picture, size=size, mode="bilinear", align_corners=False)
+    weights = blend_weights(grid, size[0] * size[1])
+    torch.testing.assert_close(picture.flatten(2) @ weights.T, expected.flatten(2))
+
+
+@pytest.mark.parametrize("name", ["tokenpacker", "quecc"])
+@pytest.mark.parametrize("given, layers", [({}, [1, 2]), ({"feature_layers": [0]}, [0])])
+def test_layers_of_a_tower_of_any_depth(name, given, layers):
+    model = tiny_model({"merger_type": name, "num_merged_tokens": 9, "num_heads": 4, **given})
+    assert model.config.merger_config.feature_layers == layers
+    assert MergerConfig(merger_type=name).feature_layers == [12, 16, 22, 23]
+    model.set_merger({"merger_type": "average_pooling"})
+    assert model.config.merger_config.feature_layers is None
+    with pytest.raises(ValueError, match=r"feature_layers=\[12, 16, 22, 23\]: this tower has .* such as \[1, 2\]"):
+        model.set_merger(MergerConfig(merger_type=name, num_merged_tokens=9, vision_dim=32, text_dim=64))
+
+
+@pytest.mark.parametrize("name", ["mqt", "quecc", "resampler", "tokenpacker"])
 def test_heads_have_to_divide_the_width(name):
     with pytest.raises(ValueError, match="internal_dim=18 cannot be split into num_heads=4"):
         TokenMerger(MergerConfig(merger_type=name, num_merged_tokens=9, vision_dim=32, internal_dim=18, num_heads=4))

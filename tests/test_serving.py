@@ -123,7 +123,8 @@ class TestPlaces:
         slots = model.model.merger.method.sits_on_slots
         mask = torch.ones(1, places.shape[1], dtype=torch.bool)
         assert slots <= all(torch.equal(where, place_on_slots(mask, [places.shape[1]], (6, 6))[1]) for where in places)
-        assert method.sits_on_slots == (name in ("average_pooling", "fixed_pooling", "mqt", "none", "resampler"))
+        on_slots = ("average_pooling", "fixed_pooling", "mqt", "none", "quecc", "resampler", "tokenpacker")
+        assert method.sits_on_slots == (name in on_slots)
 
 
 @pytest.mark.skipif(not TRANSFORMERS_V5, reason="no vLLM that has this package takes transformers 4")

@@ -161,8 +161,7 @@ def pixels_features() -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 class TestQuantisation:
     @pytest.fixture
-    def quantised(self, tmp_path, bits):
-        pytest.importorskip("bitsandbytes")
+    def quantised(self, tmp_path, bits, plain_4bit_kernels):
         from transformers import BitsAndBytesConfig
 
         tiny_model(aware()).save_pretrained(tmp_path / "full")

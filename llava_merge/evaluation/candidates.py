@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def parse_candidate(text: str) -> tuple[str, dict]:
     if not colon or Path(text).exists():
         return text, {}
     fields = {}
-    for pair in rest.split(","):
+    for pair in re.split(r",(?![^\[]*\])", rest):  # not inside a list
         field, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"merger {text!r}: {pair!r} has no value; write NAME:FIELD=VALUE,FIELD=VALUE.")

@@ -163,7 +163,7 @@ def load_model(settings: EvaluationSettings) -> tuple[LlavaMergeForConditionalGe
 def describe_merger(candidate: Candidate) -> dict:
     """What is particular to a merger: fields other than the default, without its budget, and a hash of its weights."""
     config = candidate.config
-    widths = {"vision_dim": config.vision_dim, "text_dim": config.text_dim}
+    widths = {name: getattr(config, name) for name in ("vision_dim", "text_dim", "tower_dim")}
     fields, default = config.to_dict(), MergerConfig(**widths).to_dict()
     described = own_merger_fields() - {*BUDGET, *QUESTION_MARKS, "query_grid"}
     particular = {name: fields[name] for name in fields if name in described and fields[name] != default[name]}

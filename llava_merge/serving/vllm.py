@@ -44,7 +44,7 @@ from llava_merge.merge_extras import (
     merge_by_budget,
     read_tower,
 )
-from llava_merge.merging_base import READ_FOR_QUESTION, find_merging_method
+from llava_merge.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
 from llava_merge.modeling_token_merger import TokenMerger
 from llava_merge.question_turns import Question
 from llava_merge.serving.requests import (
@@ -190,8 +190,9 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         model_config = vllm_config.model_config
         self.config = config = model_config.hf_config
         self.multimodal_config = model_config.multimodal_config
-        self.method = find_merging_method(config.merger_config)
-        self.tells_places = keeps_places(config.merger_config) and not self.method.sits_on_slots
+        self.requires = required_extras(config.merger_config)
+        sits_on_slots = find_merging_method(config.merger_config).sits_on_slots
+        self.tells_places = keeps_places(config.merger_config) and not sits_on_slots
         check_servable(config)
         check_positions(config, model_config)
         if self.tells_places:
@@ -206,7 +207,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
                 vllm_config=vllm_config, hf_config=config.text_config, prefix=maybe_prefix(prefix, "language_model")
             )
         # an agnostic merger's tokens are kept by vLLM itself; other extras than relevance are the tower's
-        self.keeps_features = config.merger_config.question_aware and self.method.requires <= READ_FOR_QUESTION
+        self.keeps_features = config.merger_config.question_aware and self.requires <= READ_FOR_QUESTION
         self.kept_features: dict[int, Tensor] = {}  # (N, vision_dim) of each picture
         self.text_tower = self.question_tokenizer = None
         if config.merger_config.text_tower is not None:
@@ -218,7 +219,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         """Tower and projector, vLLM's where they do."""
         config = self.config
         layers, kind = config.vision_feature_layer, config.vision_config.model_type
-        self.is_native = kind in NATIVE_TOWERS and isinstance(layers, int) and not self.method.requires
+        self.is_native = kind in NATIVE_TOWERS and isinstance(layers, int) and not self.requires
         if not self.is_native:
             dtype = torch.get_default_dtype()
             self.vision_tower = AutoModel.from_config(
@@ -249,7 +250,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             features, extras = self._recall_features(images["pixel_values"], pictures.flatten().tolist()), MergeExtras()
         else:
             features, extras = self._run_tower(images["pixel_values"])
-        requires, projector = self.method.requires, self.multi_modal_projector
+        requires, projector = self.requires, self.multi_modal_projector
         if requires & READ_FOR_QUESTION:
             read = read_for_question(requires, features, question, projector, self.text_tower, self.question_tokenizer)
             extras = replace(extras, **read)
@@ -271,11 +272,10 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             return self.vision_tower(pixel_values, feature_select_strategy=strategy), MergeExtras()
         layers, first = config.feature_layers(), 1 if strategy == "default" else 0
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        extra_layers = config.feature_layers(list(self.method.extra_layers)) if self.method.extra_layers else []
-        last, requires = attention_layer_of(layers), self.method.requires
-        return features_of(states, layers, first), read_tower(
-            self.vision_tower, states, requires, extra_layers, last, first
+        extras = read_tower(
+            self.vision_tower, states, self.requires, config.merger_layers(), attention_layer_of(layers), first
         )
+        return features_of(states, layers, first), extras
 
     def _recall_features(self, pixel_values: Tensor, pictures: list[int]) -> Tensor:
         """Features of the images, which the tower makes only of pictures that are not kept: (I, N, vision_dim)."""
