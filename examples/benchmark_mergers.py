@@ -37,8 +37,8 @@ TEXT_TOKENS, QUESTION_TOKENS = 64, 32
 
 
 def methods() -> list[str]:
-    """All methods, and V3 once more with the question."""
-    return [merger.name for merger in list_mergers() if merger.name != "none"] + [AWARE]
+    """All that merge what the tower made, and V3 once more with the question."""
+    return [merger.name for merger in list_mergers() if merger.name not in ("none", "image_resize")] + [AWARE]
 
 
 def merging_call(model: LlavaMergeForConditionalGeneration, pixels: Tensor, num_tokens: int) -> tuple[Callable, dict]:

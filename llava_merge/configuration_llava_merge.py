@@ -354,10 +354,15 @@ class LlavaMergeConfig(LlavaConfig):
         """Height and width in pixels of the tower's images."""
         return height_and_width("image_size", self.vision_config.image_size)
 
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width in pixels of a patch."""
+        return height_and_width("patch_size", self.vision_config.patch_size)
+
     def patch_grid(self, image_shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of images of `image_shape`, height and width in pixels."""
-        patch_shape = height_and_width("patch_size", self.vision_config.patch_size)
-        return image_shape[0] // patch_shape[0], image_shape[1] // patch_shape[1]
+        height, width = self.patch_shape
+        return image_shape[0] // height, image_shape[1] // width
 
     def feature_layers(self, layer: int | list[int] | None = None) -> list[int]:
         """Hidden states of the tower that `layer` means, default `vision_feature_layer`, counted from the front."""

@@ -178,6 +178,23 @@ def nearest_interval(index: Tensor, count: Tensor | int, num_patches: int) -> Te
     return ((2 * index + 1) * num_patches - 1) // (2 * count)
 
 
+@made_once
+def slot_cells(num_slots: int, device: torch.device) -> tuple[tuple[int, int], Tensor]:
+    """Rows and columns of the smallest grid that holds the rows of the slots, and the cell of each slot: (M,) int64."""
+    lengths = slots_per_row(num_slots)
+    (row, _), (column, _) = slot_positions(num_slots, device)
+    return (len(lengths), max(lengths)), row * max(lengths) + column
+
+
+def stretch_map(learned_map: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map of vectors (rows, columns, dim) resized to `grid`, bilinear, in raster order: (N, dim)."""
+    rows, columns = (
+        blend_of_two(torch.arange(length, device=learned_map.device), length, size).to(learned_map.dtype)
+        for length, size in zip(grid, learned_map.shape, strict=False)
+    )
+    return torch.einsum("ri,cj,ijd->rcd", rows, columns, learned_map).flatten(0, 1)
+
+
 def sample_query_map(query_map: Tensor, centres: Tensor) -> Tensor:
     """A map of vectors (rows, columns, dim) over the square from -1 to 1, at the `centres` (M, 2): (M, dim).
 

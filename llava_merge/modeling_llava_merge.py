@@ -38,6 +38,7 @@ from .merge_extras import (
 )
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import READ_FOR_QUESTION, MergeOutput, required_extras
+from .merging_c_abstractor import CAbstractor  # noqa: F401
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fastervlm import FasterVLM  # noqa: F401
@@ -45,6 +46,7 @@ from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry  # noqa: F401
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
+from .merging_image_resize import ImageResize  # noqa: F401
 from .merging_mmtok import MMTok  # noqa: F401
 from .merging_mqt import MQT  # noqa: F401
 from .merging_none import Identity  # noqa: F401
@@ -65,6 +67,7 @@ from .projector_files import save_projector  # noqa: F401
 from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
+from .resized_pictures import ResizesPictures
 from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
 from .text_tower import TextTower, read_for_question
@@ -91,7 +94,15 @@ def device_of(weight: Tensor, features: Tensor) -> torch.device:
     return features.device if weight.is_meta else weight.device
 
 
-class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTrainedModel, LlavaModel):
+def tower_options(vision_feature_layer, vision_feature_select_strategy) -> dict:
+    """The tower's two options that stock LLaVA's functions take by position."""
+    return {
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+    }
+
+
+class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTrainedModel, LlavaModel):
     """LLaVA without a language-modelling head: tower → merger → projector → language model.
 
     Each image's N visual tokens become M *before* the projector, which runs once, on M.
@@ -143,7 +154,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             vision_feature_layer: Hidden state to take, or several to concatenate; default the config's.
             vision_feature_select_strategy: "default" drops the CLS token, "full" keeps all; default the config's.
         """
-        return self._run_tower(pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs)[0]
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        return self._run_tower(pixel_values, **kwargs)[0]
 
     def get_merge_extras(
         self,
@@ -165,9 +177,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
             return MergeExtras()
         if isinstance(question, Tensor):
             question = Question.of_each_image(question)
-        features, _, extras = self._run_tower(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, with_extras=True, **kwargs
-        )
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        features, _, extras = self._run_tower(pixel_values, with_extras=True, **kwargs)
         return self._with_relevance(extras, features, question)
 
     def _with_relevance(
@@ -209,8 +220,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
     def _run_tower(
         self,
         pixel_values,
-        layer=None,
-        strategy=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
         output_hidden_states=None,
         with_extras=False,
         tower_outputs=None,
@@ -220,11 +231,12 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
         With `tower_outputs`, which has all hidden states of these images, the tower does not run again.
         """
+        strategy = vision_feature_select_strategy
         strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
         self._check_image_size(pixel_values, kwargs)
-        layers = self._tower_layers(layer)
+        layers = self._tower_layers(vision_feature_layer)
         requires, extra_layers = self.required_extras, []
         if with_extras and requires:
             extra_layers = [*self.config.merger_layers(), attention_layer_of(layers)]
@@ -353,14 +365,17 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         `mm_encoder_outputs={"image": ...}` to ask an image several questions.
         """
         budgets = self.budgets(len(pixel_values), num_merged_tokens)
-        features, outputs, extras = self._run_tower(
-            pixel_values,
-            vision_feature_layer,
-            vision_feature_select_strategy,
-            with_extras=set(budgets) != {ALL_TOKENS},
-            **kwargs,
-        )
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        if self.resizes_pictures:
+            return self._encode_resized(pixel_values, budgets, kwargs)
+        with_extras = set(budgets) != {ALL_TOKENS}
+        features, outputs, extras = self._run_tower(pixel_values, with_extras=with_extras, **kwargs)
         return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
+
+    def _project(self, merged_features: Tensor) -> Tensor:
+        """Projected features (I, M, hidden) of merged ones (I, M, vision_dim)."""
+        device = device_of(self.multi_modal_projector.linear_1.weight, merged_features)
+        return self.multi_modal_projector(merged_features.to(device))
 
     def _merge_and_project(self, features, outputs, image_shape, question, budgets, extras) -> EncodedImages:
         """What [`encode_images`] returns; images of the same budget are merged together."""
@@ -381,8 +396,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
     def _merge_alike(self, features, question, grid, budget: int | str, extras) -> tuple[Tensor, Tensor, Tensor]:
         """Projected features (I, M, hidden), places and sizes (I, M) of images with the same budget."""
         merged = self.merge_features(features, question, grid, budget, extras)
-        device = device_of(self.multi_modal_projector.linear_1.weight, features)
-        return self.multi_modal_projector(merged.merged_features.to(device)), merged.positions, merged.sizes
+        return self._project(merged.merged_features), merged.positions, merged.sizes
 
     def get_image_features(
         self,
@@ -440,13 +454,7 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
 
         The other arguments are those of [`get_vision_features`].
         """
-        features, _, extras = self._run_tower(
-            pixel_values,
-            kwargs.pop("vision_feature_layer", None),
-            kwargs.pop("vision_feature_select_strategy", None),
-            with_extras=True,
-            **kwargs,
-        )
+        features, _, extras = self._run_tower(pixel_values, with_extras=True, **kwargs)
         return TowerFeatures(features, extras, tuple(pixel_values.shape[-2:]))
 
     def encode_images_of_prompt(
@@ -466,6 +474,10 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
+        if self.resizes_pictures and isinstance(images, Tensor):
+            budgets = self.budgets(len(images), num_merged_tokens)
+            self._read_question(prompt, budgets, self.config.num_patches)
+            return self._encode_resized(images, budgets, kwargs)
         features, outputs, question, budgets, extras = self._read_images(images, prompt, num_merged_tokens, kwargs)
         image_shape = images.image_shape if isinstance(images, TowerFeatures) else images.shape[-2:]
         return self._merge_and_project(features, outputs, image_shape, question, budgets, extras)
@@ -479,13 +491,8 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         if isinstance(images, TowerFeatures):
             features, outputs, extras = images.features, BaseModelOutputWithPooling(), images.extras
         else:
-            features, outputs, extras = self._run_tower(
-                images,
-                options.pop("vision_feature_layer", None),
-                options.pop("vision_feature_select_strategy", None),
-                with_extras=set(budgets) != {ALL_TOKENS},
-                **options,
-            )
+            with_extras = set(budgets) != {ALL_TOKENS}
+            features, outputs, extras = self._run_tower(images, with_extras=with_extras, **options)
         if ALL_TOKENS in budgets:
             question = self._read_question(prompt, budgets, features.shape[1])
         return features, outputs, question, budgets, extras
@@ -514,9 +521,13 @@ class LlavaMergeModel(PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTraine
         """
         masks = {name: inputs.pop(name, None) for name in ("question_mask", "answer_mask")}
         prompt, options = self._prompt_of_call(masks, inputs)
+        grid = self.config.patch_grid(pixel_values.shape[-2:])
+        if self.resizes_pictures:
+            budgets = self.budgets(len(pixel_values), num_merged_tokens)
+            self._read_question(prompt, budgets, self.config.num_patches)
+            return self._sources_of_resized(pixel_values, budgets)
         features, _, question, budgets, extras = self._read_images(pixel_values, prompt, num_merged_tokens, options)
         extras = self._with_relevance(extras, features, question)
-        grid = self.config.patch_grid(pixel_values.shape[-2:])
 
         def source_of(*merged_alike) -> tuple[Tensor]:
             return (self.merge_features(*merged_alike, return_source=True).source.float(),)

@@ -28,6 +28,7 @@ from .merging_base import (
     full_precision,
     required_extras,
 )
+from .merging_c_abstractor import CAbstractor  # noqa: F401
 from .merging_cdpruner import CDPruner  # noqa: F401
 from .merging_divprune import DivPrune  # noqa: F401
 from .merging_fastervlm import FasterVLM  # noqa: F401
@@ -35,6 +36,7 @@ from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
 from .merging_gumbel_topk import GumbelTopK  # noqa: F401
 from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
+from .merging_image_resize import ImageResize  # noqa: F401
 from .merging_mmtok import MMTok  # noqa: F401
 from .merging_mqt import MQT  # noqa: F401
 from .merging_none import Identity  # noqa: F401

@@ -14,7 +14,7 @@ N = 36
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 CASES = [
     pytest.param(name, dtype, num_tokens, pad, id=f"{name}-{str(dtype)[6:]}-{num_tokens}-{pad}")
-    for name in METHODS
+    for name in [*METHODS, "image_resize"]
     for dtype in TOLERANCE
     for num_tokens in ((N,) if name == "none" else (1, 9, N))
     for pad in ("left", "right")
@@ -23,7 +23,7 @@ CASES = [
 
 def model_of(name: str, dtype: torch.dtype, num_tokens: int):
     merger_type = name.split("-")[0]
-    fields = {"merger_type": merger_type, "num_heads": 4, "attention_mass": 1.0, **METHODS[name]}
+    fields = {"merger_type": merger_type, "num_heads": 4, "attention_mass": 1.0, **METHODS.get(name, {})}
     fields["num_merged_tokens"] = None if name == "none" else num_tokens
     if fields.get("question_aware") or MERGING_METHODS[merger_type].requires & READ_FOR_QUESTION:
         fields = {**aware(num_tokens), **fields}

@@ -548,6 +548,7 @@ METHODS = [
     {"merger_type": "gumbel_topk_question"},
     {"merger_type": "gumbel_topk_question", "estimator": "soft_topk"},
     {"merger_type": "mqt"},
+    {"merger_type": "c_abstractor"},
     {"merger_type": "tokenpacker"},
     {"merger_type": "quecc"},
     {"merger_type": "fixed_pooling", "feature_layers": [1, 2]},

@@ -413,7 +413,7 @@ class TestBadInput:
             model(**prompts([2], 9), mm_encoder_outputs=encoded)
 
     def test_unknown_merger_type(self):
-        with pytest.raises(ValueError, match="'nonsense' does not exist; choose one of average_pooling, cdpruner"):
+        with pytest.raises(ValueError, match="'nonsense' does not exist; choose one of average_pooling, c_abstractor"):
             tiny_model({"merger_type": "nonsense", "num_heads": 4})
 
     @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from test_mergers import inputs, make
 from torch import nn
 
 from llava_merge import MergerConfig, TokenMerger, merging_quecc
-from llava_merge.merging_grid import blend_weights, cell_weights, slot_geometry, window_weights
+from llava_merge.merging_grid import blend_weights, cell_weights, slot_cells, slot_geometry, window_weights
 from llava_merge.merging_mqt import place_waves
 
 
@@ -118,6 +118,56 @@ def test_quecc_equals_the_reference(name, monkeypatch):
     queries = nn.functional.conv2d(patches, kernel, method.fold.bias, stride=2, groups=32).flatten(2).transpose(1, 2)
     expected = attended_windows(method, queries, batch["extras"].layers)
     torch.testing.assert_close(merger(**batch).merged_features, expected, atol=1e-4, rtol=1e-4)
+
+
+def convolved(blocks, maps: torch.Tensor) -> torch.Tensor:
+    """Blocks of RegNet on maps (I, dim, rows, columns), of torch's convolutions."""
+
+    def norm(maps, layer):
+        return layer(maps.transpose(1, -1)).transpose(1, -1)
+
+    for block in blocks:
+        mixed = nn.functional.conv2d(maps, block.mix[0].weight[:, :, None, None])
+        near = nn.functional.silu(
+            norm(block.neighbours(nn.functional.silu(norm(mixed, block.mix[1]))), block.neighbours_norm)
+        )
+        gates = block.gates(nn.functional.adaptive_avg_pool2d(near, 1).flatten(1))[:, :, None, None]
+        out = nn.functional.conv2d(near * gates, block.output[0].weight[:, :, None, None])
+        maps = nn.functional.silu(maps + norm(out, block.output[1]))
+    return maps
+
+
+@torch.no_grad()
+def test_c_abstractor_equals_the_reference():
+    merger, batch = make("c_abstractor"), inputs(num_patches=24)
+    method = merger.method
+    places = nn.functional.interpolate(method.places.permute(2, 0, 1)[None], size=(4, 6), mode="bilinear")
+    patches = batch["features"].transpose(1, 2).unflatten(2, (4, 6)) + places
+    patches = method.input_proj(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    slots = nn.functional.adaptive_avg_pool2d(convolved(method.patch_blocks, patches), (2, 2))
+    expected = method.output_proj(convolved(method.slot_blocks, slots).flatten(2).transpose(1, 2))
+    output = merger(batch["features"], grid=(4, 6), num_tokens=4, return_source=True)
+    torch.testing.assert_close(output.merged_features, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(output.source[1], window_weights((4, 6), 4))
+
+
+@torch.no_grad()
+def test_c_abstractor_ends_short_rows_as_a_border():
+    """Seven slots are rows of 3, 2 and 2: the cells that are left are zero to their neighbours, and in no mean."""
+    method = make("c_abstractor").method
+    (rows, columns), cells = slot_cells(7, torch.device("cpu"))
+    assert (rows, columns) == (3, 3) and cells.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    maps, is_slot = torch.randn(2, 3, 3, 16), torch.ones(3, 3, 1)
+    is_slot[1:, 2] = 0
+    block, other = method.slot_blocks[0], maps + 100 * (1 - is_slot)
+    found, expected = (block(each, is_slot) * is_slot for each in (other, maps))
+    torch.testing.assert_close(found, expected)
+    means = []
+    block.gates.register_forward_pre_hook(lambda _, args: means.append(args[0].flatten(1)))
+    block(maps, is_slot)
+    near = block.neighbours((block.mix(maps) * is_slot).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    near = nn.functional.silu(block.neighbours_norm(near)).flatten(1, 2)
+    torch.testing.assert_close(means[0], near[:, cells].mean(dim=1))
 
 
 @pytest.mark.parametrize("grid, num_tokens", [((24, 24), 36), ((24, 24), 64), ((6, 9), 7), ((5, 4), 20)])

@@ -115,15 +115,13 @@ class TestPlaces:
         budget = {} if name == "none" else {"num_merged_tokens": 9}
         model = tiny_model({"merger_type": name, **budget, **fields})
         question = torch.randn(3, 5, 64) if fields else None
-        places = model.model.merger(
-            model.get_vision_features(pictures := torch.randn(3, 3, 84, 84)),
-            question,
-            extras=model.model.get_merge_extras(pictures, question=question),
-        ).positions
+        encoded = model.model.encode_images(torch.randn(3, 3, 84, 84), question=question)
+        places = torch.arange(36).expand(3, -1) if name == "none" else encoded.token_places.view(3, 9)
         slots = model.model.merger.method.sits_on_slots
         mask = torch.ones(1, places.shape[1], dtype=torch.bool)
         assert slots <= all(torch.equal(where, place_on_slots(mask, [places.shape[1]], (6, 6))[1]) for where in places)
-        on_slots = ("average_pooling", "fixed_pooling", "mqt", "none", "quecc", "resampler", "tokenpacker")
+        on_slots = {"average_pooling", "c_abstractor", "fixed_pooling", "image_resize", "mqt", "none", "quecc"}
+        on_slots |= {"resampler", "tokenpacker"}
         assert method.sits_on_slots == (name in on_slots)
 
 

@@ -154,12 +154,16 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("tower", "fields"),
-    [("siglip", {}), ("clip", {"vision_feature_layer": [-2, -1]})],
-    ids=["SigLIP", "several layers"],
+    ("tower", "fields", "merger"),
+    [
+        ("siglip", {}, agnostic(9)),
+        ("clip", {"vision_feature_layer": [-2, -1]}, agnostic(9)),
+        ("clip", {}, aware(9, feature_layers=[0, 1])),
+    ],
+    ids=["SigLIP", "several layers", "layers of the merger"],
 )
-def test_other_towers(tower, fields, tmp_path):
-    folder = make_checkpoint(make_base(tmp_path, tower, **fields), tmp_path, agnostic(9), tower, **fields)
+def test_other_towers(tower, fields, merger, tmp_path):
+    folder = make_checkpoint(make_base(tmp_path, tower, **fields), tmp_path, merger, tower, **fields)
     reference, asked = Reference(folder), [case for case in cases() if case[2] is None]
     with serving(folder) as llm:
         assert ask(llm, [reference.request(*case) for case in asked]) == [reference.answer(*case) for case in asked]
