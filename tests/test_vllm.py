@@ -159,8 +159,9 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
         ("siglip", {}, agnostic(9)),
         ("clip", {"vision_feature_layer": [-2, -1]}, agnostic(9)),
         ("clip", {}, aware(9, feature_layers=[0, 1])),
+        ("siglip", {}, {"merger_type": "image_resize", "num_merged_tokens": 9}),
     ],
-    ids=["SigLIP", "several layers", "layers of the merger"],
+    ids=["SigLIP", "several layers", "layers of the merger", "smaller pictures"],
 )
 def test_other_towers(tower, fields, merger, tmp_path):
     folder = make_checkpoint(make_base(tmp_path, tower, **fields), tmp_path, merger, tower, **fields)

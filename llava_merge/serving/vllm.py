@@ -45,6 +45,7 @@ from llava_merge.merge_extras import (
     read_tower,
 )
 from llava_merge.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
+from llava_merge.merging_image_resize import resize_pictures
 from llava_merge.modeling_token_merger import TokenMerger
 from llava_merge.question_turns import Question
 from llava_merge.serving.requests import (
@@ -173,7 +174,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
     """LLaVA with a merger on vLLM: its tower, projector and language model, and the merger of transformers.
 
     Tower and projector are those of transformers where the merger asks for what vLLM's do not tell: attention or keys
-    of the tower, several of its layers, the relevance of patches; and for towers that vLLM does not have. They and the
+    of the tower, several of its layers, the relevance of patches, smaller pictures; and for towers vLLM does not have. They and the
     merger are on every rank of a tensor-parallel group.
 
     Merged tokens keep the positions of their patches by the hooks that vLLM has for M-RoPE, of which the language model
@@ -191,8 +192,9 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         self.config = config = model_config.hf_config
         self.multimodal_config = model_config.multimodal_config
         self.requires = required_extras(config.merger_config)
-        sits_on_slots = find_merging_method(config.merger_config).sits_on_slots
-        self.tells_places = keeps_places(config.merger_config) and not sits_on_slots
+        method = find_merging_method(config.merger_config)
+        self.resizes_pictures = method.resizes_pictures
+        self.tells_places = keeps_places(config.merger_config) and not method.sits_on_slots
         check_servable(config)
         check_positions(config, model_config)
         if self.tells_places:
@@ -219,7 +221,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         """Tower and projector, vLLM's where they do."""
         config = self.config
         layers, kind = config.vision_feature_layer, config.vision_config.model_type
-        self.is_native = kind in NATIVE_TOWERS and isinstance(layers, int) and not self.requires
+        own = self.requires or self.resizes_pictures
+        self.is_native = kind in NATIVE_TOWERS and isinstance(layers, int) and not own
         if not self.is_native:
             dtype = torch.get_default_dtype()
             self.vision_tower = AutoModel.from_config(
@@ -245,6 +248,10 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
+        grid = self.config.patch_grid(self.config.image_shape)
+        if self.resizes_pictures:
+            pixels = images["pixel_values"]
+            return merge_by_budget(self._resize_alike, pixels, None, grid, budgets.flatten().tolist(), None)[0]
         question = None if questions is None else self._embed_questions(questions)
         if self.keeps_features:
             features, extras = self._recall_features(images["pixel_values"], pictures.flatten().tolist()), MergeExtras()
@@ -254,7 +261,6 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         if requires & READ_FOR_QUESTION:
             read = read_for_question(requires, features, question, projector, self.text_tower, self.question_tokenizer)
             extras = replace(extras, **read)
-        grid = self.config.patch_grid(self.config.image_shape)
         tokens, places = merge_by_budget(
             self._merge_alike, features, question, grid, budgets.flatten().tolist(), extras
         )
@@ -271,7 +277,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         if self.is_native:
             return self.vision_tower(pixel_values, feature_select_strategy=strategy), MergeExtras()
         layers, first = config.feature_layers(), 1 if strategy == "default" else 0
-        states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        options = {"interpolate_pos_encoding": True} if self.resizes_pictures else {}
+        states = self.vision_tower(pixel_values, output_hidden_states=True, **options).hidden_states
         extras = read_tower(
             self.vision_tower, states, self.requires, config.merger_layers(), attention_layer_of(layers), first
         )
@@ -300,6 +307,11 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         """Projected tokens (I, M, hidden) and places (I, M) of images with the same budget."""
         merged = self.merger(features, question, budget, grid, extras=extras)
         return self.multi_modal_projector(merged.merged_features.contiguous()), merged.positions
+
+    def _resize_alike(self, pixel_values, question, grid, budget: int, extras) -> tuple[Tensor]:
+        """Projected tokens (I, M, hidden) of images with the same budget, which are resized to it."""
+        features, _ = self._run_tower(resize_pictures(pixel_values, budget, self.config.patch_shape))
+        return (self.multi_modal_projector(features.contiguous()),)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
         """Positions (3, L), and how far text behind the prompt is from where it would be if each token counted as one.
