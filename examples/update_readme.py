@@ -29,6 +29,16 @@ PLACES = {  # fields of a merger's name, and what they mean
     "attention_mass=0": "source, mass 0",
     "position_ids=packed,attention_mass=0": "packed, mass 0",
 }
+RIVALS = {  # mergers of demo_rivals.yaml, and what they are called in the table
+    "fixed_pooling": "`fixed_pooling` (V3)",
+    "fixed_pooling_layers": "`fixed_pooling` (V3), `feature_layers=[1, 2, 3, 4]`",
+    "c_abstractor": "`c_abstractor`",
+    "tokenpacker": "`tokenpacker`",
+    "mqt": "`mqt`",
+    "resampler": "`resampler`",
+    "fixed_pooling_question": "`fixed_pooling` (V3), question-aware",
+    "quecc": "`quecc`, question-aware",
+}
 BUDGETS = ("64", "16", "4")
 LORA_MERGERS = ("question_aware", "agnostic")
 LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
@@ -333,11 +343,11 @@ def overhead_table(reports: list[dict]) -> str:
     head = ["", "1 × 64", "1 × 288", "32 × 64", "32 × 288", "of stock's 32 × 64", "32 × 288"]
     protocol, repeats = reports[0]["protocol"], {report["protocol"]["repeats"] for report in reports}
     parts = ", ".join(f"[{part}](examples/results/merger_overhead_{part}.json)" for part in range(1, len(reports) + 1))
-    stocks = " and ".join(f"{report['results']['stock_prefill']['32']['median']:.0f}" for report in reports)
+    stocks = ", ".join(f"{report['results']['stock_prefill']['32']['median']:.0f}" for report in reports)
     return (
         f"{table(head, [row for _, row in sorted(rows.values())])}\n\nMilliseconds, medians of "
         f"{', '.join(map(str, repeats))} calls, {protocol['dtype']}, {protocol['hardware']}, transformers "
-        f"{protocol['versions']['transformers']}; the stock prefill of 32 took {stocks} ms in the two runs ({parts})."
+        f"{protocol['versions']['transformers']}; the stock prefill of 32 took {stocks} ms in these runs ({parts})."
     )
 
 
@@ -348,8 +358,31 @@ def read_result(name: str) -> dict:
 def read_evaluation(name: str) -> dict:
     """An evaluation, with the methods that were evaluated later, by the same protocol."""
     report, later = read_result(name), read_result(f"{name}_later")
+    resized = read_rivals(name.removeprefix("evaluation_demo"))
     check_same_protocol(report["protocol"], later["protocol"], f"{name}_later.json")
-    return {**report, "results": {**later["results"], **report["results"]}}
+    check_same_protocol(report["protocol"], resized["protocol"], "rivals_3.json")
+    resized = {key: row for key, row in resized["results"].items() if row["merger"] == "image_resize"}
+    return {**report, "results": {**resized, **later["results"], **report["results"]}}
+
+
+def read_rivals(suffix: str) -> dict:
+    """The evaluations of what was trained by demo_rivals.yaml, as one; `suffix` "_hard" for hard scenes."""
+    reports = [read_result(f"rivals_{part}{suffix}") for part in (1, 2, 3)]
+    for report in reports[1:]:
+        check_same_protocol(reports[0]["protocol"], report["protocol"], f"rivals{suffix}")
+    return {**reports[0], "results": {key: row for report in reports for key, row in report["results"].items()}}
+
+
+def rivals_table(simple: dict, hard: dict) -> str:
+    """Scores in % after the same training."""
+    rows = [
+        [
+            shown,
+            *(percent(report["results"][f"rivals/{name}@{budget}"]) for report in (simple, hard) for budget in BUDGETS),
+        ]
+        for name, shown in RIVALS.items()
+    ]
+    return table(["", *(f"{kind}, {budget}" for kind in ("simple", "hard") for budget in BUDGETS)], rows)
 
 
 def updated(text: str) -> str:
@@ -366,6 +399,7 @@ def updated(text: str) -> str:
         "mergers": mergers_table(),
         "first numbers": first_numbers(simple, hard),
         "accuracy of mergers": accuracy,
+        "rivals": rivals_table(*map(read_rivals, ("", "_hard"))),
         "accuracy with LoRA": lora_table(lora),
         "flips": flips_sentence(flips),
         "accuracy by positions": placed,
@@ -374,7 +408,7 @@ def updated(text: str) -> str:
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
-        "overhead": overhead_table([read_result(f"merger_overhead_{part}") for part in (1, 2)]),
+        "overhead": overhead_table([read_result(f"merger_overhead_{part}") for part in (1, 2, 3)]),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "loading": loading_sentence(read_result("loading")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),

@@ -20,7 +20,7 @@ from llava_merge import (
     Question,
     register_merging_method,
 )
-from llava_merge.merge_extras import find_layer, mean_attention, projected_word_relevance
+from llava_merge.merge_extras import find_layer, mean_attention, projected_relevance, projected_word_relevance
 
 
 pytestmark = pytest.mark.core
@@ -253,6 +253,15 @@ def test_attention_in_half_precision_is_summed_in_float32():
         assert torch.equal(mean_attention(queries, keys, 4), attention)
 
 
+def full_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight of bitsandbytes' layers in float32."""
+    if weight.dtype == torch.int8:
+        return weight.data.float() * weight.SCB[:, None] / 127
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
 class TestRelevance:
     def model(self):
         return tiny_model({**aware(M), "merger_type": "cdpruner"})
@@ -293,12 +302,16 @@ class TestRelevance:
             tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True}), device_map={"": "cpu"}
         )
         assert "bitsandbytes" in type(quantised.model.multi_modal_projector.linear_1).__module__
+        pictures, question = pixels(2).to(quantised.dtype), words.to(quantised.dtype)
+        projector = model.model.multi_modal_projector
+        for name in ("linear_1", "linear_2"):
+            weight = full_weight(getattr(quantised.model.multi_modal_projector, name).weight)
+            getattr(projector, name).weight.data = weight
         with torch.inference_mode():
-            relevance = quantised.model.get_merge_extras(
-                pixels(2).to(quantised.dtype), question=words.to(quantised.dtype)
-            ).relevance
-        expected = self.relevance(model, words)
-        assert torch.corrcoef(torch.stack((relevance.flatten(), expected.flatten())))[0, 1] > 0.9
+            relevance = quantised.model.get_merge_extras(pictures, question=question).relevance
+            features = quantised.get_vision_features(pictures).float()
+        expected = projected_relevance(features, Question.of_each_image(words), projector)
+        assert torch.corrcoef(torch.stack((relevance.flatten(), expected.flatten())))[0, 1] > 0.99
 
     def test_forward_and_generate_take_the_question_from_the_prompt(self):
         model, seen = self.model(), []

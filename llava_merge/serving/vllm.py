@@ -174,8 +174,8 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
     """LLaVA with a merger on vLLM: its tower, projector and language model, and the merger of transformers.
 
     Tower and projector are those of transformers where the merger asks for what vLLM's do not tell: attention or keys
-    of the tower, several of its layers, the relevance of patches, smaller pictures; and for towers vLLM does not have. They and the
-    merger are on every rank of a tensor-parallel group.
+    of the tower, several of its layers, smaller pictures, the relevance of patches; and for towers that vLLM does not
+    have. They and the merger are on every rank of a tensor-parallel group.
 
     Merged tokens keep the positions of their patches by the hooks that vLLM has for M-RoPE, of which the language model
     gets the first row. Where positions depend on the picture, they come with the embeddings, as columns behind them.
