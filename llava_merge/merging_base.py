@@ -207,8 +207,11 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
 
 
 def required_extras(config: MergerConfig) -> frozenset[str]:
-    """What the model has to put into the [`MergeContext`]: what the method requires, and layers that are named."""
-    requires = find_merging_method(config).requires
+    """What the model has to put into the [`MergeContext`]: what the method requires, and layers that are named.
+
+    Of a configuration that [`find_merging_method`] has checked.
+    """
+    requires = MERGING_METHODS[config.merger_type].requires
     return requires | {"layers"} if config.feature_layers else requires
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .merge_extras import HAS_CLS, merge_by_budget
-from .merging_base import find_merging_method
+from .merging_base import MERGING_METHODS
 from .merging_grid import slot_geometry
 from .merging_image_resize import resize_pictures
 from .placeholders import ALL_TOKENS, tokens_of_budget
@@ -19,7 +19,7 @@ class ResizesPictures:
     @property
     def resizes_pictures(self) -> bool:
         """Whether it does, except for images that keep all their tokens."""
-        return find_merging_method(self.config.merger_config).resizes_pictures
+        return MERGING_METHODS[self.config.merger_config.merger_type].resizes_pictures
 
     def _encode_resized(self, pixel_values: Tensor, budgets: list[int | str], options: dict) -> EncodedImages:
         """What `encode_images` returns: pictures of one budget go through the tower together.
