@@ -111,6 +111,9 @@ class TowerFeatures:
 
 def merge_by_budget(merge, features, question, grid, budgets: list[int | str], extras) -> list[list[Tensor]]:
     """What `merge` returns for images of one budget, as lists with one tensor (M, ...) for each image."""
+    if len(set(budgets)) == 1:  # without an index, which would have to wait for the device
+        extras = None if budgets[0] == ALL_TOKENS else extras
+        return [list(tensors) for tensors in merge(features, question, grid, budgets[0], extras)]
     of_image = {}
     for budget in dict.fromkeys(budgets):
         images = [image for image, asked in enumerate(budgets) if asked == budget]

@@ -95,6 +95,16 @@ def test_generate_forward_and_images_that_are_encoded_before_agree():
     assert not torch.allclose(logits, other, atol=1e-3)
 
 
+@torch.no_grad()
+def test_an_output_of_the_tower_for_the_whole_picture_is_not_used():
+    """As an evaluation gives it to all methods alike."""
+    model, batch = resizing(), prompts([1], 9)
+    whole = model.model.vision_tower(pixels(1), output_hidden_states=True)
+    prompt = model.model.read_prompt(batch["input_ids"], None, attention_mask=batch["attention_mask"])
+    encoded = model.model.encode_images_of_prompt(pixels(1), prompt, 9, tower_outputs=whole)
+    assert torch.equal(encoded.pooler_output[0], model.model.encode_images(pixels(1)).pooler_output[0])
+
+
 def test_the_projector_trains():
     model = resizing().train().requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
