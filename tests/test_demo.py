@@ -281,7 +281,7 @@ class TestCommand:
             (("--model", "{}"), "no file named"),
             (("--merger", "/nowhere/at/all"), "/nowhere/at/all"),
             (("--merger", str(MODEL_DIR)), "not of a merger"),
-            (("--merger", "visionzp"), "merger 'visionzp' is neither a method (average_pooling, c_abstractor, cdpruner"),
+            (("--merger", "visionzp"), "merger 'visionzp' is neither a method (average_pooling, c_abstractor"),
             (("--attention-mass", "2"), "attention_mass=2.0: has to be a number from 0"),
             (
                 ("--output", "/nowhere/at/all/out.png", "--question", "What color is the star?"),
