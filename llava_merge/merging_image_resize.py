@@ -9,6 +9,11 @@ from .merging_base import MergeContext, MergeOutput, MergingMethod, register_mer
 from .merging_grid import slots_per_row
 
 
+def makes_picture(num_tokens: int) -> bool:
+    """Whether M = `num_tokens` patches lie in rows of equal length."""
+    return len({*slots_per_row(num_tokens)}) == 1
+
+
 def grid_of_budget(num_tokens: int) -> tuple[int, int]:
     """Rows and columns of patches of a picture of M = `num_tokens` patches, as square as it can be.
 
@@ -16,7 +21,7 @@ def grid_of_budget(num_tokens: int) -> tuple[int, int]:
         ValueError: M makes no rows of equal length.
     """
     lengths = slots_per_row(num_tokens)
-    if min(lengths) != max(lengths):
+    if not makes_picture(num_tokens):
         fewer, more = len(lengths) * min(lengths), len(lengths) * max(lengths)
         raise ValueError(
             f"num_merged_tokens={num_tokens}: image_resize needs rows of patches of equal length, which {num_tokens} "

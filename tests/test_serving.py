@@ -47,6 +47,14 @@ class TestBudgets:
         with pytest.raises(ValueError, match="is served with whole numbers from 1 to 36"):
             check_budget(config(), asked)
 
+    def test_pictures_that_are_resized_have_rows_of_equal_length(self):
+        resizing = tiny_model({"merger_type": "image_resize", "num_merged_tokens": 9}).config
+        assert served_budgets(resizing)[-6:] == [25, 28, 30, 32, 35, 36] and check_budget(resizing, 30) == 30
+        with pytest.raises(ValueError, match="num_merged_tokens=31: image_resize .* Choose 30 or 36"):
+            check_budget(resizing, 31)
+        with pytest.raises(ValueError, match="num_merged_tokens=42: this checkpoint is served with"):
+            check_budget(resizing, 42)
+
     def test_those_listed_are_named(self):
         with pytest.raises(ValueError, match="num_merged_tokens=5: this checkpoint is served with 4, 9, 16"):
             check_budget(config(trained_num_tokens=[16, 4]), 5)

@@ -5,6 +5,8 @@ import torch
 
 from llava_merge import LlavaMergeConfig
 from llava_merge.configuration_llava_merge import keeps_places
+from llava_merge.merging_base import find_merging_method
+from llava_merge.merging_image_resize import grid_of_budget, makes_picture
 from llava_merge.placeholders import is_whole_number
 from llava_merge.prompt_reading import turn_marks_of
 from llava_merge.question_turns import split_turns
@@ -37,18 +39,26 @@ def served_budgets(config: LlavaMergeConfig) -> list[int]:
         return [config.num_patches]
     if merger_config.trained_num_tokens:
         return sorted({merger_config.num_merged_tokens, *merger_config.trained_num_tokens})
-    return list(range(1, config.num_patches + 1))
+    budgets = range(1, config.num_patches + 1)
+    return [number for number in budgets if not resizes_pictures(config) or makes_picture(number)]
+
+
+def resizes_pictures(config: LlavaMergeConfig) -> bool:
+    """Whether the tower sees pictures of M patches, so that M has to be rows × columns."""
+    return find_merging_method(config.merger_config).resizes_pictures
 
 
 def check_budget(config: LlavaMergeConfig, asked: object = None) -> int:
     """Tokens per image of a request that asks for `asked`; the checkpoint's where that is None.
 
     Raises:
-        ValueError: It is not among the [`served_budgets`].
+        ValueError: It is not among the [`served_budgets`]; where pictures are resized, the nearest are named.
     """
     served = served_budgets(config)
     if asked is None:
         return config.merger_config.num_tokens(config.num_patches)
+    if is_whole_number(asked) and asked <= config.num_patches and resizes_pictures(config):
+        grid_of_budget(asked)
     if not is_whole_number(asked) or asked not in served:
         listed = ", ".join(map(str, served)) if len(served) < 20 else f"whole numbers from {served[0]} to {served[-1]}"
         raise ValueError(f"num_merged_tokens={asked!r}: this checkpoint is served with {listed}. Ask for one of them.")
