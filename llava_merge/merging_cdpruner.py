@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, gather_patches, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, in_raster_order, keep_patches
 
 
 def cdpruner(features: Tensor, relevance: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
     """Keeps M = `num_tokens` patches (I, N, dim) that are unlike each other and of high `relevance` (I, N)."""
     picks = conditional_dpp_picks(features, relevance, num_tokens)
-    return keep_patches(features, picks.sort(dim=1).values, return_source)
+    return keep_patches(features, in_raster_order(picks, features.shape[1]), return_source)
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, gather_patches, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, in_raster_order, keep_patches
 
 
 def divprune(features: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
     """Keeps M = `num_tokens` of the patches (I, N, dim) so that the least distance between two of them is large."""
-    return keep_patches(features, max_min_picks(features, num_tokens).sort(dim=1).values, return_source)
+    picks = in_raster_order(max_min_picks(features, num_tokens), features.shape[1])
+    return keep_patches(features, picks, return_source)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, gather_patches, keep_patches
+from .merging_selection import cosine_similarity, gather_patches, in_raster_order, keep_patches
 
 
 WORD_TEMPERATURE, PATCH_TEMPERATURE, PATCH_WEIGHT = 0.02, 0.2, 0.5
@@ -14,7 +14,7 @@ WORD_TEMPERATURE, PATCH_TEMPERATURE, PATCH_WEIGHT = 0.02, 0.2, 0.5
 def mmtok(features: Tensor, word_relevance: Tensor, num_tokens: int, return_source: bool = False) -> MergeOutput:
     """Keeps M = `num_tokens` patches of (I, N, dim) that cover all of [`coverage_of_patches`]."""
     picks = coverage_picks(coverage_of_patches(features, word_relevance), num_tokens)
-    return keep_patches(features, picks.sort(dim=1).values, return_source)
+    return keep_patches(features, in_raster_order(picks, features.shape[1]), return_source)
 
 
 def coverage_of_patches(features: Tensor, word_relevance: Tensor) -> Tensor:

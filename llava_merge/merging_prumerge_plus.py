@@ -8,7 +8,9 @@ from .merging_base import MergeContext, MergeOutput, MergingMethod, register_mer
 from .merging_selection import (
     cosine_similarity,
     gather_patches,
+    in_raster_order,
     keep_patches,
+    largest,
     nearest_members,
     one_hot,
     other_patches,
@@ -45,13 +47,11 @@ def prumerge_plus(
         return keep_patches(features, top_patches(cls_attention, num_patches), return_source)
     important = top_patches(cls_attention, num_important)
     spread = evenly_spread(other_patches(important, num_patches), num_tokens - num_important)
-    indices = torch.cat((important, spread), dim=1).sort(dim=1).values
+    indices = in_raster_order(torch.cat((important, spread), dim=1), num_patches)
     own = one_hot(indices, num_patches)  # (I, M, N)
     similarity = cosine_similarity(gather_patches(keys, indices), keys).masked_fill(own.bool(), -torch.inf)
     num_neighbours = min(num_patches - 1, max(1, round(num_patches * NEIGHBOURS)))
-    nearest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :, :num_neighbours]
-    is_near = torch.zeros_like(own).scatter(-1, nearest, 1.0)
-    weights = own + is_near * cls_attention.float()[:, None]
+    weights = own + largest(similarity, num_neighbours) * cls_attention.float()[:, None]
     merged, source = weighted_mean(features, weights, as_sum=faithful)
     sizes = nearest_members(keys, indices).sum(dim=-1)
     return MergeOutput(merged, source if return_source else None, indices, sizes)

@@ -13,14 +13,41 @@ from .merging_base import MergeOutput
 
 def top_patches(scores: Tensor, num_tokens: int) -> Tensor:
     """The M patches with the highest `scores` (I, N), the earlier of equal ones: (I, M)."""
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :num_tokens]
-    return best.sort(dim=1).values
+    return places_of(largest(scores, num_tokens), num_tokens)
 
 
 def other_patches(chosen: Tensor, num_patches: int) -> Tensor:
     """The patches that are not among the `chosen` (I, n), each of them once there: (I, N - n)."""
-    is_chosen = torch.zeros(len(chosen), num_patches, dtype=torch.long, device=chosen.device).scatter(1, chosen, 1)
-    return is_chosen.argsort(dim=1, stable=True)[:, : num_patches - chosen.shape[1]]
+    return places_of(~are_among(chosen, num_patches), num_patches - chosen.shape[1])
+
+
+def in_raster_order(indices: Tensor, num_patches: int) -> Tensor:
+    """The `indices` (I, M), of which no two are equal, from the least to the greatest."""
+    return places_of(are_among(indices, num_patches), indices.shape[1])
+
+
+def are_among(indices: Tensor, num_patches: int) -> Tensor:
+    """Whether each patch is one of the `indices` (I, M): (I, N) bool."""
+    return torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Whether each of `scores` (..., N) is one of the `count` largest of its row, of equal ones the earlier: bool.
+
+    Without a sort, which takes inductor a minute of compilation for each size.
+    """
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, ties = scores > least, scores == least
+    return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+
+
+def places_of(mask: Tensor, count: int) -> Tensor:
+    """Where `mask` (I, N) is True, which is `count` times in each row, in order: (I, count) int64."""
+    numbers = torch.arange(1, count + 1, device=mask.device).repeat(len(mask), 1)
+    places = torch.searchsorted(mask.cumsum(dim=1), numbers)
+    return places.clamp(max=mask.shape[1] - 1)  # scores of NaN are no reason to read what is no patch
 
 
 def one_hot(indices: Tensor, size: int) -> Tensor:

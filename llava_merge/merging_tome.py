@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import members
+from .merging_selection import largest, members
 
 
 def tome(features: Tensor, grid: tuple[int, int], num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -26,8 +26,9 @@ def tome(features: Tensor, grid: tuple[int, int], num_tokens: int, return_source
         merged = shares @ features.float() / shares.sum(dim=-1, keepdim=True)
     if shares is None:
         shares = torch.eye(num_left, device=features.device).expand(len(features), -1, -1)
-    places, order = mean_places(shares, grid).sort(dim=1, stable=True)
-    order = order[:, :, None]
+    places = mean_places(shares, grid)
+    order = order_of(places)
+    places, order = places.gather(1, order), order[:, :, None]
     shares = shares.take_along_dim(order, dim=1)
     sizes = shares.sum(dim=-1)
     source = shares / sizes[:, :, None] if return_source else None
@@ -39,10 +40,20 @@ def match(tokens: Tensor, num_merged: int) -> Tensor:
     metric = normalize(tokens, dim=-1)
     num_images, count = tokens.shape[:2]
     similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)).max(dim=-1)  # (I, first side)
-    leaving = similarity.argsort(dim=1, descending=True, stable=True)[:, :num_merged]
-    stays = torch.ones(num_images, count, dtype=torch.long, device=tokens.device).scatter(1, 2 * leaving, 0)
+    leaves = largest(similarity, num_merged)
+    stays = torch.ones(num_images, count, dtype=torch.bool, device=tokens.device)
+    stays[:, ::2] = ~leaves
     number = stays.cumsum(dim=1) - 1
-    return number.scatter(1, 2 * leaving, number.gather(1, 2 * partner.gather(1, leaving) + 1))
+    number[:, ::2] = number[:, 1::2].gather(1, partner).where(leaves, number[:, ::2])
+    return number
+
+
+def order_of(places: Tensor) -> Tensor:
+    """(I, M) int64, the order in which a stable sort would put `places` (I, M); compares each with each."""
+    numbers = torch.arange(places.shape[1], device=places.device)
+    keys = places * len(numbers) + numbers  # no two are equal
+    rank = (keys[:, None] < keys[:, :, None]).sum(dim=2)
+    return torch.empty_like(rank).scatter(1, rank, numbers.expand_as(rank))
 
 
 def mean_places(shares: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import keep_patches, nearest_members, one_hot, other_patches, top_patches, weighted_mean
+from .merging_selection import (
+    in_raster_order,
+    keep_patches,
+    nearest_members,
+    one_hot,
+    other_patches,
+    top_patches,
+    weighted_mean,
+)
 
 
 DOMINANT_RATIO = 54 / 64  # of the released settings
@@ -46,7 +54,9 @@ def visionzip(
     assigned = assigned.scatter(2, dominant[:, None].expand(-1, num_merged, -1), 0.0)
     count = assigned.sum(dim=-1, keepdim=True)
 
-    anchors, order = torch.cat((dominant, targets), dim=1).sort(dim=1)
+    kept = torch.cat((dominant, targets), dim=1)
+    anchors = in_raster_order(kept, num_patches)
+    order = (anchors[:, :, None] == kept[:, None]).long().argmax(dim=2)  # where each of them is in `kept`
     mean_of_assigned = assigned / count.clamp(min=1)
     weights = torch.cat((one_hot(dominant, num_patches), own + mean_of_assigned), dim=1)
     weights = weights.take_along_dim(order[:, :, None], dim=1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_merge import (
     MERGING_METHODS,
@@ -85,6 +86,18 @@ def make(name: str, trained: bool = True, **fields) -> TokenMerger:
         for parameter in merger.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return merger
+
+
+class Operators(TorchDispatchMode):
+    """Names of what is called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def inputs(num_images: int = 3, num_patches: int = 36, dtype=torch.float32) -> dict:
@@ -216,6 +229,15 @@ def test_permuting_the_batch_permutes_the_result(name):
 def test_training_and_inference_are_the_same(name):
     merger = make(name)
     assert torch.equal(merger.train()(**inputs()).merged_features, merger.eval()(**inputs()).merged_features)
+
+
+@ALL
+def test_nothing_is_sorted(name):
+    """Inductor makes a network of comparisons of a sort, and compiles minutes for one of 576 on a GPU."""
+    merger, given = make(name), inputs()
+    with Operators() as called:
+        merger(**given, return_source=True)
+    assert called.names and not called.names & {"sort", "argsort", "msort"}
 
 
 @ALL

@@ -12,7 +12,14 @@ from llava_merge.merging_fastervlm import fastervlm
 from llava_merge.merging_mmtok import coverage_of_patches, coverage_picks, mmtok
 from llava_merge.merging_prumerge_plus import evenly_spread, prumerge_plus
 from llava_merge.merging_random import random_tokens
-from llava_merge.merging_selection import cosine_similarity, merge_into_nearest, other_patches, top_patches
+from llava_merge.merging_selection import (
+    cosine_similarity,
+    in_raster_order,
+    largest,
+    merge_into_nearest,
+    other_patches,
+    top_patches,
+)
 from llava_merge.merging_strided import strided_tokens
 from llava_merge.merging_tome import tome
 from llava_merge.merging_visionzip import visionzip
@@ -113,6 +120,20 @@ class TestShared:
         scores = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
         assert top_patches(scores, 2).tolist() == [[1, 2], [0, 1]]
         assert other_patches(torch.tensor([[4, 1], [0, 2]]), 5).tolist() == [[0, 2, 3], [1, 3, 4]]
+        assert in_raster_order(torch.tensor([[4, 1], [0, 2]]), 5).tolist() == [[1, 4], [0, 2]]
+
+    @pytest.mark.parametrize("count", [0, 1, 4, 19, 20])
+    def test_the_largest_are_those_of_a_stable_sort(self, count):
+        scores = torch.randint(-4, 5, (3, 6, 20), generator=torch.Generator().manual_seed(count)).float()
+        scores[scores == 4], scores[scores == 0] = torch.inf, -0.0
+        best = scores.argsort(dim=-1, descending=True, stable=True)[:, :, :count]
+        for given in (scores, (scores.nan_to_num(posinf=9) * 5).long()):
+            expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+            assert torch.equal(largest(given, count), expected)
+
+    def test_scores_that_are_no_numbers_choose_patches_all_the_same(self):
+        chosen = top_patches(torch.full((2, 5), torch.nan), 3)
+        assert chosen.shape == (2, 3) and chosen.min() >= 0 and chosen.max() < 5
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_similarity_is_float32_and_finite(self, dtype):
