@@ -6,8 +6,8 @@ python examples/benchmark_mergers.py --model 0.2b --batch-sizes 1 --dtype float3
 
 All of a method counts, also what it asks of the tower (attention, keys) and how it reads the question. "eager" is as
 `model.generate` calls it, "recorded" the same kernels as one CUDA graph, as with `compile_for_inference(backend=None)`,
-and "compiled" a graph of what inductor made of them. Methods that pick one token after the other (GREEDY) are not
-compiled, since that takes minutes for each M. Random weights and pictures: the time does not depend on their values.
+and "compiled" a graph of what inductor made of them. Methods that pick in many steps (`chooses_in_steps`) are
+not compiled, since that takes minutes for each M. Random weights and pictures: they change no time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_merge import LlavaMergeForConditionalGeneration, Question, list_mergers
+from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, Question, list_mergers
 from llava_merge.benchmark.models import make_inputs, make_model
 from llava_merge.benchmark.timing import Stopwatch
 from llava_merge.evaluation.protocol import describe_machine
@@ -31,7 +31,6 @@ from llava_merge.files import write_whole
 from llava_merge.inference_graphs import Recorded, for_graphs
 
 
-GREEDY = ("divprune", "cdpruner", "mmtok")
 AWARE = "fixed_pooling:question_aware"
 TEXT_TOKENS, QUESTION_TOKENS = 64, 32
 
@@ -75,7 +74,7 @@ def ways_of(merge: Callable, inputs: dict, name: str, device: torch.device, comp
     ways = {"eager": lambda: merge(**inputs)}
     if device.type == "cuda":
         ways["recorded"] = Recorded(merge, inputs, torch.cuda.graph_pool_handle())
-        if compiles and name not in GREEDY:
+        if compiles and not MERGING_METHODS[name.partition(":")[0]].chooses_in_steps:
             torch.compiler.reset()
             compiled = torch.compile(merge, fullgraph=True, dynamic=False)
             ways["compiled"] = Recorded(compiled, inputs, torch.cuda.graph_pool_handle())

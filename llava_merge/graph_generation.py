@@ -104,7 +104,8 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             images_per_prompt: Images of a call by its prompts; 0 for text alone.
             num_merged_tokens: Budgets, default the config's.
             max_new_tokens: Of the longest answer.
-            backend: Of `torch.compile`; None records the kernels as they are, in seconds, and gains a little less.
+            backend: Of `torch.compile`; None records the kernels as they are, in seconds, and gains a little less. So
+                are tower and merger in any case where the method picks patches in many steps (`chooses_in_steps`).
 
         Raises:
             ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training

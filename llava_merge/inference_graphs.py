@@ -7,7 +7,7 @@ device: where the padding ends, where its images are, how far it has come.
 
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,6 +17,9 @@ from transformers import Cache, StaticLayer
 from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
+from .joint_projections import joint_projections
+from .merge_extras import attention_layer_of, find_layer
+from .merging_base import MERGING_METHODS
 from .placeholders import ALL_TOKENS, tokens_of_budget
 from .question_turns import Prompt, Question
 from .token_layout import TokenLayout, biased_causal_mask, packed_positions
@@ -151,8 +154,9 @@ class InferenceGraphs:
         self.model, self.shapes = model, shapes
         self.window = sliding_window_of(model.config.text_config)
         options = {"fullgraph": True, "dynamic": False, "backend": backend, "disable": backend is None}
+        in_steps = MERGING_METHODS[model.config.merger_config.merger_type].chooses_in_steps
         self._read_question = torch.compile(self._question_of, **options)
-        self._encode = torch.compile(self._tokens_of_images, **options)
+        self._encode = torch.compile(self._tokens_of_images, **{**options, "disable": backend is None or in_steps})
         self._prefill = torch.compile(self._logits_of_prompt, **options)
         self._decode = torch.compile(self._logits_of_token, **options)
         self.slots: dict[int, Slot] = {}
@@ -168,9 +172,11 @@ class InferenceGraphs:
         like, capacity = self.model.lm_head.weight, max(self.shapes.prompt_lengths) + self.shapes.max_new_tokens
         prefills = self.shapes.prefills(self.model.config.num_patches)
         pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
+        joined = self.joint_projections() if like.is_cuda else nullcontext()
         limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
         with (
             for_graphs(),
+            joined,
             # by the names of torch before 2.7, which later ones know too
             torch._dynamo.config.patch(cache_size_limit=limit, accumulated_cache_size_limit=8 * limit),
             logging.tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
@@ -184,6 +190,20 @@ class InferenceGraphs:
             for shape in prefills:
                 self.prefills[shape] = Recorded(self._run_prefill, self._inputs_of(shape), pool)
                 bar.update()
+
+    @contextmanager
+    def joint_projections(self):
+        """[`joint_projections`] of tower and language model; graphs that are recorded inside need it no longer."""
+        headless, apart = self.model.model, []
+        if headless.required_extras & {"cls_attention", "keys"}:
+            layer = find_layer(headless.vision_tower, attention_layer_of(self.model.config.feature_layers()))
+            apart = [layer.self_attn]  # whose projections are read one by one
+        with (
+            joint_projections(headless.vision_tower, apart),
+            joint_projections(headless.language_model),
+        ):
+            torch.cuda.empty_cache()  # graphs cannot use the room of the weights that were moved
+            yield
 
     def _inputs_of(self, shape: PrefillShape) -> dict:
         """Buffers that a prefill of this shape reads, with a prompt that has its images."""

@@ -112,6 +112,7 @@ class MergingMethod(nn.Module):
         training_free: Whether it has no parameters.
         sits_on_slots: Whether it always leaves `MergeOutput.positions` out, so that they are known without the picture.
         resizes_pictures: Whether it makes no tokens of features, but pictures of which the tower makes M.
+        chooses_in_steps: Whether it picks patches in many small steps, which torch.compile would take minutes for.
         requires: What it cannot do without, of `"cls_attention"`, `"keys"`, `"layers"`, `"relevance"` and
             `"word_relevance"`: the model then puts it into the [`MergeContext`]. Which layers is said by
             `MergerConfig.feature_layers`; a method that can do without has it among its `options` only.
@@ -129,6 +130,7 @@ class MergingMethod(nn.Module):
     training_free = False
     sits_on_slots = False
     resizes_pictures = False
+    chooses_in_steps = False
     requires: frozenset[str] = frozenset()
     options: tuple[str, ...] = ()
     paper = ""

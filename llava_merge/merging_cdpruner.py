@@ -52,6 +52,7 @@ class CDPruner(MergingMethod):
 
     needs_grid = False
     training_free = True
+    chooses_in_steps = True
     uses_question = True
     requires = frozenset({"relevance"})
     options = ("text_tower",)

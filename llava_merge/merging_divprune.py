@@ -41,6 +41,7 @@ class DivPrune(MergingMethod):
 
     needs_grid = False
     training_free = True
+    chooses_in_steps = True
     paper = "DivPrune, 2503.02175"
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:

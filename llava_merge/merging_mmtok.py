@@ -63,6 +63,7 @@ class MMTok(MergingMethod):
 
     needs_grid = False
     training_free = True
+    chooses_in_steps = True
     uses_question = True
     requires = frozenset({"word_relevance"})
     options = ("text_tower",)

@@ -70,6 +70,7 @@ class VisPruner(MergingMethod):
 
     needs_grid = False
     training_free = True
+    chooses_in_steps = True
     requires = frozenset({"cls_attention"})
     options = ("important_ratio",)
     paper = "VisPruner, 2412.01818"

@@ -27,6 +27,7 @@ from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
+from .joint_projections import joint_projections  # noqa: F401
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import (
     MergeExtras,

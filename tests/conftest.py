@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 
@@ -14,6 +15,7 @@ import torch
 from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -107,6 +109,18 @@ def tiny_model(merger_config: dict, tower: str = "clip", train_merger: bool = Fa
     if train_merger:
         scale_up(model.model.merger, merger=True)
     return model
+
+
+class Operators(TorchDispatchMode):
+    """How often each operator of torch is called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def aware(num_merged_tokens: int = 9, **fields) -> dict:

@@ -5,13 +5,14 @@ import threading
 
 import pytest
 import torch
-from conftest import agnostic, aware, pixels, prompts, tiny_model
+from conftest import Operators, agnostic, aware, pixels, prompts, tiny_model
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from llava_merge import LlavaMergeForConditionalGeneration
 from llava_merge.inference_graphs import PrefillShape
+from llava_merge.joint_projections import PartOfJoint, joint_projections, lie_side_by_side
 
 
 NUM_TOKENS = 9
@@ -76,6 +77,18 @@ def test_nothing_is_compiled_again_for_another_prompt(name, monkeypatch):
         batch = inputs(counts, text)
         assert torch.equal(model.generate(**batch), plain(model, batch)), (counts, text)
     assert len(seen) == 5 and counter.frame_count == num_graphs
+
+
+def test_picks_in_many_steps_are_not_compiled():
+    counts = {}
+    for name in ("tome", "divprune"):
+        torch._dynamo.reset()
+        model, counter = tiny_model({"merger_type": name, "num_merged_tokens": NUM_TOKENS}), CompileCounter()
+        model.compile_for_inference(prompt_lengths=[24], max_new_tokens=8, backend=counter)
+        counts[name] = counter.frame_count
+        batch = inputs([1], 6)
+        assert torch.equal(model.generate(**batch), plain(model, batch))
+    assert counts["divprune"] == counts["tome"] - 1
 
 
 @pytest.mark.core
@@ -294,3 +307,62 @@ def test_models_that_cannot_be_compiled_are_refused():
     model.model.merger.to("meta")
     with pytest.raises(ValueError, match="one device"):
         model.compile_for_inference(backend=None)
+
+
+class TestJointProjections:
+    """Queries, keys and values from one matmul, as graphs of a GPU have them."""
+
+    @pytest.mark.parametrize("name", ["aware, mass, source", "visionzip"])
+    def test_the_logits_stay_and_the_layers_come_back(self, name):
+        model, batch = merging(name), inputs([1, 2], 6)
+        del batch["max_new_tokens"], batch["min_new_tokens"], batch["do_sample"]
+        layers = {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+        expected = model(**batch).logits
+        model.compile_for_inference(prompt_lengths=[24], max_new_tokens=4, backend=None)
+        for _ in range(2):  # the second time, the weights lie side by side already
+            with model.inference_graphs.joint_projections():
+                joint = [module.joint for module in model.modules() if isinstance(module, PartOfJoint)]
+                torch.testing.assert_close(model(**batch).logits, expected)
+            assert len({*joint}) == (3 if name == "visionzip" else 4) and not any(part.parts for part in joint)
+        assert layers == {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+        assert torch.equal(model(**batch).logits, expected)
+
+    def test_one_matmul_for_three_and_one_graph(self):
+        """Nor does torch.compile break the graph or come back for another call."""
+        model, counter = tiny_model(agnostic()).model.language_model, CompileCounter()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        call = {"inputs_embeds": torch.randn(1, 5, model.config.hidden_size), "use_cache": False}
+        with torch.no_grad():
+            with Operators() as apart:
+                expected = model(**call).last_hidden_state
+            with joint_projections(model):
+                with Operators() as joint:
+                    torch.testing.assert_close(model(**call).last_hidden_state, expected)
+                for _ in range(3):
+                    torch.testing.assert_close(compiled(**call).last_hidden_state, expected)
+        assert joint.counts["mm"] == apart.counts["mm"] - 2 * 2 and counter.frame_count == 1
+
+    def test_weights_are_saved_as_before(self, tmp_path):
+        model = tiny_model(agnostic())
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with joint_projections(model.model.language_model):
+            pass
+        attention = model.model.language_model.layers[0].self_attn
+        assert lie_side_by_side([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        model.save_pretrained(tmp_path)
+        after = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        attention.k_proj.weight.data.fill_(1.0)  # and is its own part alone
+        assert not (attention.q_proj.weight == 1).any() and not (attention.v_proj.weight == 1).any()
+
+    def test_layers_of_another_kind_are_left_alone(self):
+        model = tiny_model(agnostic())
+        attentions = [layer.self_attn for layer in model.model.language_model.layers]
+        handle = attentions[0].k_proj.register_forward_hook(lambda *_: None)
+        attentions[1].v_proj = torch.nn.Sequential(attentions[1].v_proj)
+        with joint_projections(model.model.language_model):
+            assert not any(isinstance(module, PartOfJoint) for module in model.modules())
+        handle.remove()
+        with joint_projections(model.model.language_model, apart=[attentions[0]]):
+            assert not any(isinstance(module, PartOfJoint) for module in model.modules())

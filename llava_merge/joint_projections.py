@@ -1,0 +1,99 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Queries, keys and values of each attention from one matmul, while kernels are recorded.
+
+Three small matmuls leave parts of a GPU idle that one of their size fills.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class JointLinear:
+    """Linear layers of the same input as one. Their weights become views of one tensor, so that none is there twice.
+
+    Args:
+        layers: (out, in) each, all with a bias or none.
+    """
+
+    def __init__(self, layers: list[nn.Linear]):
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = side_by_side([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else side_by_side([layer.bias for layer in layers])
+        self.features: Tensor | None = None  # what the parts that are not asked for yet were made of
+        self.parts: tuple[Tensor, ...] = ()
+
+    def part(self, number: int, features: Tensor) -> Tensor:
+        """Output of layer `number` for `features` (..., in); the last one's ends what was kept for the others."""
+        if features is not self.features:
+            self.features, self.parts = features, linear(features, self.weight, self.bias).split(self.sizes, dim=-1)
+        part = self.parts[number]
+        if number == len(self.sizes) - 1:
+            self.features, self.parts = None, ()
+        return part
+
+
+class PartOfJoint(nn.Module):
+    """One of the layers of a [`JointLinear`], in its place."""
+
+    def __init__(self, joint: JointLinear, number: int):
+        super().__init__()
+        self.joint, self.number = joint, number
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        return self.joint.part(self.number, features)
+
+
+@contextmanager
+def joint_projections(model: nn.Module, apart: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Lets the self-attentions of a model, but those `apart`, compute their three projections at once inside.
+
+    What is no plain layer is left alone. The weights stay views of one tensor afterwards.
+    """
+    attentions = [module for module in model.modules() if module not in apart and can_be_joined(module)]
+    layers = [[getattr(attention, name) for name in PROJECTIONS] for attention in attentions]
+    try:
+        for attention, of_attention in zip(attentions, layers, strict=True):
+            joint = JointLinear(of_attention)
+            for number, name in enumerate(PROJECTIONS):
+                setattr(attention, name, PartOfJoint(joint, number))
+        yield
+    finally:
+        for attention, of_attention in zip(attentions, layers, strict=True):
+            for name, layer in zip(PROJECTIONS, of_attention, strict=True):
+                setattr(attention, name, layer)
+
+
+def can_be_joined(module: nn.Module) -> bool:
+    """Whether it has three plain projections, of one input, that nothing looks at."""
+    layers = [dict(module.named_children()).get(name) for name in PROJECTIONS]
+    if any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return False
+    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}
+    return len(kinds) == 1
+
+
+def side_by_side(parameters: list[nn.Parameter]) -> Tensor:
+    """All of them along the first dimension in one tensor, of which they are views afterwards."""
+    first, size = parameters[0], sum(len(parameter) for parameter in parameters)
+    if not lie_side_by_side(parameters):
+        joint = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, joint.split([*map(len, parameters)]), strict=True):
+            parameter.data = part
+    return first.data.as_strided((size, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def lie_side_by_side(parameters: list[nn.Parameter]) -> bool:
+    """Whether they are contiguous parts of one tensor already, one behind the other."""
+    ends = [parameter.storage_offset() + parameter.numel() for parameter in parameters]
+    starts = [parameter.storage_offset() for parameter in parameters]
+    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    contiguous = all(parameter.is_contiguous() for parameter in parameters)
+    return contiguous and len(storages) == 1 and starts[1:] == ends[:-1]
