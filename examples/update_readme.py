@@ -329,25 +329,21 @@ def timed(row: dict, name: str) -> str:
     return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
 
 
-def overhead_table(reports: list[dict]) -> str:
-    """What methods cost between tower and projector, cheapest first; reports of one machine, of some methods each."""
-    rows = {}
-    for report in reports:
-        stock = report["results"]["stock_prefill"]["32"]["median"]
-        for name, cells in report["results"]["methods"].items():
-            times = [{way: time["median"] for way, time in cell.items()} for cell in cells.values()]
-            shares = [cell[way] / stock for cell in times[2:] for way in ("eager", "recorded")]
-            shown = [" / ".join(f"{time:.2f}" for time in cell.values()) for cell in times]
-            shown += [" / ".join(f"{100 * share:.1f} %" for share in pair) for pair in (shares[:2], shares[2:])]
-            rows[name] = shares[0], [f"`{name.partition(':')[0]}`" + ", question-aware" * (":" in name), *shown]
+def overhead_table(report: dict) -> str:
+    """What methods cost between tower and projector, cheapest first."""
+    rows, stock, protocol = [], report["results"]["stock_prefill"]["32"]["median"], report["protocol"]
+    for name, cells in report["results"]["methods"].items():
+        times = [{way: time["median"] for way, time in cell.items()} for cell in cells.values()]
+        shares = [cell[way] / stock for cell in times[2:] for way in ("eager", "recorded")]
+        shown = [" / ".join(f"{time:.2f}" for time in cell.values()) for cell in times]
+        shown += [" / ".join(f"{100 * share:.1f} %" for share in pair) for pair in (shares[:2], shares[2:])]
+        rows.append((shares[0], [f"`{name.partition(':')[0]}`" + ", question-aware" * (":" in name), *shown]))
     head = ["", "1 × 64", "1 × 288", "32 × 64", "32 × 288", "of stock's 32 × 64", "32 × 288"]
-    protocol, repeats = reports[0]["protocol"], {report["protocol"]["repeats"] for report in reports}
-    parts = ", ".join(f"[{part}](examples/results/merger_overhead_{part}.json)" for part in range(1, len(reports) + 1))
-    stocks = ", ".join(f"{report['results']['stock_prefill']['32']['median']:.0f}" for report in reports)
     return (
-        f"{table(head, [row for _, row in sorted(rows.values())])}\n\nMilliseconds, medians of "
-        f"{', '.join(map(str, repeats))} calls, {protocol['dtype']}, {protocol['hardware']}, transformers "
-        f"{protocol['versions']['transformers']}; the stock prefill of 32 took {stocks} ms in these runs ({parts})."
+        f"{table(head, [row for _, row in sorted(rows)])}\n\nMilliseconds, medians of {protocol['repeats']} calls, "
+        f"{protocol['dtype']}, {protocol['hardware']}, transformers {protocol['versions']['transformers']}; the stock "
+        f"prefill of 32 took {stock:.0f} ms in the same run ([merger_overhead.json]"
+        f"(examples/results/merger_overhead.json))."
     )
 
 
@@ -408,7 +404,7 @@ def updated(text: str) -> str:
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
-        "overhead": overhead_table([read_result(f"merger_overhead_{part}") for part in (1, 2, 3)]),
+        "overhead": overhead_table(read_result("merger_overhead")),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "loading": loading_sentence(read_result("loading")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),

@@ -5,15 +5,7 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import (
-    cosine_similarity,
-    in_raster_order,
-    keep_patches,
-    largest,
-    other_patches,
-    places_of,
-    top_patches,
-)
+from .merging_selection import cosine_similarity, in_raster_order, keep_patches, other_patches, top_patches
 
 
 REMOVED_PER_ROUND = 8
@@ -55,9 +47,8 @@ def remove_duplicates(similarity: Tensor, alive: Tensor, num_tokens: int) -> Ten
         rows = similarity.take_along_dim(first[:, :, None], dim=1)  # (I, first side, N)
         nearest = rows.take_along_dim(second[:, None], dim=2).amax(dim=-1)
         num_left = first.shape[1] - min(REMOVED_PER_ROUND, first.shape[1], count - num_tokens)
-        is_left = torch.ones_like(alive, dtype=torch.bool)
-        is_left[:, ::2] = largest(-nearest, num_left)
-        alive = alive.gather(1, places_of(is_left, num_left + second.shape[1]))
+        least_alike = nearest.argsort(dim=1, stable=True)[:, :num_left]
+        alive = torch.cat((first.gather(1, least_alike), second), dim=1).sort(dim=1).values
     return alive
 
 

@@ -72,6 +72,7 @@ MIXING = (
 LINEAR = [name for name in METHODS if not name.startswith(MIXING) and not name.endswith("-faithful")]
 DRAWING = [name for name in METHODS if name.startswith("gumbel")]
 QUESTION = [name for name in METHODS if "question" in name]
+IN_STEPS = [name for name, method in MERGING_METHODS.items() if method.chooses_in_steps]
 ALL = pytest.mark.parametrize("name", METHODS)
 POOLING = pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
 BUDGETS = [576, 288, 144, 64, 37, 16, 4, 1]
@@ -219,7 +220,7 @@ def test_training_and_inference_are_the_same(name):
     assert torch.equal(merger.train()(**inputs()).merged_features, merger.eval()(**inputs()).merged_features)
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in IN_STEPS])
 def test_nothing_is_sorted(name):
     """Inductor makes a network of comparisons of a sort, and compiles minutes for one of 576 on a GPU."""
     merger, given = make(name), inputs()
