@@ -329,12 +329,16 @@ def timed(row: dict, name: str) -> str:
     return f"{row['milliseconds'][name]['median']:.0f} ms ({row[f'{name}_ratio']:.2f} ×)"
 
 
-def overhead_table(report: dict) -> str:
-    """What methods cost between tower and projector, cheapest first."""
+def overhead_table(report: dict, later: dict) -> str:
+    """What methods cost between tower and projector, cheapest first; `vispruner`, which was changed, from `later`."""
     rows, stock, protocol = [], report["results"]["stock_prefill"]["32"]["median"], report["protocol"]
+    later_stock = later["results"]["stock_prefill"]["32"]["median"]
     for name, cells in report["results"]["methods"].items():
+        is_later = name == "vispruner"
+        cells = later["results"]["methods"][name] if is_later else cells
         times = [{way: time["median"] for way, time in cell.items()} for cell in cells.values()]
-        shares = [cell[way] / stock for cell in times[2:] for way in ("eager", "recorded")]
+        of_stock = later_stock if is_later else stock
+        shares = [cell[way] / of_stock for cell in times[2:] for way in ("eager", "recorded")]
         shown = [" / ".join(f"{time:.2f}" for time in cell.values()) for cell in times]
         shown += [" / ".join(f"{100 * share:.1f} %" for share in pair) for pair in (shares[:2], shares[2:])]
         rows.append((shares[0], [f"`{name.partition(':')[0]}`" + ", question-aware" * (":" in name), *shown]))
@@ -343,7 +347,8 @@ def overhead_table(report: dict) -> str:
         f"{table(head, [row for _, row in sorted(rows)])}\n\nMilliseconds, medians of {protocol['repeats']} calls, "
         f"{protocol['dtype']}, {protocol['hardware']}, transformers {protocol['versions']['transformers']}; the stock "
         f"prefill of 32 took {stock:.0f} ms in the same run ([merger_overhead.json]"
-        f"(examples/results/merger_overhead.json))."
+        f"(examples/results/merger_overhead.json)), and {later_stock:.0f} ms in that of `vispruner` "
+        f"([merger_overhead_vispruner.json](examples/results/merger_overhead_vispruner.json))."
     )
 
 
@@ -404,7 +409,7 @@ def updated(text: str) -> str:
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
-        "overhead": overhead_table(read_result("merger_overhead")),
+        "overhead": overhead_table(read_result("merger_overhead"), read_result("merger_overhead_vispruner")),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "loading": loading_sentence(read_result("loading")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),

@@ -20,6 +20,10 @@ TRANSFORMERS_V5 = TRANSFORMERS_VERSION.major >= 5
 # Remove when 5.18 is the oldest supported release.
 FORWARD_TAKES_ENCODED_IMAGES = TRANSFORMERS_VERSION >= Version("5.18")
 
+# Where the output of LLaVA's forward has its images; since 5.24 all that encoded them, and the old name is a property.
+# Remove when 5.24 is the oldest supported release.
+OUTPUT_OF_IMAGES = "image_outputs" if TRANSFORMERS_VERSION >= Version("5.24") else "image_hidden_states"
+
 # 5.x before 5.18 leaves out what an adapter holds besides its layers (`modules_to_save`), with no more than a warning.
 # Remove when 5.18 is the oldest 5.x.
 LOADS_SAVED_MODULES_OF_ADAPTERS = not TRANSFORMERS_V5 or TRANSFORMERS_VERSION >= Version("5.18")

@@ -3,16 +3,15 @@
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
 from .merge_extras import TowerFeatures
-from .placeholders import repeat_rows_together, tokens_of_budget
+from .placeholders import check_num_features, repeat_rows_together, tokens_of_budget
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
 from .token_layout import TokenLayout, packed_positions
-from .token_placing import cached_length, find_cache, keep_layout
+from .token_placing import ImagesOfPrompt, cached_length, find_cache, keep_layout
 
 
 TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
@@ -42,9 +41,11 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         cache = find_cache(model_kwargs)
         if cache is not None and not image_mask.any():
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls
+        if encoded is not None and to_merge is None:
+            check_num_features(image_mask, sum(map(len, encoded.pooler_output)))
         layout = None
         if self.model.places_tokens:
-            layout = self.model.layout_of_prompt(image_mask, encoded, cache, check=to_merge is None)
+            layout = self.model.layout_of_prompt(image_mask, encoded, cache)
             layout = layout.repeated(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -52,7 +53,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         model_kwargs["token_layout"] = layout
         if encoded is not None:
             features = repeat_images(encoded.pooler_output, image_mask, expand_size)
-            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+            model_kwargs["mm_encoder_outputs"] = {"image": ImagesOfPrompt(pooler_output=features)}
         return input_ids, model_kwargs
 
     def _new_image_mask(self, input_ids: Tensor | None, model_kwargs: dict) -> Tensor:

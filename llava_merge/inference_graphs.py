@@ -287,7 +287,7 @@ class InferenceGraphs:
                 token_sizes=sizes,
                 num_patches=self.model.config.num_patches,
             )
-            layout = headless.layout_of_prompt(image_mask, images, None, check=False)
+            layout = headless.layout_of_prompt(image_mask, images, None)
         length = ids.shape[1]
         packed = packed_positions(None, mask, 0, length, ids.device)
         slot.start(layout, mask, packed[:, -1:] + 1 + layout.shift(length, 1))

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .bypass import Bypassable
 from .checkpoint_files import naming_broken_files  # noqa: F401
 from .compat import (
-    FORWARD_TAKES_ENCODED_IMAGES,
+    OUTPUT_OF_IMAGES,
     hidden_states_to_keep,
     image_features_result,
     register_llava_key_mapping,
@@ -73,7 +73,7 @@ from .saving import save_at_once  # noqa: F401
 from .stock_signature import takes_arguments_of
 from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401
-from .token_placing import EncodedImages, PlacesTokens, find_cache, keep_layout
+from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache, keep_layout
 from .vllm_backend import check_backend, is_run_by_vllm
 
 
@@ -433,23 +433,6 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         )
         return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
 
-    def get_placeholder_mask(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
-    ) -> Tensor:  # (B, L, 1)
-        """As in stock LLaVA, with an error that names the fix.
-
-        Raises:
-            ValueError: There are more or fewer features than placeholders, or they are of another width.
-        """
-        image_mask = self.get_image_mask(input_ids, inputs_embeds if input_ids is None else None)
-        check_num_features(image_mask, image_features.shape[0])
-        if image_features.shape[-1] != inputs_embeds.shape[-1]:
-            raise ValueError(
-                f"The image features are {image_features.shape[-1]} wide, the language model's embeddings "
-                f"{inputs_embeds.shape[-1]}: they were encoded by another model. Encode the images with this one."
-            )
-        return image_mask[:, :, None].to(inputs_embeds.device)
-
     def run_tower(self, pixel_values: Tensor, **kwargs) -> TowerFeatures:
         """Images (I, 3, H, W) behind the tower, with what the merging method requires.
 
@@ -569,11 +552,11 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         elif self.training and not mm_encoder_outputs:
             self._join_image_parts(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
-        layout = None if tokens_are_placed else self.place_tokens(images, kwargs, check=to_merge is None)
-        if FORWARD_TAKES_ENCODED_IMAGES:
-            outputs = super().forward(mm_encoder_outputs=mm_encoder_outputs, return_dict=True, **kwargs)
-        else:
-            outputs = self._forward_encoded_images(images, **kwargs)
+        if images is not None and to_merge is None and not isinstance(images, ImagesOfPrompt):
+            image_mask = self.get_image_mask(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            check_num_features(image_mask, sum(map(len, images.pooler_output)))
+        layout = None if tokens_are_placed else self.place_tokens(images, kwargs)
+        outputs = self._forward_encoded_images(images, **kwargs)
         if layout is not None:
             keep_layout(find_cache(outputs), layout)
         return outputs
@@ -608,16 +591,25 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         arguments["inputs_embeds"] = embeds + nothing.to(embeds.device, embeds.dtype)
 
     def _forward_encoded_images(self, image_outputs, input_ids=None, inputs_embeds=None, **kwargs):
-        """Stock's forward where it takes no encoded images. Remove with FORWARD_TAKES_ENCODED_IMAGES."""
+        """Stock's forward, but for its check of the number of features, which waits until the tower is done.
+
+        Raises:
+            ValueError: The features are of another width than the embeddings.
+        """
         if image_outputs is None:
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-        placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features)
-        inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
+        if features.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"The image features are {features.shape[-1]} wide, the language model's embeddings "
+                f"{inputs_embeds.shape[-1]}: they were encoded by another model. Encode the images with this one."
+            )
+        image_mask = self.get_image_mask(input_ids, inputs_embeds if input_ids is None else None)
+        inputs_embeds = inputs_embeds.masked_scatter(image_mask[:, :, None].to(inputs_embeds.device), features)
         outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
-        outputs["image_hidden_states"] = features
+        outputs[OUTPUT_OF_IMAGES] = features if OUTPUT_OF_IMAGES == "image_hidden_states" else image_outputs
         return outputs
 
 

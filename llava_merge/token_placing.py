@@ -10,7 +10,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat import cache_mask_sizes
 from .merging_grid import slot_places
-from .placeholders import check_num_features
 from .token_layout import (
     TokenLayout,
     biased_causal_mask,
@@ -56,6 +55,10 @@ class EncodedImages(BaseModelOutputWithPooling):
         """The tower's output with where its merged tokens sit."""
         parts = outputs.last_hidden_state, outputs.pooler_output, outputs.hidden_states, outputs.attentions
         return cls(*parts, token_places, token_sizes, num_patches)
+
+
+class ImagesOfPrompt(BaseModelOutputWithPooling):
+    """Projected features of each image as `pooler_output`, which were found to be those of the prompt they go with."""
 
 
 def find_cache(arguments: dict) -> Cache | None:
@@ -120,13 +123,10 @@ class PlacesTokens:
         moves = merger_config.position_ids == "source" or merger_config.attention_mass > 0
         return moves and merger_config.merger_type != "none"
 
-    def place_tokens(
-        self, images: BaseModelOutputWithPooling | None, arguments: dict, check: bool = True
-    ) -> TokenLayout | None:
+    def place_tokens(self, images: BaseModelOutputWithPooling | None, arguments: dict) -> TokenLayout | None:
         """Puts positions and mask into the `arguments` of a forward; None where nothing differs from packed tokens.
 
-        Args:
-            check: Whether the images may be of another prompt; to see that, the host waits for the device.
+        The `images` are those of the prompt.
         """
         if is_run_by_vllm(self.config):  # which has asked get_rope_index, and takes its first row for all of them
             position_ids = arguments["position_ids"]
@@ -142,7 +142,7 @@ class PlacesTokens:
         if position_ids is not None and attention_mask is None and is_empty(past):
             samples = samples_of(position_ids[:, -length:]).expand(len(inputs), -1)
         image_mask = self.get_image_mask(arguments.get("input_ids"), arguments.get("inputs_embeds"))
-        layout = self.layout_of_prompt(image_mask, images, cache, samples, check)
+        layout = self.layout_of_prompt(image_mask, images, cache, samples)
         if not layout.is_packed:
             positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
             arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
@@ -168,12 +168,8 @@ class PlacesTokens:
         images: BaseModelOutputWithPooling | None,
         cache: Cache | None,
         samples: Tensor | None = None,
-        check: bool = True,
     ) -> TokenLayout:
         """The [`TokenLayout`] of the tokens in the `cache` and of new ones with placeholders at `image_mask` (B, L).
-
-        Args:
-            check: See [`place_tokens`].
 
         Raises:
             ValueError: The cache does not know where its images are, or is of other rows.
@@ -181,8 +177,6 @@ class PlacesTokens:
         if images is None:
             new = TokenLayout.of_text(*image_mask.shape, image_mask.device)
         else:
-            if check:
-                check_num_features(image_mask, sum(map(len, images.pooler_output)))
             new = self._layout_of_images(image_mask, images, samples)
         past, kept = cached_length(cache), getattr(cache, "token_layout", None)
         if kept is None:

@@ -20,7 +20,7 @@ from conftest import (
     tiny_stock,
 )
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig, placeholders, prompt_reading
 from llava_merge.compat import TRANSFORMERS_V5
 
 
@@ -568,3 +568,19 @@ class TestSetMerger:
         with pytest.raises(ValueError, match=message):
             model.set_merger(fields)
         assert model.model.merger is before and model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("merger", [agnostic(), aware(position_ids="source", attention_mass=1.0)], ids=["V3", "placed"])
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_nothing_is_checked_once_the_tower_runs(merger, call, monkeypatch):
+    """A check waits for the device, which has nothing else to do before the tower."""
+    model, events = tiny_model(merger), []
+    for module in (placeholders, prompt_reading):
+        monkeypatch.setattr(module, "check_on_device", lambda *check: events.append("check"))
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: events.append("tower"))
+    batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
+    if call == "forward":
+        model(**batch)
+    else:
+        model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert events[0] == "check" and events.index("tower") == len(events) - 1

@@ -77,7 +77,7 @@ def test_questions_merging_and_places_wait_for_nothing(name, no_waits):
         prompt = Prompt(batch["input_ids"], None, mask, attention_mask=batch["attention_mask"], may_hold_answers=False)
         question = headless.get_question(prompt, [NUM_TOKENS] * 3)
         images = headless.encode_images(batch["pixel_values"], question=question)
-        headless.layout_of_prompt(mask, images, None, check=False)
+        headless.layout_of_prompt(mask, images, None)
 
 
 @pytest.mark.parametrize("name", [name for name in MERGERS if MERGERS[name].get("attention_mass")])

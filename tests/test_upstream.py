@@ -20,7 +20,7 @@ from llava_merge import (
     MergerConfig,
     TokenMerger,
 )
-from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.compat import OUTPUT_OF_IMAGES, TRANSFORMERS_VERSION
 
 
 pytestmark = pytest.mark.core
@@ -58,18 +58,9 @@ RELIED_ON = [
     Reliance(
         HEADLESS,
         "forward",
-        "it scatters the images that it is given encoded into inputs_embeds",
-        parameters=("input_ids", "inputs_embeds", "attention_mask", "mm_encoder_outputs", "kwargs"),
-        mentions=("self.get_placeholder_mask(", "masked_scatter(", 'mm_encoder_outputs["image"].pooler_output'),
-        releases=SINCE_5_18,
-    ),
-    Reliance(
-        HEADLESS,
-        "forward",
-        "it takes inputs_embeds that hold images, and its output has a place for their features",
+        "it takes inputs_embeds that hold images, and its output has a place for them",
         parameters=("input_ids", "inputs_embeds", "attention_mask", "kwargs"),
-        mentions=("image_hidden_states=",),
-        releases=BEFORE_5_18,
+        mentions=(f"{OUTPUT_OF_IMAGES}=",),
     ),
     Reliance(
         HEAD,
@@ -99,12 +90,6 @@ RELIED_ON = [
         "get_image_features",
         "its arguments",
         parameters=("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "kwargs"),
-    ),
-    Reliance(
-        HEADLESS,
-        "get_placeholder_mask",
-        "stock's forward calls it with these, and broadcasts its result",
-        parameters=("input_ids", "inputs_embeds", "image_features"),
     ),
     Reliance(
         HEAD,
