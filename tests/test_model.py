@@ -584,3 +584,13 @@ def test_nothing_is_checked_once_the_tower_runs(merger, call, monkeypatch):
     else:
         model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert events[0] == "check" and events.index("tower") == len(events) - 1
+
+
+@pytest.mark.parametrize("fields", [{"position_ids": "packed"}, {"position_ids": "source"}], ids=str)
+@pytest.mark.parametrize("given", [1, 3])
+def test_encoded_images_of_another_prompt_are_refused(fields, given):
+    model = tiny_model(agnostic(**fields))
+    encoded = {"image": model.model.encode_images(pixels(given))}
+    for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=f"hold 18 image placeholders .* for {9 * given} image features"):
+            call(**prompts([1, 1], 9), mm_encoder_outputs=encoded)
