@@ -331,13 +331,12 @@ def timed(row: dict, name: str) -> str:
 
 def overhead_table(report: dict, later: dict) -> str:
     """What methods cost between tower and projector, cheapest first; `vispruner`, which was changed, from `later`."""
-    rows, stock, protocol = [], report["results"]["stock_prefill"]["32"]["median"], report["protocol"]
-    later_stock = later["results"]["stock_prefill"]["32"]["median"]
-    for name, cells in report["results"]["methods"].items():
-        is_later = name == "vispruner"
-        cells = later["results"]["methods"][name] if is_later else cells
-        times = [{way: time["median"] for way, time in cell.items()} for cell in cells.values()]
-        of_stock = later_stock if is_later else stock
+    rows, protocol = [], report["protocol"]
+    stock, later_stock = (run["results"]["stock_prefill"]["32"]["median"] for run in (report, later))
+    for name in report["results"]["methods"]:
+        run, of_stock = (later, later_stock) if name == "vispruner" else (report, stock)
+        cells = run["results"]["methods"][name].values()
+        times = [{way: time["median"] for way, time in cell.items()} for cell in cells]
         shares = [cell[way] / of_stock for cell in times[2:] for way in ("eager", "recorded")]
         shown = [" / ".join(f"{time:.2f}" for time in cell.values()) for cell in times]
         shown += [" / ".join(f"{100 * share:.1f} %" for share in pair) for pair in (shares[:2], shares[2:])]

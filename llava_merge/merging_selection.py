@@ -50,6 +50,14 @@ def places_of(mask: Tensor, count: int) -> Tensor:
     return places.clamp(max=mask.shape[1] - 1)  # scores of NaN are no reason to read what is no patch
 
 
+def order_of(places: Tensor) -> Tensor:
+    """(I, M) int64, the order in which a stable sort would put `places` (I, M); compares each with each."""
+    numbers = torch.arange(places.shape[1], device=places.device)
+    keys = places * len(numbers) + numbers  # no two are equal
+    rank = (keys[:, None] < keys[:, :, None]).sum(dim=2)
+    return torch.empty_like(rank).scatter(1, rank, numbers.expand_as(rank))
+
+
 def one_hot(indices: Tensor, size: int) -> Tensor:
     """(I, n) → (I, n, size) float32."""
     return (indices[:, :, None] == torch.arange(size, device=indices.device)).float()

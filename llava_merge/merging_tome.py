@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import largest, members
+from .merging_selection import largest, members, order_of
 
 
 def tome(features: Tensor, grid: tuple[int, int], num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -46,14 +46,6 @@ def match(tokens: Tensor, num_merged: int) -> Tensor:
     number = stays.cumsum(dim=1) - 1
     number[:, ::2] = number[:, 1::2].gather(1, partner).where(leaves, number[:, ::2])
     return number
-
-
-def order_of(places: Tensor) -> Tensor:
-    """(I, M) int64, the order in which a stable sort would put `places` (I, M); compares each with each."""
-    numbers = torch.arange(places.shape[1], device=places.device)
-    keys = places * len(numbers) + numbers  # no two are equal
-    rank = (keys[:, None] < keys[:, :, None]).sum(dim=2)
-    return torch.empty_like(rank).scatter(1, rank, numbers.expand_as(rank))
 
 
 def mean_places(shares: Tensor, grid: tuple[int, int]) -> Tensor:

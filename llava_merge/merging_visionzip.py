@@ -6,10 +6,10 @@ from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
 from .merging_selection import (
-    in_raster_order,
     keep_patches,
     nearest_members,
     one_hot,
+    order_of,
     other_patches,
     top_patches,
     weighted_mean,
@@ -55,8 +55,8 @@ def visionzip(
     count = assigned.sum(dim=-1, keepdim=True)
 
     kept = torch.cat((dominant, targets), dim=1)
-    anchors = in_raster_order(kept, num_patches)
-    order = (anchors[:, :, None] == kept[:, None]).long().argmax(dim=2)  # where each of them is in `kept`
+    order = order_of(kept)
+    anchors = kept.gather(1, order)
     mean_of_assigned = assigned / count.clamp(min=1)
     weights = torch.cat((one_hot(dominant, num_patches), own + mean_of_assigned), dim=1)
     weights = weights.take_along_dim(order[:, :, None], dim=1)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.core
 
 PACKAGE = Path(llava_merge.__file__).parent
 EVERYWHERE = ""
-V4, V5, BEFORE_5_18, SINCE_5_18 = "<5", ">=5", "<5.18", ">=5.18"
+V4, V5, SINCE_5_18 = "<5", ">=5", ">=5.18"
 
 
 @dataclass(frozen=True)
