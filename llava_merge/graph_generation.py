@@ -142,9 +142,14 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         if shape is None or not graphs.in_use.acquire(blocking=False):
             return super().generate(**kwargs)
         try:
-            cache = GraphCache(graphs, graphs.prefill(shape, *self._prompt_of_call(kwargs)))
+            ids, *others = self._prompt_of_call(kwargs)
+            cache = GraphCache(graphs, graphs.prefill(shape, ids, *others))
+            self._check_placeholders_of(shape, ids)  # while it runs already, since the check waits for the device
             ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
             return super().generate(**with_generation_config({**kwargs, **ours}, self.generation_config))
+        except BaseException:
+            graphs.wait_for_prefill()  # which may still read what the caller gives up now
+            raise
         finally:
             graphs.in_use.release()
 
@@ -193,11 +198,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         return None
 
     def _find_shape(self, graphs: InferenceGraphs, arguments: dict) -> tuple[PrefillShape | None, str | None]:
-        """The prefill of a call, or why there is none.
-
-        Raises:
-            ValueError: The placeholders are not those of the images.
-        """
+        """The prefill of a call, or why there is none."""
         ids, mask, pixels = self._prompt_of_call(arguments)
         if ids is None or ids.ndim != 2 or mask is None or mask.shape != ids.shape:
             return None, "they take input_ids and attention_mask as (batch, tokens)"
@@ -210,9 +211,16 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         if shape not in graphs.prefills:
             found = f"{len(ids)} prompts of {ids.shape[1]} tokens, with {num_images} images of {budgets[:1]} tokens"
             return None, f"they were made for other shapes than {found}"
-        num_tokens = [tokens_of_budget(budget, self.config.num_patches) for budget in budgets]
-        check_placeholders(ids == self.config.image_token_id, num_tokens, self.config.num_patches)
         return shape, None
+
+    def _check_placeholders_of(self, shape: PrefillShape, ids: Tensor):
+        """Compares the placeholders of a prompt with its images.
+
+        Raises:
+            ValueError: They are not theirs.
+        """
+        num_tokens = [tokens_of_budget(shape.budget, self.config.num_patches)] * shape.num_images
+        check_placeholders(ids == self.config.image_token_id, num_tokens, self.config.num_patches)
 
     def _prompt_of_call(self, arguments: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Ids, mask and pixels of a call of `generate`."""

@@ -20,9 +20,10 @@ from .compat import CACHE_ARGUMENT
 from .joint_projections import joint_projections
 from .merge_extras import attention_layer_of, find_layer
 from .merging_base import MERGING_METHODS
+from .patch_projection import projected_patches
 from .placeholders import ALL_TOKENS, tokens_of_budget
 from .question_turns import Prompt, Question
-from .token_layout import TokenLayout, biased_causal_mask, packed_positions
+from .token_layout import TokenLayout, biased_causal_mask, numbers_of_placeholders, packed_positions
 from .token_placing import EncodedImages, sliding_window_of
 
 
@@ -172,11 +173,11 @@ class InferenceGraphs:
         like, capacity = self.model.lm_head.weight, max(self.shapes.prompt_lengths) + self.shapes.max_new_tokens
         prefills = self.shapes.prefills(self.model.config.num_patches)
         pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
-        joined = self.joint_projections() if like.is_cuda else nullcontext()
+        faster = self.faster_layers() if like.is_cuda else nullcontext()
         limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
         with (
             for_graphs(),
-            joined,
+            faster,
             # by the names of torch before 2.7, which later ones know too
             torch._dynamo.config.patch(cache_size_limit=limit, accumulated_cache_size_limit=8 * limit),
             logging.tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
@@ -192,8 +193,8 @@ class InferenceGraphs:
                 bar.update()
 
     @contextmanager
-    def joint_projections(self):
-        """[`joint_projections`] of tower and language model; graphs that are recorded inside need it no longer."""
+    def faster_layers(self):
+        """[`joint_projections`] of tower and language model and [`projected_patches`], for graphs recorded inside."""
         headless, apart = self.model.model, []
         if headless.required_extras & {"cls_attention", "keys"}:
             layer = find_layer(headless.vision_tower, attention_layer_of(self.model.config.feature_layers()))
@@ -201,6 +202,7 @@ class InferenceGraphs:
         with (
             joint_projections(headless.vision_tower, apart),
             joint_projections(headless.language_model),
+            projected_patches(headless.vision_tower),
         ):
             torch.cuda.empty_cache()  # graphs cannot use the room of the weights that were moved
             yield
@@ -224,7 +226,8 @@ class InferenceGraphs:
         """Logits of the next token, (B, 1, vocabulary), to be read after [`wait_for_prefill`] and before the next call.
 
         On a GPU it runs on a stream of its own, so that copies to the device which the caller makes meanwhile do not
-        wait until all of it is done. The arguments have to live till then.
+        wait until all of it is done. The arguments have to live till then. Of a prompt whose placeholders are not those
+        of its images, the logits mean nothing.
 
         Args:
             input_ids: (B, L or fewer).
@@ -239,7 +242,7 @@ class InferenceGraphs:
             buffers["ids"][:, :padding] = padding_id(self.model.config)
             buffers["ids"][:, padding:] = input_ids
             buffers["mask"][:, :padding] = False
-            buffers["mask"][:, padding:] = mask.bool()
+            buffers["mask"][:, padding:] = mask  # not 0 is True
             if shape.num_images:
                 buffers["pixels"].copy_(pixels)
             return recorded()
@@ -279,7 +282,8 @@ class InferenceGraphs:
         image_mask = ids == self.model.config.image_token_id
         embeds, layout = headless.get_input_embeddings()(ids), TokenLayout.of_text(*ids.shape, ids.device)
         if num_tokens:
-            embeds = embeds.masked_scatter(image_mask[..., None], tokens.to(embeds.dtype))
+            of_images = tokens.to(embeds.dtype)[numbers_of_placeholders(image_mask, len(tokens))]
+            embeds = of_images.where(image_mask[..., None], embeds)
         if places is not None:
             images = EncodedImages(
                 pooler_output=tokens.split(num_tokens),

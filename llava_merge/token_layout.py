@@ -102,19 +102,19 @@ def layout_of_images(
         samples: (B, L), number of the packed sample that each token is in, where rows hold several.
     """
     index, count = place_in_image(num_tokens, image_mask.device)
-    offset = skip = torch.zeros_like(index)
+    number, offset = numbers_of_placeholders(image_mask, len(index)), torch.zeros_like(index)
+    skip = offset
     if places is not None:
         offset, skip = places.to(index.device) - index, torch.where(index == count - 1, num_patches - count, 0)
     bias = attention_mass * (num_patches / count if sizes is None else sizes.to(count.device)).log()
-    nothing = torch.zeros_like(image_mask, dtype=torch.long)
-    skipped = pad_left(nothing.masked_scatter(image_mask, skip).cumsum(1))
+    skipped = pad_left(skip[number].where(image_mask, 0).cumsum(1))
     if samples is not None:
         is_start = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 1))
         skipped = skipped - skipped.where(is_start, 0).cummax(dim=1).values
     return TokenLayout(
         skipped,
-        pad_right(nothing.masked_scatter(image_mask, offset)),
-        pad_right(nothing.float().masked_scatter(image_mask, bias)),
+        pad_right(offset[number].where(image_mask, 0)),
+        pad_right(bias[number].where(image_mask, 0)),
         places is None and not attention_mass or all(count == num_patches for count in num_tokens),
     )
 
@@ -129,17 +129,24 @@ def place_on_slots(image_mask: Tensor, num_tokens: list[int], grid: tuple[int, i
         Positions (L,), the patch of its image that a token sits at (L,), 0 for text, and how far text behind the prompt
         is from where it would be if each token counted as one (): int64.
     """
-    places = torch.zeros_like(image_mask, dtype=torch.long)
     tokens = torch.arange(image_mask.shape[1], device=image_mask.device)
     if not num_tokens:
-        return tokens, places[0], places.sum()
+        return tokens, torch.zeros_like(tokens), tokens.new_zeros(())
     of_images = torch.cat([slot_places(grid, number, image_mask.device) for number in num_tokens])
     layout = layout_of_images(image_mask, of_images, num_tokens, grid[0] * grid[1])
     return (
         tokens + layout.shift(0, len(tokens))[0],
-        places.masked_scatter(image_mask, of_images)[0],
+        of_images[numbers_of_placeholders(image_mask, len(of_images))].where(image_mask, 0)[0],
         layout.skipped[0, -1],
     )
+
+
+def numbers_of_placeholders(image_mask: Tensor, num_tokens: int) -> Tensor:
+    """Which of the prompts' `num_tokens` image tokens sits at each placeholder of `image_mask`: (B, L) int64.
+
+    Whatever the mask holds, all are numbers of tokens: a GPU may read them before the placeholders are checked.
+    """
+    return (image_mask.flatten().cumsum(0) - 1).clamp(0, num_tokens - 1).view_as(image_mask)
 
 
 def place_in_image(num_tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

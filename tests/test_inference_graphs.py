@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreame
 from llava_merge import LlavaMergeForConditionalGeneration
 from llava_merge.inference_graphs import PrefillShape
 from llava_merge.joint_projections import PartOfJoint, joint_projections, lie_side_by_side
+from llava_merge.patch_projection import ProjectedPatches, projected_patches
 
 
 NUM_TOKENS = 9
@@ -186,15 +187,32 @@ def test_other_shapes_run_without_graphs(monkeypatch):
     assert not seen
 
 
-def test_a_wrong_prompt_gets_the_same_error(monkeypatch):
-    model = merging("agnostic")
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("num_tokens", [7, 11])
+def test_a_wrong_prompt_gets_the_same_error(name, num_tokens, monkeypatch):
+    """Though its prefill has started by then."""
+    model = merging(name)
     model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
-    batch = inputs([1], 6, num_tokens=7)
+    batch, seen = inputs([1], 6, num_tokens=num_tokens), counted(model, monkeypatch)
     for generate in (lambda: model.generate(**batch), lambda: plain(model, batch)):
-        with pytest.raises(ValueError, match="The prompts hold 7 image placeholders"):
+        with pytest.raises(ValueError, match=f"The prompts hold {num_tokens} image placeholders"):
             generate()
     good = inputs([1], 6)
-    assert torch.equal(model.generate(**good), plain(model, good))
+    assert torch.equal(model.generate(**good), plain(model, good)) and len(seen) == 2
+
+
+def test_nothing_is_waited_for_before_the_prefill(monkeypatch):
+    model, waits = merging("aware, mass, source"), []
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    prefill = model.inference_graphs.prefill
+    with Operators() as operators:
+        monkeypatch.setattr(
+            model.inference_graphs,
+            "prefill",
+            lambda *args: waits.append(operators.counts["_local_scalar_dense"]) or prefill(*args),
+        )
+        model.generate(**inputs([1], 6))
+    assert waits == [0] and operators.counts["_local_scalar_dense"] > 0
 
 
 def test_another_merger_is_never_answered_from_old_graphs(monkeypatch):
@@ -309,6 +327,30 @@ def test_models_that_cannot_be_compiled_are_refused():
         model.compile_for_inference(backend=None)
 
 
+class TestProjectedPatches:
+    """The patch embedding as a matmul, as graphs of a GPU have it."""
+
+    @pytest.mark.parametrize("size", [(14, 21), (17, 23)], ids=["whole patches", "a rest that is cut off"])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_it_is_the_convolution(self, bias, size):
+        tower = torch.nn.Sequential(torch.nn.Conv2d(3, 8, (7, 3), stride=(7, 3), bias=bias, dtype=torch.float64))
+        pixel_values = torch.randn(2, 3, *size, dtype=torch.float64)
+        (convolution,), expected = tower, tower(pixel_values)
+        with projected_patches(tower):
+            assert isinstance(tower[0], ProjectedPatches)
+            torch.testing.assert_close(tower(pixel_values), expected)
+        assert tower[0] is convolution
+
+    def test_others_are_left_alone(self):
+        others = [torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, stride=3, padding=1)]
+        others += [torch.nn.Conv2d(4, 4, 3, stride=3, groups=2), torch.nn.Conv2d(4, 4, 3, stride=3, dilation=2)]
+        others += [torch.nn.Conv2d(4, 4, 3, stride=3)]
+        others[-1].register_forward_hook(lambda *_: None)
+        tower = torch.nn.Sequential(*others)
+        with projected_patches(tower):
+            assert [*tower] == others
+
+
 class TestJointProjections:
     """Queries, keys and values from one matmul, as graphs of a GPU have them."""
 
@@ -316,15 +358,16 @@ class TestJointProjections:
     def test_the_logits_stay_and_the_layers_come_back(self, name):
         model, batch = merging(name), inputs([1, 2], 6)
         del batch["max_new_tokens"], batch["min_new_tokens"], batch["do_sample"]
-        layers = {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+        layers = dict(model.named_modules())
         expected = model(**batch).logits
         model.compile_for_inference(prompt_lengths=[24], max_new_tokens=4, backend=None)
         for _ in range(2):  # the second time, the weights lie side by side already
-            with model.inference_graphs.joint_projections():
+            with model.inference_graphs.faster_layers():
                 joint = [module.joint for module in model.modules() if isinstance(module, PartOfJoint)]
+                assert any(isinstance(module, ProjectedPatches) for module in model.modules())
                 torch.testing.assert_close(model(**batch).logits, expected)
             assert len({*joint}) == (3 if name == "visionzip" else 4) and not any(part.parts for part in joint)
-        assert layers == {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+        assert layers == dict(model.named_modules())
         assert torch.equal(model(**batch).logits, expected)
 
     def test_one_matmul_for_three_and_one_graph(self):

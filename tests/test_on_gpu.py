@@ -96,6 +96,7 @@ def test_a_forward_waits_for_its_checks_alone(name, no_waits, monkeypatch):
 
 @pytest.mark.parametrize("name", MERGERS)
 def test_cuda_graphs_answer_as_the_kernels_do(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of convolutions, which graphs do without
     model, _ = on_gpu(name, [1])
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     calls = [{**inputs(counts, text), **settings} for counts in ([1], [1, 1]) for text in (3, 8, 20)]
@@ -107,3 +108,8 @@ def test_cuda_graphs_answer_as_the_kernels_do(name, monkeypatch):
     for call, answer in zip(calls, expected, strict=True):
         assert torch.equal(model.generate(**call), answer)
     assert len(seen) == len(calls) and len({*seen}) == 4
+    for given in (NUM_TOKENS - 1, NUM_TOKENS + 1):  # of which the prefill runs before the check
+        wrong = {key: tensor.cuda() for key, tensor in prompts([1], given, text=8).items()}
+        with pytest.raises(ValueError, match=f"hold {given} image placeholders"):
+            model.generate(**{**calls[1], **wrong})
+    assert torch.equal(model.generate(**calls[1]), expected[1])
