@@ -14,7 +14,7 @@ from llava_merge.benchmark import memory, run
 from llava_merge.benchmark.models import SHAPES, make_inputs, make_model
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.run import BenchmarkSettings, benchmark, kv_bytes_of_token
-from llava_merge.benchmark.timing import Stopwatch, time_generate, timed_calls, with_encoded_images
+from llava_merge.benchmark.timing import Stopwatch, time_generate, time_graphs, timed_calls, with_encoded_images
 from llava_merge.cli import app
 from llava_merge.inference_graphs import InferenceGraphs
 
@@ -44,6 +44,16 @@ class TestTiming:
         assert sum(times[name] for name in parts) == pytest.approx(times["first_token"])
         assert all(times[name] > 0 for name in (*parts, "answer"))
         assert times["decode"] == pytest.approx((times["answer"] - times["first_token"]) / 2)
+
+    def test_graphs_alone_are_parts_of_the_answer(self):
+        model = tiny_model(agnostic(9))
+        model.compile_for_inference(prompt_lengths=[15], max_new_tokens=8, backend=None)
+        time_generate(model, make_inputs(model, 1, 9, 6, 0), 3, with_phases=False)
+        answered = [recorded() for recorded in model.inference_graphs.prefills.values()]
+        rounds = [time_graphs(model.inference_graphs, model.device) for _ in range(5)]
+        assert min(times["prompt_graph"] for times in rounds) > min(times["token_graph"] for times in rounds) > 0
+        (prompt,) = model.inference_graphs.prefills.values()
+        assert torch.equal(prompt(), answered[0])  # what they answer does not depend on it
 
     def test_hooks_are_removed(self):
         model = tiny_model(agnostic(9))
@@ -126,8 +136,10 @@ class TestBenchmark:
         assert (
             rows["none@all, compiled"]["answer_ratio_of_compiled"] == 1 and "prefill" in rows["tome@9"]["milliseconds"]
         )
-        assert list(rows["tome@9, compiled"]["milliseconds"]) == ["first_token", "decode", "answer"]
-        assert "| tome, compiled | 9 |" in (tmp_path / "report.md").read_text()
+        times = rows["tome@9, compiled"]["milliseconds"]
+        assert list(times) == ["first_token", "decode", "answer", "prompt_graph", "token_graph", "rest"]
+        table = (tmp_path / "report.md").read_text()
+        assert "| tome, compiled | 9 |" in table and "| graph of the prompt | rest |" in table
 
     def test_merging_shows_where_the_prompt_is_long(self, tmp_path, monkeypatch):
         text = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -8,9 +8,11 @@ COLUMNS = {
     "merger": "merger",
     "multi_modal_projector": "projector",
     "prefill": "prefill",
+    "prompt_graph": "graph of the prompt",
     "rest": "rest",
     "another_question": "another question",
     "decode": "a token",
+    "token_graph": "graph of a token",
     "answer": "answer",
 }
 
@@ -30,7 +32,10 @@ def make_table(rows: dict[str, dict]) -> str:
     ratios = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
     if any(row["compiled"] for row in rows.values()):
         ratios |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in ratios.items()}
-    head = ["merger", "tokens", *COLUMNS.values(), *ratios.values(), "KV MiB", "peak MiB"]
+    columns = {
+        name: shown for name, shown in COLUMNS.items() if any(name in row["milliseconds"] for row in rows.values())
+    }
+    head = ["merger", "tokens", *columns.values(), *ratios.values(), "KV MiB", "peak MiB"]
     lines = [head, ["---"] * len(head)]
     for row in rows.values():
         peak = row["peak_memory_bytes"]
@@ -38,7 +43,7 @@ def make_table(rows: dict[str, dict]) -> str:
             [
                 row["merger"] + (", compiled" if row["compiled"] else ""),
                 row["budget"],
-                *(as_text(row["milliseconds"].get(name)) for name in COLUMNS),
+                *(as_text(row["milliseconds"].get(name)) for name in columns),
                 *("" if name not in row else f"{row[name]:.2f}" for name in ratios),
                 f"{row['kv_bytes_of_image'] / MIB:.1f}",
                 "" if peak is None else f"{peak / MIB:.0f}",
@@ -70,5 +75,6 @@ def describe(protocol: dict) -> str:
         f"the tower, {attention['language_model']} in the language model. One picture and {protocol['text_tokens']} "
         f"other tokens a prompt, answers of {protocol['new_tokens']} tokens. Milliseconds of the whole batch: medians "
         f"(quartiles) of {protocol['rounds']} rounds, in which the rows took turns; × is how many times faster than "
-        f"the first row, × compiled than the same row compiled."
+        f"the first row, × compiled than the same row compiled. The rest is what the first token takes besides its "
+        f"parts, or compiled, besides its graph: the host, mostly."
     )

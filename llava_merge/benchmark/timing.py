@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from llava_merge.inference_graphs import InferenceGraphs
+
 
 PHASES = ("vision_tower", "merger", "multi_modal_projector", "language_model")
 
@@ -82,6 +84,20 @@ def time_generate(model, inputs: dict, new_tokens: int, with_phases: bool = True
         "decode": (answer - first) / (new_tokens - 1),
         "answer": answer,
     }
+
+
+def time_graphs(graphs: InferenceGraphs, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the graphs of one shape by themselves: `prompt_graph`, up to the first logits, `token_graph`."""
+    stopwatch, times = Stopwatch(device), {}
+    (prompt,), (token,) = graphs.prefills.values(), graphs.decodes.values()
+    for name, recorded in (("prompt_graph", prompt), ("token_graph", token)):
+        stopwatch.wait()
+        start = stopwatch.now()
+        recorded()
+        end = stopwatch.now()
+        stopwatch.wait()
+        times[name] = stopwatch.between(start, end)
+    return times
 
 
 def with_encoded_images(model, inputs: dict) -> dict:
