@@ -52,8 +52,8 @@ class TestBudgets:
         assert served_budgets(resizing)[-6:] == [25, 28, 30, 32, 35, 36] and check_budget(resizing, 30) == 30
         with pytest.raises(ValueError, match="num_merged_tokens=31: image_resize .* Choose 30 or 36"):
             check_budget(resizing, 31)
-        with pytest.raises(ValueError, match="num_merged_tokens=42: this checkpoint is served with"):
-            check_budget(resizing, 42)
+        with pytest.raises(ValueError, match="num_merged_tokens=41: this checkpoint is served with"):
+            check_budget(resizing, 41)
 
     def test_those_listed_are_named(self):
         with pytest.raises(ValueError, match="num_merged_tokens=5: this checkpoint is served with 4, 9, 16"):
