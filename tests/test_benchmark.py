@@ -14,7 +14,14 @@ from llava_merge.benchmark import memory, run
 from llava_merge.benchmark.models import SHAPES, make_inputs, make_model
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.run import BenchmarkSettings, benchmark, kv_bytes_of_token
-from llava_merge.benchmark.timing import Stopwatch, time_generate, time_graphs, timed_calls, with_encoded_images
+from llava_merge.benchmark.timing import (
+    Stopwatch,
+    time_generate,
+    time_graphs,
+    timed_calls,
+    wall_time,
+    with_encoded_images,
+)
 from llava_merge.cli import app
 from llava_merge.inference_graphs import InferenceGraphs
 
@@ -54,6 +61,20 @@ class TestTiming:
         assert min(times["prompt_graph"] for times in rounds) > min(times["token_graph"] for times in rounds) > 0
         (prompt,) = model.inference_graphs.prefills.values()
         assert torch.equal(prompt(), answered[0])  # what they answer does not depend on it
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_an_answer_does_not_end_early(self, compiled, monkeypatch):
+        model, answers = tiny_model(agnostic(9)), []
+        inputs, generate = make_inputs(model, 1, 9, 6, 0), model.generate
+        length = inputs["input_ids"].shape[1]
+        first = generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, length]
+        model.generation_config.eos_token_id = first.item()
+        assert generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0).shape[1] == length + 1
+        if compiled:
+            model.compile_for_inference(prompt_lengths=[length], max_new_tokens=8, backend=None)
+        monkeypatch.setattr(model, "generate", lambda **given: answers.append(generate(**given)))
+        wall_time(model, inputs, 8, Stopwatch(model.device))
+        assert answers[0].shape[1] == length + 8
 
     def test_hooks_are_removed(self):
         model = tiny_model(agnostic(9))
