@@ -288,9 +288,16 @@ def compiled_table(reports: dict[str, dict]) -> str:
         rows.append([name + ", compiled" * row["compiled"], row["budget"], *times])
     protocol = reports["1"]["protocol"]
     links = ", ".join(f"[{size} at once](examples/results/benchmark_7b_compiled_{size}.json)" for size in reports)
+    beside = [
+        f"{row['first_token_ratio_of_compiled']:.2f} and {row['answer_ratio_of_compiled']:.2f} × at {size} at once"
+        for size, report in reports.items()
+        for key, row in report["results"][size].items()
+        if key == "fixed_pooling@64, compiled"
+    ]
     return (
         f"{table(head, rows)}\n\nAs above, answers of {protocol['new_tokens']} tokens; × is how many times faster than "
-        f"stock that is not compiled, of the same run ({links})."
+        f"stock that is not compiled, of the same run ({links}). Beside stock compiled the same way, first token and "
+        f"answer of `fixed_pooling` are {', '.join(beside)}."
     )
 
 
