@@ -42,7 +42,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         if cache is not None and not image_mask.any():
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls
         if encoded is not None and to_merge is None:
-            check_num_features(image_mask, sum(map(len, encoded.pooler_output)))
+            check_num_features(image_mask, encoded.pooler_output)
         layout = None
         if self.model.places_tokens:
             layout = self.model.layout_of_prompt(image_mask, encoded, cache)

@@ -142,15 +142,14 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         if shape is None or not graphs.in_use.acquire(blocking=False):
             return super().generate(**kwargs)
         try:
-            ids, *others = self._prompt_of_call(kwargs)
-            cache = GraphCache(graphs, graphs.prefill(shape, ids, *others))
-            self._check_placeholders_of(shape, ids)  # while it runs already, since the check waits for the device
+            ids, mask, pixels = self._prompt_of_call(kwargs)
+            cache = GraphCache(graphs, graphs.prefill(shape, ids, mask, pixels))
+            num_patches = self.config.num_patches  # checked while it runs already, since the check waits for the device
+            check_placeholders(ids == self.config.image_token_id, shape.num_tokens(num_patches), num_patches)
             ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
             return super().generate(**with_generation_config({**kwargs, **ours}, self.generation_config))
-        except BaseException:
-            graphs.wait_for_prefill()  # which may still read what the caller gives up now
-            raise
         finally:
+            graphs.wait_for_prefill()  # which may still read what the caller gives up now, where there was an error
             graphs.in_use.release()
 
     def _shape_of_call(self, graphs: InferenceGraphs, arguments: dict) -> PrefillShape | None:
@@ -212,15 +211,6 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             found = f"{len(ids)} prompts of {ids.shape[1]} tokens, with {num_images} images of {budgets[:1]} tokens"
             return None, f"they were made for other shapes than {found}"
         return shape, None
-
-    def _check_placeholders_of(self, shape: PrefillShape, ids: Tensor):
-        """Compares the placeholders of a prompt with its images.
-
-        Raises:
-            ValueError: They are not theirs.
-        """
-        num_tokens = [tokens_of_budget(shape.budget, self.config.num_patches)] * shape.num_images
-        check_placeholders(ids == self.config.image_token_id, num_tokens, self.config.num_patches)
 
     def _prompt_of_call(self, arguments: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Ids, mask and pixels of a call of `generate`."""

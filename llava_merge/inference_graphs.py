@@ -64,6 +64,10 @@ class PrefillShape:
     num_images: int
     budget: int | str
 
+    def num_tokens(self, num_patches: int) -> list[int]:
+        """Tokens of each image."""
+        return [tokens_of_budget(self.budget, num_patches)] * self.num_images
+
 
 class PlacedLayer(StaticLayer):
     """Keys and values (B, heads, T, head_dim) of a layer: a prefill fills them from the front, a token goes to `past`.
@@ -210,7 +214,7 @@ class InferenceGraphs:
     def _inputs_of(self, shape: PrefillShape) -> dict:
         """Buffers that a prefill of this shape reads, with a prompt that has its images."""
         config, device, slot = self.model.config, self.model.lm_head.weight.device, self.slots[shape.batch_size]
-        number = tokens_of_budget(shape.budget, config.num_patches) * (shape.num_images // shape.batch_size)
+        number = sum(shape.num_tokens(config.num_patches)) // shape.batch_size
         ids = torch.full((shape.batch_size, shape.length), padding_id(config), device=device)
         ids[:, shape.length - number :] = config.image_token_id
         pixels = torch.zeros(shape.num_images, 3, *config.image_shape, dtype=self.model.dtype, device=device)
@@ -259,7 +263,7 @@ class InferenceGraphs:
         return recorded()
 
     def _run_prefill(self, slot: Slot, ids: Tensor, mask: Tensor, pixels: Tensor, shape: PrefillShape) -> Tensor:
-        num_tokens = [tokens_of_budget(shape.budget, self.model.config.num_patches)] * shape.num_images
+        num_tokens = shape.num_tokens(self.model.config.num_patches)
         tokens = places = sizes = None
         if num_tokens:
             question = self._read_question(ids, mask, num_tokens)

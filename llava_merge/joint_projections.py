@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .layer_replacement import is_plain, replaced
+
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -58,23 +60,18 @@ def joint_projections(model: nn.Module, apart: Collection[nn.Module] = ()) -> It
     What is no plain layer is left alone. The weights stay views of one tensor afterwards.
     """
     attentions = [module for module in model.modules() if module not in apart and can_be_joined(module)]
-    layers = [[getattr(attention, name) for name in PROJECTIONS] for attention in attentions]
-    try:
-        for attention, of_attention in zip(attentions, layers, strict=True):
-            joint = JointLinear(of_attention)
-            for number, name in enumerate(PROJECTIONS):
-                setattr(attention, name, PartOfJoint(joint, number))
+    parts = []
+    for attention in attentions:
+        joint = JointLinear([getattr(attention, name) for name in PROJECTIONS])
+        parts += [(attention, name, PartOfJoint(joint, number)) for number, name in enumerate(PROJECTIONS)]
+    with replaced(parts):
         yield
-    finally:
-        for attention, of_attention in zip(attentions, layers, strict=True):
-            for name, layer in zip(PROJECTIONS, of_attention, strict=True):
-                setattr(attention, name, layer)
 
 
 def can_be_joined(module: nn.Module) -> bool:
     """Whether it has three plain projections, of one input, that nothing looks at."""
     layers = [dict(module.named_children()).get(name) for name in PROJECTIONS]
-    if any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    if not all(is_plain(layer, nn.Linear) for layer in layers):
         return False
     kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}
     return len(kinds) == 1

@@ -28,6 +28,7 @@ from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .joint_projections import joint_projections  # noqa: F401
+from .layer_replacement import replaced  # noqa: F401
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import (
     MergeExtras,
@@ -555,7 +556,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         images = (mm_encoder_outputs or {}).get("image")
         if images is not None and to_merge is None and not isinstance(images, ImagesOfPrompt):
             image_mask = self.get_image_mask(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            check_num_features(image_mask, sum(map(len, images.pooler_output)))
+            check_num_features(image_mask, images.pooler_output)
         layout = None if tokens_are_placed else self.place_tokens(images, kwargs)
         outputs = self._forward_encoded_images(images, **kwargs)
         if layout is not None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .layer_replacement import is_plain, replaced
+
 
 class ProjectedPatches(nn.Module):
     """What a convolution without overlap computes.
@@ -32,24 +34,19 @@ class ProjectedPatches(nn.Module):
 @contextmanager
 def projected_patches(tower: nn.Module) -> Iterator[None]:
     """Lets the convolutions of a vision tower be [`ProjectedPatches`] inside, where they have no overlap."""
-    found = [
-        (module, name, child)
+    projections = [
+        (module, name, ProjectedPatches(child))
         for module in tower.modules()
         for name, child in module.named_children()
         if has_no_overlap(child)
     ]
-    try:
-        for module, name, convolution in found:
-            setattr(module, name, ProjectedPatches(convolution))
+    with replaced(projections):
         yield
-    finally:
-        for module, name, convolution in found:
-            setattr(module, name, convolution)
 
 
 def has_no_overlap(module: nn.Module) -> bool:
     """Whether it is a plain convolution that cuts pictures into patches, and that nothing looks at."""
-    if type(module) is not nn.Conv2d or module._forward_hooks or module._forward_pre_hooks:
+    if not is_plain(module, nn.Conv2d):
         return False
     plain = module.dilation == (1, 1) and module.groups == 1 and module.padding in ("valid", (0, 0))
     return plain and module.stride == module.kernel_size

@@ -1,7 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """How many tokens each image of a call gets, and whether the prompts have as many placeholders. Pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from operator import index
 
@@ -112,13 +112,13 @@ def explain_placeholders(per_row: list[int], num_tokens: list[int], num_patches:
     )
 
 
-def check_num_features(image_mask: Tensor, num_features: int):
-    """Compares the placeholders (B, L) with features that were encoded before.
+def check_num_features(image_mask: Tensor, features: Iterable[Tensor]):
+    """Compares the placeholders (B, L) with features (M, hidden) of each image that were encoded before.
 
     Raises:
         ValueError: There are more or fewer.
     """
-    message = "Image placeholders and image features do not match."
+    num_features, message = sum(map(len, features)), "Image placeholders and image features do not match."
     check_on_device(
         image_mask.sum() == num_features,
         message,

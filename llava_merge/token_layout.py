@@ -102,8 +102,8 @@ def layout_of_images(
         samples: (B, L), number of the packed sample that each token is in, where rows hold several.
     """
     index, count = place_in_image(num_tokens, image_mask.device)
-    number, offset = numbers_of_placeholders(image_mask, len(index)), torch.zeros_like(index)
-    skip = offset
+    number = numbers_of_placeholders(image_mask, len(index))
+    offset = skip = torch.zeros_like(index)
     if places is not None:
         offset, skip = places.to(index.device) - index, torch.where(index == count - 1, num_patches - count, 0)
     bias = attention_mass * (num_patches / count if sizes is None else sizes.to(count.device)).log()

@@ -55,9 +55,9 @@ class TestTiming:
     def test_graphs_alone_are_parts_of_the_answer(self):
         model = tiny_model(agnostic(9))
         model.compile_for_inference(prompt_lengths=[15], max_new_tokens=8, backend=None)
-        time_generate(model, make_inputs(model, 1, 9, 6, 0), 3, with_phases=False)
+        time_generate(model, make_inputs(model, 1, 9, 6, 0), 3)
         answered = [recorded() for recorded in model.inference_graphs.prefills.values()]
-        rounds = [time_graphs(model.inference_graphs, model.device) for _ in range(5)]
+        rounds = [time_graphs(model.inference_graphs, Stopwatch(model.device)) for _ in range(5)]
         assert min(times["prompt_graph"] for times in rounds) > min(times["token_graph"] for times in rounds) > 0
         (prompt,) = model.inference_graphs.prefills.values()
         assert torch.equal(prompt(), answered[0])  # what they answer does not depend on it

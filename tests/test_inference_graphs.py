@@ -346,6 +346,7 @@ class TestProjectedPatches:
         others += [torch.nn.Conv2d(4, 4, 3, stride=3, groups=2), torch.nn.Conv2d(4, 4, 3, stride=3, dilation=2)]
         others += [torch.nn.Conv2d(4, 4, 3, stride=3)]
         others[-1].register_forward_hook(lambda *_: None)
+        others += [type("Quantised", (torch.nn.Conv2d,), {})(4, 4, 3, stride=3)]
         tower = torch.nn.Sequential(*others)
         with projected_patches(tower):
             assert [*tower] == others
@@ -404,6 +405,11 @@ class TestJointProjections:
         attentions = [layer.self_attn for layer in model.model.language_model.layers]
         handle = attentions[0].k_proj.register_forward_hook(lambda *_: None)
         attentions[1].v_proj = torch.nn.Sequential(attentions[1].v_proj)
+        for layer in model.model.vision_tower.modules():
+            if type(layer) is torch.nn.Linear:
+                layer.__class__ = type("Quantised", (torch.nn.Linear,), {})
+        with joint_projections(model.model.vision_tower):
+            assert not any(isinstance(module, PartOfJoint) for module in model.modules())
         with joint_projections(model.model.language_model):
             assert not any(isinstance(module, PartOfJoint) for module in model.modules())
         handle.remove()

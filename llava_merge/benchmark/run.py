@@ -15,7 +15,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.benchmark.memory import measure_throughput
 from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model, tokens_of_cell
 from llava_merge.benchmark.report import make_tables
-from llava_merge.benchmark.timing import time_generate, time_graphs
+from llava_merge.benchmark.timing import time_generate
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.candidates import UNMERGED, Candidate, parse_candidate, put_merger
 from llava_merge.evaluation.grid import Cell, make_cells
@@ -208,10 +208,7 @@ def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) 
         inputs = inputs_of_cell(model, row.cell, batch_size, settings)
         if measures_memory:
             torch.cuda.reset_peak_memory_stats()
-        times = time_generate(model, inputs, settings.new_tokens, with_phases=row.graphs is None)
-        if row.graphs is not None:
-            times |= time_graphs(row.graphs, model.device)
-            times["rest"] = times["first_token"] - times["prompt_graph"]
+        times = time_generate(model, inputs, settings.new_tokens)
     return times, torch.cuda.max_memory_allocated() if measures_memory else None
 
 

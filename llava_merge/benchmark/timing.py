@@ -59,36 +59,34 @@ def timed_calls(modules: dict[str, nn.Module], stopwatch: Stopwatch):
 
 
 @torch.inference_mode()
-def time_generate(model, inputs: dict, new_tokens: int, with_phases: bool = True) -> dict[str, float]:
+def time_generate(model, inputs: dict, new_tokens: int) -> dict[str, float]:
     """Milliseconds of a greedy answer of `new_tokens`, two or more, and of its parts.
 
     Returns:
-        `first_token`, and of it with phases `vision_tower`, `merger`, `multi_modal_projector`, `prefill` of the
-        language model, and `rest`, which is host, embeddings and head, and `another_question`, the first token where
-        the images are encoded already; `decode`, of a token; `answer`, of all.
+        `first_token`; `decode`, of a token; `answer`, of all. Of the first token `vision_tower`, `merger`,
+        `multi_modal_projector`, `prefill` of the language model, and `rest`, which is host, embeddings and head, and
+        `another_question`, the first token where the images are encoded already. From graphs, [`time_graphs`] and
+        `rest`, which is the first token without its graph.
     """
-    stopwatch = Stopwatch(model.device)
-    modules = {name: getattr(model.model, name) for name in PHASES} if with_phases else {}
+    stopwatch, graphs = Stopwatch(model.device), model.inference_graphs
+    modules = {} if graphs else {name: getattr(model.model, name) for name in PHASES}
     with timed_calls(modules, stopwatch) as moments:
         first = wall_time(model, inputs, 1, stopwatch)
-    phases = {name: sum(stopwatch.between(*each) for each in seen) for name, seen in moments.items()}
-    if with_phases:
-        phases["prefill"] = phases.pop("language_model")
-        phases["rest"] = first - sum(phases.values())
     answer = wall_time(model, inputs, new_tokens, stopwatch)
-    if with_phases:
-        phases["another_question"] = wall_time(model, with_encoded_images(model, inputs), 1, stopwatch)
-    return {
-        "first_token": first,
-        **phases,
-        "decode": (answer - first) / (new_tokens - 1),
-        "answer": answer,
-    }
+    times = {"first_token": first, "decode": (answer - first) / (new_tokens - 1), "answer": answer}
+    if graphs:
+        of_graphs = time_graphs(graphs, stopwatch)
+        return {**times, **of_graphs, "rest": first - of_graphs["prompt_graph"]}
+    phases = {name: sum(stopwatch.between(*each) for each in seen) for name, seen in moments.items()}
+    phases["prefill"] = phases.pop("language_model")
+    phases["rest"] = first - sum(phases.values())
+    phases["another_question"] = wall_time(model, with_encoded_images(model, inputs), 1, stopwatch)
+    return times | phases
 
 
-def time_graphs(graphs: InferenceGraphs, device: torch.device) -> dict[str, float]:
+def time_graphs(graphs: InferenceGraphs, stopwatch: Stopwatch) -> dict[str, float]:
     """Milliseconds of the graphs of one shape by themselves: `prompt_graph`, up to the first logits, `token_graph`."""
-    stopwatch, times = Stopwatch(device), {}
+    times = {}
     (prompt,), (token,) = graphs.prefills.values(), graphs.decodes.values()
     for name, recorded in (("prompt_graph", prompt), ("token_graph", token)):
         stopwatch.wait()
