@@ -48,7 +48,8 @@ def make_checkpoints(arguments: argparse.Namespace, folder: Path) -> dict[str, t
     text = {**text, "num_hidden_layers": arguments.text_layers or text["num_hidden_layers"]}
     config = config_of_shape(vision, text, processor.tokenizer.convert_tokens_to_ids(processor.image_token))
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, arguments.dtype))
+    with torch.device(arguments.device):  # a CPU takes minutes for the random numbers of all layers
+        model = LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, arguments.dtype))
     model.save_pretrained(folder / "stock", max_shard_size="2GB")
     processor.save_pretrained(folder / "stock")
     del model
@@ -62,6 +63,7 @@ def make_checkpoints(arguments: argparse.Namespace, folder: Path) -> dict[str, t
 def time_load(model_class: type, folder: Path, arguments: argparse.Namespace) -> float:
     """Seconds of `from_pretrained`."""
     gc.collect()
+    torch.cuda.empty_cache()  # as a new process would find it; nothing where there is no GPU
     start = time.perf_counter()
     model = model_class.from_pretrained(
         folder, dtype=getattr(torch, arguments.dtype), device_map={"": arguments.device}

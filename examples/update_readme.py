@@ -300,16 +300,24 @@ def compiled_table(reports: dict[str, dict]) -> str:
     )
 
 
-def loading_sentence(report: dict) -> str:
+def loading_sentence(on_cpu: dict, on_gpu: dict) -> str:
     """What loading and importing take."""
-    results, protocol = report["results"], report["protocol"]
-    stock, merged = (statistics.median(results["load_seconds"][name]) for name in ("stock", "merged"))
     return (
-        f"Loading a merged checkpoint of LLaVA-1.5-7B's shape takes {merged:.2f} s, stock {stock:.2f} s, medians "
-        f"of {protocol['rounds']} loads in turn that vary by half (median ratio {results['load_ratio']:.2f}; mapped to "
-        f"memory, {protocol['hardware']}, {protocol['threads']} threads, transformers "
-        f"{protocol['versions']['transformers']}). `import llava_merge` adds {results['import_median']:.2f} s to "
-        f"transformers ([loading.json](examples/results/loading.json))."
+        f"Loading a merged checkpoint of LLaVA-1.5-7B's shape, mapped to memory, takes {loads_of(on_cpu)}; to a GPU "
+        f"{loads_of(on_gpu)}. `import llava_merge` adds {on_cpu['results']['import_median']:.2f} s to transformers "
+        f"([loading.json](examples/results/loading.json), [loading_gpu.json](examples/results/loading_gpu.json))."
+    )
+
+
+def loads_of(report: dict) -> str:
+    """Seconds of merged and stock checkpoints in turn, and how far their ratios lie apart."""
+    loads, protocol = report["results"]["load_seconds"], report["protocol"]
+    stock, merged = (statistics.median(loads[name]) for name in ("stock", "merged"))
+    ratios = [ours / theirs for ours, theirs in zip(loads["merged"], loads["stock"], strict=True)]
+    return (
+        f"{merged:.2f} s, stock {stock:.2f} s (medians of {protocol['rounds']} loads in turn; ratios "
+        f"{min(ratios):.2f}–{max(ratios):.2f}, median {report['results']['load_ratio']:.2f}; {protocol['hardware']}, "
+        f"{protocol['threads']} threads, transformers {protocol['versions']['transformers']})"
     )
 
 
@@ -416,7 +424,7 @@ def updated(text: str) -> str:
         "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
         "overhead": overhead_table(read_result("merger_overhead"), read_result("merger_overhead_vispruner")),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
-        "loading": loading_sentence(read_result("loading")),
+        "loading": loading_sentence(read_result("loading"), read_result("loading_gpu")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }
