@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_llava_merge import MergerConfig
+from .merging_attention import attention_weights, check_heads, join_heads, split_heads
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
 from .merging_grid import default_query_grid, sample_query_map
 from .question_turns import Question
@@ -92,38 +93,6 @@ class PoolAttention(nn.Module):
             more_keys, more_values = self.layers(layers)
             keys, values = keys + more_keys, values + more_values
         return tuple(split_heads(tensor, self.num_heads) for tensor in (self.q_proj(queries), keys, values))
-
-
-def check_heads(config: MergerConfig, *names: str):
-    """Refuses fields of `config` that its heads do not divide.
-
-    Raises:
-        ValueError: They do not.
-    """
-    for name in names:
-        if getattr(config, name) % config.num_heads:
-            raise ValueError(
-                f"{name}={getattr(config, name)} cannot be split into num_heads={config.num_heads} equal heads; "
-                f"choose a num_heads that divides it."
-            )
-
-
-def split_heads(tensor: Tensor, num_heads: int) -> Tensor:
-    """(I, L, num_heads × head_dim) → (I, num_heads, L, head_dim)."""
-    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def join_heads(tensor: Tensor) -> Tensor:
-    """(I, num_heads, L, head_dim) → (I, L, num_heads × head_dim)."""
-    return tensor.transpose(1, 2).flatten(2)
-
-
-def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention (I, heads, M, N) float32: what `scaled_dot_product_attention` does not return."""
-    scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5
-    if bias is not None:
-        scores = scores + bias.float()
-    return scores.softmax(dim=-1)
 
 
 @register_merging_method("fixed_pooling")

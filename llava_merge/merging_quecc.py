@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_llava_merge import MergerConfig
+from .merging_attention import check_heads
 from .merging_base import (
     MergeContext,
     MergeOutput,
@@ -13,7 +14,7 @@ from .merging_base import (
     register_merging_method,
     weighted_sum,
 )
-from .merging_fixed_pooling import QuestionModulator, check_heads
+from .merging_fixed_pooling import QuestionModulator
 from .merging_grid import cell_weights
 from .merging_tokenpacker import WindowAttention, two_layers
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_llava_merge import MergerConfig
+from .merging_attention import attention_weights, check_heads, join_heads, split_heads
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_fixed_pooling import attention_weights, check_heads, join_heads, split_heads
 from .merging_grid import default_query_grid, sample_query_map
 
 

@@ -38,6 +38,7 @@ from .merge_extras import (
     merge_by_budget,
     read_tower,
 )
+from .merging_attention import check_heads  # noqa: F401
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import READ_FOR_QUESTION, MergeOutput, required_extras
 from .merging_c_abstractor import CAbstractor  # noqa: F401

@@ -17,6 +17,7 @@ from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .hub import MERGER, push_card_if_missing, push_folder
 from .merge_extras import MergeExtras
+from .merging_attention import check_heads  # noqa: F401
 from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import (
     MergeContext,
