@@ -1,7 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""How many placeholders an image gets: a method of its own on 5.x, a part of `__call__` on 4.57."""
+"""How many placeholders an image gets: a method of its own on 5.x, a part of `__call__` on 4.57.
 
+And tokenizers, whose class each release writes by a name that another one does not know or reads otherwise.
+"""
+
+import json
+import os
 import re
+from pathlib import Path
 
 from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import Unpack
@@ -42,7 +48,19 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             )
         return budget
 
+    def to_json_file(self, json_file_path: str | os.PathLike, **kwargs):
+        """Writes processor_config.json, the last file of `save_pretrained`, and finishes tokenizer_config.json."""
+        super().to_json_file(json_file_path, **kwargs)
+        if self.tokenizer.is_fast and type(self.tokenizer).__module__.startswith("transformers."):
+            name_plain_tokenizer(Path(json_file_path).parent / "tokenizer_config.json", self.tokenizer)
+
     if TRANSFORMERS_V5:
+
+        @classmethod
+        def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
+            """tokenizer.json as it is, as for LLaVA, whatever class is named: a LlamaTokenizer would lose spaces."""
+            kwargs["tokenizer_type"] = "llava"
+            return super()._load_tokenizer_from_pretrained(sub_processor_type, pretrained_model_name_or_path, **kwargs)
 
         def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
             """The placeholders of one image, as many as its budget."""
@@ -81,3 +99,22 @@ class MergedPlaceholderProcessor(LlavaProcessor):
                 return self.image_token * tokens_of_budget(budget, num_patches)
 
             return [re.sub(re.escape(self.image_token), placeholders, sample) for sample in texts]
+
+
+def name_plain_tokenizer(path: Path, tokenizer):
+    """Lets a tokenizer_config.json name the class that takes tokenizer.json as it is, on every release and in vLLM.
+
+    4.57 names a LlamaTokenizer, which 5.x builds anew unless the model's type is "llava", and then loses spaces behind
+    `<image>`; 5.x names a TokenizersBackend, and lists special tokens by a name, which 4.57 cannot read.
+    """
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = config.pop("extra_special_tokens", None)
+    if extra:  # an empty one hides the others from 5.17
+        config["additional_special_tokens" if isinstance(extra, list) else "extra_special_tokens"] = extra
+    config |= {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names")}  # were of the class
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

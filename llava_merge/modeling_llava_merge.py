@@ -22,6 +22,7 @@ from .compat import (
     register_llava_key_mapping,
 )
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
+from .compat_processing import MergedPlaceholderProcessor  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs

@@ -3,8 +3,9 @@
 
 import os
 
-from transformers import LlavaProcessor
 from transformers.utils import logging
+
+from .compat_processing import MergedPlaceholderProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ def read_questions_of_folder(merger_config, path: str, hub_kwargs: dict):
     """
     tokenizer = None
     try:
-        processor = LlavaProcessor.from_pretrained(path, **hub_kwargs)
+        processor = MergedPlaceholderProcessor.from_pretrained(path, **hub_kwargs)
         tokenizer = processor.tokenizer
         if merger_config.question_end_token_ids is None:
             merger_config.update(find_question_marks(processor))

@@ -193,6 +193,23 @@ RELIED_ON = [
     Reliance(LlavaMergeProcessor, "from_pretrained", "its first argument", ("pretrained_model_name_or_path",)),
     Reliance(
         LlavaMergeProcessor,
+        "to_json_file",
+        "save_pretrained writes the tokenizer before it calls it, and uploads afterwards",
+        parameters=("json_file_path",),
+        mentions=("self.to_json_file(",),
+        where="save_pretrained",
+    ),
+    Reliance(
+        LlavaMergeProcessor,
+        "_load_tokenizer_from_pretrained",
+        "from_pretrained calls it, and it hands its keywords to AutoTokenizer",
+        parameters=("sub_processor_type", "pretrained_model_name_or_path", "kwargs"),
+        mentions=("_load_tokenizer_from_pretrained(",),
+        where="_get_arguments_from_pretrained",
+        releases=V5,
+    ),
+    Reliance(
+        LlavaMergeProcessor,
         "_get_num_multimodal_tokens",
         "the result's fields",
         parameters=("image_sizes",),
