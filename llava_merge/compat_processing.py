@@ -13,6 +13,7 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import Unpack
 
 from .compat import TRANSFORMERS_V5
+from .files import write_whole
 from .placeholders import ALL_TOKENS, tokens_of_budget
 
 
@@ -115,6 +116,4 @@ def name_plain_tokenizer(path: Path, tokenizer):
     if extra:  # an empty one hides the others from 5.17
         config["additional_special_tokens" if isinstance(extra, list) else "extra_special_tokens"] = extra
     config |= {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names")}  # were of the class
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

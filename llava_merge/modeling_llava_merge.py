@@ -24,6 +24,7 @@ from .compat import (
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
 from .compat_processing import MergedPlaceholderProcessor  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .files import write_whole  # noqa: F401
 from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing

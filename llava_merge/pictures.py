@@ -1,7 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Opening of every picture that the package is given."""
+"""Opening of every picture that the package is given, and saving of those it draws."""
 
 import os
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image
@@ -24,3 +25,16 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{source} is too large to be opened safely; scale it down first. ({error})") from error
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{source} is not a picture that can be opened: {error}") from error
+
+
+def save_picture(picture: Image.Image, path: Path):
+    """Saves a picture under another name of the same extension first, and then renames it.
+
+    Raises:
+        ValueError: There is no such folder, or the extension is of no format that Pillow writes.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}.")
+    written = path.with_name(f".new-{path.name}")
+    picture.save(written)
+    os.replace(written, path)

@@ -9,6 +9,7 @@ from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
 from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs
+from .files import write_whole  # noqa: F401
 from .placeholders import budget_of_each_image
 
 

@@ -39,8 +39,7 @@ def demo(
 
     from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
-    from llava_merge.files import save_picture
-    from llava_merge.pictures import open_picture
+    from llava_merge.pictures import open_picture, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
