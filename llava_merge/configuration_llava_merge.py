@@ -4,7 +4,7 @@
 import copy
 import inspect
 
-from transformers import LlavaConfig, PretrainedConfig
+from transformers import GenerationConfig, LlavaConfig, PretrainedConfig
 
 from .compat import add_sub_config
 from .placeholders import is_whole_number
@@ -337,6 +337,16 @@ class LlavaMergeConfig(LlavaConfig):
             saved = as_saved_by_this_release(saved)
         fields["merger_config"] = lay_over(saved, kwargs.pop("merger_config", None))
         return super().from_dict(fields, **kwargs)
+
+    def _get_generation_parameters(self) -> dict:
+        """Settings of `generate` that have no place here, which each call of it on transformers 5 asks for.
+
+        Before 5.23 the answer takes a whole default configuration to compare with, which can last as long as a short
+        prefill, also where there is no setting at all. Remove when 5.23 is the oldest 5.x.
+        """
+        if all(getattr(self, name, None) is None for name in GenerationConfig._get_default_generation_params()):
+            return {}
+        return super()._get_generation_parameters()
 
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)

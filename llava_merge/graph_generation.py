@@ -1,14 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """`generate` from the graphs of `compile_for_inference`. It sees a cache that is an empty one with a number in it."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -147,7 +146,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             num_patches = self.config.num_patches  # checked while it runs already, since the check waits for the device
             check_placeholders(ids == self.config.image_token_id, shape.num_tokens(num_patches), num_patches)
             ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
-            return super().generate(**with_generation_config({**kwargs, **ours}, self.generation_config))
+            return super().generate(**{**kwargs, **ours})
         finally:
             graphs.wait_for_prefill()  # which may still read what the caller gives up now, where there was an error
             graphs.in_use.release()
@@ -243,19 +242,6 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
 def arguments_of_forward(model_class: type) -> frozenset[str]:
     """Names of what `forward` takes."""
     return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-def with_generation_config(arguments: dict, default: GenerationConfig) -> dict:
-    """Arguments of `generate` that say the same, with a `generation_config`.
-
-    Where there is none, transformers 5 before 5.23 makes a whole configuration of the model in each call, to look for
-    settings in it: 10 ms, as long as all of a short prefill. Remove when 5.23 is the oldest 5.x.
-    """
-    if arguments.get("generation_config") is not None:
-        return arguments
-    config = copy.copy(default)
-    others = config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})
-    return {**others, "generation_config": config}
 
 
 def check_can_be_compiled(model):

@@ -6,7 +6,7 @@ import torch
 from conftest import IMAGE_ID, agnostic, aware, image_features, pixels, prompts, tiny_model
 from packaging.version import Version
 
-from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.placeholders import repeat_rows_together
 
 
@@ -191,3 +191,15 @@ def test_compiled_image_features_have_no_graph_break(model):
 def test_rows_are_repeated_with_all_their_images():
     assert repeat_rows_together(torch.tensor([2, 0, 1]), 2).tolist() == [0, 1, 0, 1, 2, 2]
     assert repeat_rows_together(torch.tensor([1, 1]), 3).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.skipif(not TRANSFORMERS_V5, reason="4.57 warns of such settings and takes them over")
+def test_settings_of_generate_in_the_config_are_found_without_making_another(model, monkeypatch):
+    """Releases before 5.23 compare with a whole default configuration, in each call."""
+    batch, images = prompts([1], 9), pixels(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.config), "__init__", None)
+        generate(model, batch, images)
+    model.config.repetition_penalty = 2.0
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        generate(model, batch, images)

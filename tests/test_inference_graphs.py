@@ -162,6 +162,24 @@ def test_what_the_model_s_own_settings_ask_for_counts_beside_those_of_a_call():
     assert model._why_without_graphs(model.inference_graphs, {**batch, "num_beams": 1}) is None
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("asked", [{"do_sample": False}, {"top_k": None}, {"temperature": 1.0}], ids=str)
+def test_what_a_call_asks_for_wins_over_the_model_s_own_settings(asked, monkeypatch):
+    """Also where it is what transformers has for its default, or None."""
+    model = merging("agnostic")
+    model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen = counted(model, monkeypatch)
+    model.generation_config.update(do_sample=True, temperature=1e-4 if "temperature" in asked else 3.0)
+    model.generation_config.top_k = 1 if "top_k" in asked else 0
+    batch = inputs([1], 6)
+    del batch["do_sample"]
+    answers = []
+    for answer, fields in ((model.generate, asked), (lambda **batch: plain(model, batch), asked), (model.generate, {})):
+        torch.manual_seed(0)
+        answers.append(answer(**batch, **fields))
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2]) and len(seen) == 2
+
+
 def test_neither_autocast_nor_training_is_answered_from_graphs(monkeypatch):
     model = merging("agnostic")
     model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)

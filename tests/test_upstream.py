@@ -174,6 +174,13 @@ RELIED_ON = [
     Reliance(LlavaMergeConfig, "__setattr__", "attributes are set one by one"),
     Reliance(
         LlavaMergeConfig,
+        "_get_generation_parameters",
+        "generate asks it for settings that the configuration should not have, of those that have a default",
+        mentions=("GenerationConfig._get_default_generation_params()",),
+        releases=V5,
+    ),
+    Reliance(
+        LlavaMergeConfig,
         "from_pretrained",
         "it reads a dict and hands it to from_dict",
         mentions=("cls.get_config_dict(", "cls.from_dict("),
