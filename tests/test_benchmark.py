@@ -124,6 +124,20 @@ class TestBenchmark:
         assert text == make_tables(report) and "| tome | 4 |" in text and "## 2 at once" in text
         assert Image.open(tmp_path / "times.png").width > 500
 
+    def test_what_was_measured_is_left_where_the_run_is_cut_short(self, base, tmp_path, monkeypatch):
+        measure_cells = run.measure_cells
+
+        def interrupted(model, cells, size, settings):
+            if size == 2:
+                raise KeyboardInterrupt
+            return measure_cells(model, cells, size, settings)
+
+        monkeypatch.setattr(run, "measure_cells", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark(settings_for(base, batch_sizes=[1, 2]), tmp_path, "the command")
+        assert list(json.loads((tmp_path / "report.json").read_text())["results"]) == ["1"]
+        assert "## 1 at once" in (tmp_path / "report.md").read_text() and (tmp_path / "times.png").exists()
+
     def test_cells_take_turns_at_being_first(self, base, tmp_path, monkeypatch):
         order, measure_once = [], run.measure_once
 

@@ -62,7 +62,8 @@ class BenchmarkSettings:
 def benchmark(settings: BenchmarkSettings, output: Path, command: str | None = None) -> dict:
     """Measures every merger at every budget beside the stock model and writes report.json, report.md and times.png.
 
-    The cells of a round follow each other, so that what slows the machine down slows all of them.
+    The cells of a round follow each other, so that what slows the machine down slows all of them. What is measured is
+    written after each batch size, so that a run that is cut short leaves it.
 
     Returns:
         The report: `protocol`, `results` by batch size and cell.
@@ -73,18 +74,22 @@ def benchmark(settings: BenchmarkSettings, output: Path, command: str | None = N
     check_settings(settings)
     model = make_model(settings.model, getattr(torch, settings.dtype), settings.device, settings.attn_implementation)
     cells = make_cells(make_mergers(model, settings), settings.budgets)
-    results = {str(size): measure_cells(model, cells, size, settings) for size in settings.batch_sizes}
-    report = {
-        "command": command,
-        "protocol": describe_run(settings, model),
-        "results": results,
-        "throughput": None if settings.memory is None else measure_throughput(model, cells, settings),
-    }
+    report = {"command": command, "protocol": describe_run(settings, model), "results": {}, "throughput": None}
+    for size in settings.batch_sizes:
+        report["results"][str(size)] = measure_cells(model, cells, size, settings)
+        write_report(report, output)
+    if settings.memory is not None:
+        report["throughput"] = measure_throughput(model, cells, settings)
+        write_report(report, output)
+    return report
+
+
+def write_report(report: dict, output: Path):
+    """report.json, report.md and times.png in the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
     write_whole(output / "report.md", make_tables(report))
     draw_if_possible(report, output / "times.png")
-    return report
 
 
 def settings_of_options(given: dict) -> BenchmarkSettings:
