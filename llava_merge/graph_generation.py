@@ -41,6 +41,8 @@ PLAIN = {
             "return_dict_in_generate",
             "cache_implementation",
             "prefill_chunk_size",
+            "token_healing",
+            "use_mtp",
         ),
         (None, False),
     ),

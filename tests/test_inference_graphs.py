@@ -137,6 +137,7 @@ def test_without_merger_with_budgets_and_with_text_alone(monkeypatch):
         ({"use_cache": False}, "use_cache"),
         ({"max_new_tokens": 13}, "max_new_tokens=13, and they were made for up to 12"),
         ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
     ],
 )
 def test_other_calls_run_without_graphs(fields, reason, monkeypatch):
