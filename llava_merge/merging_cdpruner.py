@@ -26,6 +26,7 @@ def conditional_dpp_picks(features: Tensor, relevance: Tensor, num_tokens: int) 
     weight = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
     kernel = weight[:, :, None] * cosine_similarity(features, features) * weight[:, None]  # (I, N, N)
     gain = kernel.diagonal(dim1=1, dim2=2)  # by how much each patch would multiply the determinant; a view
+    gain.copy_(weight.square())  # rounding would choose among equal ones, where there is no question to tell them apart
     least = 1e-5 * gain  # float32 tells no less from a mixture
     last = weight - 2  # order of the mixtures, below every gain
     picks = []

@@ -72,10 +72,12 @@ def slow_places(num_tokens: int, side: int = 6) -> list[int]:
     return list(itertools.accumulate(places, max))
 
 
-def slow_positions_and_bias(ids: list[int], model, num_tokens: list[int]) -> tuple[list[int], list[float]]:
-    """Of one unpadded row."""
+def slow_positions_and_bias(
+    ids: list[int], model, num_tokens: list[int], merged: list[MergeOutput] | None = None
+) -> tuple[list[int], list[float]]:
+    """Of one unpadded row; `merged` are its images, where they may sit elsewhere than on slots."""
     config = model.config.merger_config
-    sizes = iter(num_tokens)
+    images = iter(zip(num_tokens, merged or [MergeOutput()] * len(num_tokens), strict=True))
     positions, bias, at, left = [], [], 0, 0
     for id in ids:
         if id != IMAGE_ID:
@@ -84,15 +86,18 @@ def slow_positions_and_bias(ids: list[int], model, num_tokens: list[int]) -> tup
             at += 1
             continue
         if not left:
-            left = size = next(sizes)
+            left, image = next(images)
+            size = left
             start, places = at, slow_places(size) if size < NUM_PATCHES else range(NUM_PATCHES)
+            places = places if image.positions is None else image.positions[0].tolist()
+            weights = [NUM_PATCHES / size] * size if image.sizes is None else image.sizes[0].tolist()
         if config.position_ids == "source":
             positions.append(start + places[size - left])
             at = start + NUM_PATCHES
         else:
             positions.append(at)
             at += 1
-        bias.append(config.attention_mass * math.log(NUM_PATCHES / size))
+        bias.append(config.attention_mass * math.log(weights[size - left]))
         left -= 1
     return positions, bias
 

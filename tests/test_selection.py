@@ -338,6 +338,13 @@ def test_cdpruner_takes_mixtures_last_and_by_relevance():
             assert rest == sorted(rest, reverse=True) and len(set(picks)) == N
 
 
+def test_cdpruner_without_a_question_starts_with_the_first_patch():
+    """All patches matter alike then; rounding would choose, and choose anew in a batch of another size."""
+    features = torch.randn(16, N, 48, generator=torch.Generator().manual_seed(5))
+    relevance = torch.zeros(16, N)
+    assert not conditional_dpp_picks(features, relevance, 2)[:, 0].any()
+
+
 def slow_coverage(features, word_relevance) -> list[list[float]]:
     """By METHODS, entry by entry; words that are none cover nothing."""
     words = word_relevance.T.tolist()
