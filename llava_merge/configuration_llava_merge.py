@@ -246,9 +246,12 @@ class MergerConfig(PretrainedConfig):
             ValueError: It is a checkpoint of something else.
         """
         fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if fields.get("model_type") != cls.model_type:
+        found = fields.get("model_type")
+        if found != cls.model_type:
+            of_another = f"is a checkpoint of {found!r}, not of a merger"
+            what = of_another if found else "has no config.json of a model"
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a checkpoint of {fields.get('model_type')!r}, not of a merger. "
+                f"{pretrained_model_name_or_path} {what}. A PEFT adapter that holds a merger is loaded as the model. "
                 f"Save the merger of a model with model.save_merger(directory) and load that."
             )
         return cls.from_dict(as_saved_by_this_release(fields), **kwargs)

@@ -350,6 +350,11 @@ class TestMergerCheckpoint:
         with pytest.raises(ValueError, match="'llava_merge', not of a merger. .*save_merger"):
             tiny_model(aware()).load_merger(model_dir)
 
+    def test_an_adapter_is_no_merger(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match="has no config.json of a model. A PEFT adapter .* as the model"):
+            tiny_model(aware()).load_merger(tmp_path)
+
     def test_an_agnostic_merger_fits_a_language_model_of_another_width(self, tmp_path):
         config = MergerConfig(num_merged_tokens=9, num_heads=4, vision_dim=32, text_dim=4096)
         TokenMerger(config).save_pretrained(tmp_path)
