@@ -21,9 +21,10 @@ import torch
 import transformers
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
+from llava_merge.benchmark.models import make_model
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, draw_scene, sample_scene, scene_rng
 from llava_merge.files import write_whole
@@ -70,31 +71,8 @@ class Stack:
 
 def model_of_7b() -> LlavaMergeForConditionalGeneration:
     """LLaVA-1.5-7B's shapes, random, in bfloat16."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-    )
-    merger = {"num_merged_tokens": 144, "attention_mass": 0.0}
-    config = LlavaMergeConfig(
-        vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2, merger_config=merger
-    )
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlavaMergeForConditionalGeneration(config)
-        torch.set_default_dtype(torch.float32)
+    model = make_model("llava-1.5-7b", torch.bfloat16, "cuda")
+    model.set_merger({"num_merged_tokens": 144, "attention_mass": 0.0})
     return model
 
 
