@@ -55,12 +55,13 @@ class GraphCache(DynamicCache):
 
     Args:
         graphs: Those of the model.
+        shape: The prefill.
         first_logits: Of the prompt, whose prefill runs already while `generate` still prepares itself.
     """
 
-    def __init__(self, graphs: InferenceGraphs, first_logits: Tensor):
+    def __init__(self, graphs: InferenceGraphs, shape: PrefillShape, first_logits: Tensor):
         super().__init__()
-        self.graphs, self.first_logits, self.num_tokens = graphs, first_logits, 0
+        self.graphs, self.shape, self.logits, self.num_tokens = graphs, shape, first_logits, 0
 
     def get_seq_length(self, *args) -> int:
         """Tokens that were seen."""
@@ -69,12 +70,11 @@ class GraphCache(DynamicCache):
     def answer(self, input_ids: Tensor) -> LlavaCausalLMOutputWithPast:
         """The next logits behind the new `input_ids` (B, L), the prompt's with the first call."""
         if self.num_tokens:
-            logits = self.graphs.decode(input_ids)
+            self.logits = self.graphs.decode(self.shape, input_ids)
         else:
             self.graphs.wait_for_prefill()
-            logits = self.first_logits
         self.num_tokens += input_ids.shape[1]
-        return LlavaCausalLMOutputWithPast(logits=logits, **{CACHE_ARGUMENT: self})
+        return LlavaCausalLMOutputWithPast(logits=self.logits, **{CACHE_ARGUMENT: self})
 
 
 class GeneratesFromGraphs(EncodesImagesBeforeForward):
@@ -94,14 +94,15 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         """Compiles tower, merger, projector and language model for these shapes, so that `generate` answers from them.
 
         At small batches a GPU waits for the host, which launches thousands of kernels one by one; a graph is one
-        launch. It takes a minute or so for each length and batch size. `generate` is called as before, greedily or
+        launch. It takes a minute or two for each length and batch size. `generate` is called as before, greedily or
         sampling; what was not prepared (another batch size, longer prompts, beams, drafts, returned caches, a second
         thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` frees it all.
 
         Args:
             batch_sizes: Prompts of a call.
-            prompt_lengths: Tokens, those of images included; a prompt is padded to the next of them. Default: the
-                images, and 64, 192 or 448 tokens of text.
+            prompt_lengths: Tokens, those of images included; a prompt is padded to the next of them, and each token of
+                its answer attends to so many and `max_new_tokens`. Default: the images, and 64, 192 or 448 tokens of
+                text.
             images_per_prompt: Images of a call by its prompts; 0 for text alone.
             num_merged_tokens: Budgets, default the config's.
             max_new_tokens: Of the longest answer.
@@ -144,11 +145,13 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             return super().generate(**kwargs)
         try:
             ids, mask, pixels = self._prompt_of_call(kwargs)
-            cache = GraphCache(graphs, graphs.prefill(shape, ids, mask, pixels))
+            cache = GraphCache(graphs, shape, graphs.prefill(shape, ids, mask, pixels))
             num_patches = self.config.num_patches  # checked while it runs already, since the check waits for the device
             check_placeholders(ids == self.config.image_token_id, shape.num_tokens(num_patches), num_patches)
             ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
-            return super().generate(**{**kwargs, **ours})
+            answer = super().generate(**{**kwargs, **ours})
+            graphs.finish(cache.logits)
+            return answer
         finally:
             graphs.wait_for_prefill()  # which may still read what the caller gives up now, where there was an error
             graphs.in_use.release()

@@ -101,6 +101,9 @@ class PlacedLayer(StaticLayer):
 class Slot:
     """What B prompts that are answered side by side need on the device.
 
+    Args:
+        states: Of each layer, keys and values (B, heads, T, head_dim).
+
     Attributes:
         tokens: (B, 1) int64, the newest ones.
         past: (1,) int64, tokens that the cache holds, padding included.
@@ -109,20 +112,14 @@ class Slot:
         bias: (B, T + 1) float32, added to the attention logits of each key.
     """
 
-    def __init__(self, shapes: list[tuple[torch.Size, torch.Size]], batch_size: int, capacity: int, like: Tensor):
+    def __init__(self, states: list[tuple[Tensor, Tensor]]):
+        batch_size, _, self.capacity, _ = states[0][0].shape
+        like = states[0][0]
         self.tokens, self.positions = (like.new_zeros(batch_size, 1, dtype=torch.long) for _ in range(2))
         self.past = like.new_zeros(1, dtype=torch.long)
-        self.is_text = like.new_zeros(batch_size, capacity, dtype=torch.bool)
-        self.bias = like.new_zeros(batch_size, capacity + 1, dtype=torch.float32)
-        self.capacity = capacity
-        self.cache = Cache(
-            layers=[
-                PlacedLayer(
-                    *(like.new_zeros(batch_size, heads, capacity, width) for _, heads, _, width in both), self.past
-                )
-                for both in shapes
-            ]
-        )
+        self.is_text = like.new_zeros(batch_size, self.capacity, dtype=torch.bool)
+        self.bias = like.new_zeros(batch_size, self.capacity + 1, dtype=torch.float32)
+        self.cache = Cache(layers=[PlacedLayer(keys, values, self.past) for keys, values in states])
 
     @property
     def layout(self) -> TokenLayout:
@@ -139,6 +136,12 @@ class Slot:
         self.bias[:, length:] = 0.0
         self.past.fill_(length)
         self.positions.copy_(positions)
+
+    def clear(self):
+        """Forgets keys and values, also those that are not finite: masked, they would make all attention NaN."""
+        for layer in self.cache.layers:
+            layer.keys.zero_()
+            layer.values.zero_()
 
     def advance(self):
         """Counts a token."""
@@ -164,33 +167,33 @@ class InferenceGraphs:
         self._encode = torch.compile(self._tokens_of_images, **{**options, "disable": backend is None or in_steps})
         self._prefill = torch.compile(self._logits_of_prompt, **options)
         self._decode = torch.compile(self._logits_of_token, **options)
-        self.slots: dict[int, Slot] = {}
+        self.slots: dict[tuple[int, int], Slot] = {}  # by batch size and length of the prompt
         self.prefills: dict[PrefillShape, Recorded] = {}
-        self.decodes: dict[int, Recorded] = {}
+        self.decodes: dict[tuple[int, int], Recorded] = {}
         self.in_use = threading.Lock()
+        self.was_finite: Tensor | bool | None = True  # the last answer's end; None where it was broken off
         device = model.lm_head.weight.device
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.fingerprint = fingerprint_of(model)
 
     def warm_up(self):
         """Compiles and records everything, with a progress bar."""
-        like, capacity = self.model.lm_head.weight, max(self.shapes.prompt_lengths) + self.shapes.max_new_tokens
-        prefills = self.shapes.prefills(self.model.config.num_patches)
+        like, prefills = self.model.lm_head.weight, self.shapes.prefills(self.model.config.num_patches)
         pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
         faster = self.faster_layers() if like.is_cuda else nullcontext()
+        rooms = {(shape.batch_size, shape.length): shape.length + self.shapes.max_new_tokens for shape in prefills}
         limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
         with (
             for_graphs(),
             faster,
             # by the names of torch before 2.7, which later ones know too
             torch._dynamo.config.patch(cache_size_limit=limit, accumulated_cache_size_limit=8 * limit),
-            logging.tqdm(total=len(prefills) + len(self.shapes.batch_sizes), desc="compiling", disable=None) as bar,
+            logging.tqdm(total=len(prefills) + len(rooms), desc="compiling", disable=None) as bar,
         ):
-            states = shapes_of_cache(self.model)
+            self.slots = make_slots(shapes_of_cache(self.model), rooms, like)
             prepare_tower(self.model)
-            for batch_size in sorted(self.shapes.batch_sizes, reverse=True):
-                slot = self.slots[batch_size] = Slot(states, batch_size, capacity, like)
-                self.decodes[batch_size] = Recorded(self._decode, {"slot": slot}, pool)
+            for key, slot in self.slots.items():
+                self.decodes[key] = Recorded(self._decode, {"slot": slot}, pool)
                 bar.update()
             for shape in prefills:
                 self.prefills[shape] = Recorded(self._run_prefill, self._inputs_of(shape), pool)
@@ -213,13 +216,13 @@ class InferenceGraphs:
 
     def _inputs_of(self, shape: PrefillShape) -> dict:
         """Buffers that a prefill of this shape reads, with a prompt that has its images."""
-        config, device, slot = self.model.config, self.model.lm_head.weight.device, self.slots[shape.batch_size]
+        config, device = self.model.config, self.model.lm_head.weight.device
         number = sum(shape.num_tokens(config.num_patches)) // shape.batch_size
         ids = torch.full((shape.batch_size, shape.length), padding_id(config), device=device)
         ids[:, shape.length - number :] = config.image_token_id
         pixels = torch.zeros(shape.num_images, 3, *config.image_shape, dtype=self.model.dtype, device=device)
         return {
-            "slot": slot,
+            "slot": self.slots[shape.batch_size, shape.length],
             "ids": ids,
             "mask": torch.ones_like(ids, dtype=torch.bool),
             "pixels": pixels,
@@ -238,6 +241,20 @@ class InferenceGraphs:
             mask: (B, L or fewer), 0 where a token is padding.
             pixels: (I, 3, H, W).
         """
+        logits, was_finite = self._start(shape, input_ids, mask, pixels), self.was_finite
+        self.was_finite = None
+        if not was_finite:  # asked while the prefill runs, since the answer waits for the device
+            self.wait_for_prefill()
+            for slot in self.slots.values():
+                slot.clear()
+            logits = self._start(shape, input_ids, mask, pixels)
+        return logits
+
+    def finish(self, logits: Tensor):
+        """Takes the last `logits` of an answer, to clear the memory before the next one where they are not finite."""
+        self.was_finite = logits.isfinite().all()
+
+    def _start(self, shape: PrefillShape, input_ids: Tensor, mask: Tensor, pixels: Tensor | None) -> Tensor:
         recorded = self.prefills[shape]
         padding, buffers = shape.length - input_ids.shape[1], recorded.inputs
         if self.aside is not None:
@@ -256,9 +273,9 @@ class InferenceGraphs:
         if self.aside is not None:
             torch.cuda.current_stream(self.aside.device).wait_stream(self.aside)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Logits of the token behind `tokens` (B, 1): (B, 1, vocabulary), to be read before the next call."""
-        recorded = self.decodes[len(tokens)]
+    def decode(self, shape: PrefillShape, tokens: Tensor) -> Tensor:
+        """Logits behind `tokens` (B, 1) of a prompt of `shape`: (B, 1, vocabulary), to be read before the next call."""
+        recorded = self.decodes[shape.batch_size, shape.length]
         recorded.inputs["slot"].tokens.copy_(tokens)
         return recorded()
 
@@ -372,11 +389,33 @@ def padding_id(config) -> int:
     return 0 if config.image_token_id != 0 else 1
 
 
-def shapes_of_cache(model) -> list[tuple[torch.Size, torch.Size]]:
-    """Shapes (1, heads, 1, head_dim) of keys and values of one token in each layer."""
+def shapes_of_cache(model) -> list[torch.Size]:
+    """Shapes (1, heads, 1, head_dim) of one token's keys and values, layer by layer."""
     token = torch.full((1, 1), padding_id(model.config), device=model.lm_head.weight.device)
     cache = model.model.language_model(input_ids=token, use_cache=True)[CACHE_ARGUMENT]
-    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+    return [states.shape for layer in cache.layers for states in (layer.keys, layer.values)]
+
+
+def make_slots(
+    shapes: list[torch.Size], rooms: dict[tuple[int, int], int], like: Tensor
+) -> dict[tuple[int, int], Slot]:
+    """A slot for each batch size and length of prompts, with room for so many tokens, all of which decoding reads.
+
+    One is in use at a time: each is the front of the same memory.
+
+    Args:
+        shapes: [`shapes_of_cache`].
+    """
+    most = max(batch_size * room for (batch_size, _), room in rooms.items())
+    memory = [like.new_zeros(most, heads * width) for _, heads, _, width in shapes]
+    slots = {}
+    for (batch_size, length), room in rooms.items():
+        states = [
+            part[: batch_size * room].view(batch_size, heads, room, width)
+            for part, (_, heads, _, width) in zip(memory, shapes, strict=True)
+        ]
+        slots[batch_size, length] = Slot([*zip(states[::2], states[1::2], strict=True)])
+    return slots
 
 
 def fingerprint_of(model) -> tuple:

@@ -73,11 +73,55 @@ def test_nothing_is_compiled_again_for_another_prompt(name, monkeypatch):
     model, counter = merging(name), CompileCounter()
     model.compile_for_inference(prompt_lengths=[24, 48], images_per_prompt=[1, 2], max_new_tokens=8, backend=counter)
     num_graphs, seen = counter.frame_count, counted(model, monkeypatch)
-    assert num_graphs >= 7  # a token; two lengths with one image and with two; one image and two
+    assert num_graphs >= 8  # a token of two lengths; two lengths with one image and with two; one image and two
     for counts, text in (([1], 3), ([1], 13), ([1], 20), ([2], 6), ([2], 20)):
         batch = inputs(counts, text)
         assert torch.equal(model.generate(**batch), plain(model, batch)), (counts, text)
     assert len(seen) == 5 and counter.frame_count == num_graphs
+
+
+@pytest.mark.core
+def test_decoding_reads_no_more_than_a_prompt_of_its_length_needs(monkeypatch):
+    """All of what a graph may read is read for each token, also what only longer prompts fill."""
+    model, seen = merging("agnostic"), []
+    model.compile_for_inference(batch_sizes=[1, 2], prompt_lengths=[24, 48], max_new_tokens=12, backend=None)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, *args, **kwargs: seen.append(key.shape) or attend(query, key, *args, **kwargs),
+    )
+    for counts, text, length in (([1], 20, 48), ([1, 1], 20, 48), ([1, 1], 6, 24), ([1], 6, 24)):
+        model.generate(**inputs(counts, text))
+        assert {(shape[0], shape[2]) for shape in seen[-6:]} == {(len(counts), length + 12)}
+    memory = {slot.cache.layers[0].keys.untyped_storage().data_ptr() for slot in model.inference_graphs.slots.values()}
+    assert len(memory) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("broken", ["prompt", "sampled prompt", "answer"])
+def test_an_answer_that_is_not_finite_leaves_nothing_behind(broken, monkeypatch):
+    """A masked key that is NaN makes all of the attention NaN."""
+    model = merging("agnostic")
+    model.compile_for_inference(**ALL, backend=None)
+    seen, longer = counted(model, monkeypatch), inputs([1], 20, new_tokens=12)
+    embedding = model.get_input_embeddings()
+    if broken == "sampled prompt":
+        longer["pixel_values"][:] = torch.nan
+        with pytest.raises(RuntimeError, match="nan"):
+            model.generate(**longer | {"do_sample": True})
+    elif broken == "prompt":
+        longer["pixel_values"][:] = torch.nan
+        model.generate(**longer)
+    else:  # as a sum that overflows in float16
+        hook = embedding.register_forward_hook(
+            lambda _, args, embeds: embeds * (torch.nan if embeds.shape[1] == 1 else 1)
+        )
+        model.generate(**longer)
+        hook.remove()
+    for batch in (inputs([1], 20 if broken == "answer" else 6), inputs([1], 20), inputs([1, 1], 20)):
+        assert torch.equal(model.generate(**batch), plain(model, batch))
+    assert len(seen) == 4
 
 
 def test_picks_in_many_steps_are_not_compiled():
@@ -223,12 +267,12 @@ def test_a_wrong_prompt_gets_the_same_error(name, num_tokens, monkeypatch):
 def test_nothing_is_waited_for_before_the_prefill(monkeypatch):
     model, waits = merging("aware, mass, source"), []
     model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
-    prefill = model.inference_graphs.prefill
+    (prefill,) = model.inference_graphs.prefills.values()
+    run = prefill.function
+    model.generate(**inputs([1], 6))
     with Operators() as operators:
         monkeypatch.setattr(
-            model.inference_graphs,
-            "prefill",
-            lambda *args: waits.append(operators.counts["_local_scalar_dense"]) or prefill(*args),
+            prefill, "function", lambda **args: waits.append(operators.counts["_local_scalar_dense"]) or run(**args)
         )
         model.generate(**inputs([1], 6))
     assert waits == [0] and operators.counts["_local_scalar_dense"] > 0
