@@ -347,9 +347,8 @@ class LlavaMergeConfig(LlavaConfig):
         Before 5.23 the answer takes a whole default configuration to compare with, which can last as long as a short
         prefill, also where there is no setting at all. Remove when 5.23 is the oldest 5.x.
         """
-        if all(getattr(self, name, None) is None for name in GenerationConfig._get_default_generation_params()):
-            return {}
-        return super()._get_generation_parameters()
+        present = vars(self).keys() & GenerationConfig._get_default_generation_params().keys()
+        return super()._get_generation_parameters() if present else {}
 
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)

@@ -171,7 +171,7 @@ class InferenceGraphs:
         self.prefills: dict[PrefillShape, Recorded] = {}
         self.decodes: dict[tuple[int, int], Recorded] = {}
         self.in_use = threading.Lock()
-        self.was_finite: Tensor | bool | None = True  # the last answer's end; None where it was broken off
+        self.was_finite: Tensor | bool = True  # the last answer's end; False where it was broken off
         device = model.lm_head.weight.device
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.fingerprint = fingerprint_of(model)
@@ -242,7 +242,7 @@ class InferenceGraphs:
             pixels: (I, 3, H, W).
         """
         logits, was_finite = self._start(shape, input_ids, mask, pixels), self.was_finite
-        self.was_finite = None
+        self.was_finite = False
         if not was_finite:  # asked while the prefill runs, since the answer waits for the device
             self.wait_for_prefill()
             for slot in self.slots.values():
