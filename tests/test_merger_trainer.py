@@ -14,6 +14,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import NUM_PATCHES, agnostic, aware, make_processor, pixels, prompts, tiny_model, tiny_stock
 from PIL import Image
@@ -689,6 +690,14 @@ class TestCommand:
         with pytest.raises(ValueError, match=r"data.streaming=true: .*set training.max_steps"):
             train(settings_of(plain))
 
+    def test_all_processes_wait_until_everything_is_written(self, llava_folder, tmp_path):
+        written = []
+        with mock.patch.object(
+            Accelerator, "wait_for_everyone", lambda _: written.append((tmp_path / "metrics.json").exists())
+        ):
+            train(settings_of(settings_for(llava_folder, tmp_path, METHODS[0], budgets={"train": [9]})))
+        assert written[-1]
+
     def test_long_samples_are_skipped(self, llava_folder, tmp_path, caplog):
         plain = settings_for(llava_folder, tmp_path, METHODS[0], data={"max_length": 60}, budgets={"train": [9]})
         with caplog.at_level("WARNING", logger="llava_merge.training.data"):
@@ -771,6 +780,21 @@ class TestProcesses:
         assert report["metrics"]["train_loss"] > 0 and report["settings"]["training"]["max_steps"] == steps
         state = json.loads((tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
         assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, steps + 1))
+
+
+def test_the_command_ends_its_process_group(tmp_path):
+    """torchrun stops all processes where one aborts, and a group that is left open can make it do so when it ends."""
+
+    def in_a_group(settings, resume):
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+
+    file = tmp_path / "run.yaml"
+    file.write_text("{}")
+    with mock.patch("llava_merge.training.run.train", in_a_group):
+        done = CliRunner().invoke(app, ["train", str(file)])
+    assert done.exit_code == 0, done.output
+    assert not torch.distributed.is_initialized()
 
 
 def test_bad_input_is_one_line(tmp_path):

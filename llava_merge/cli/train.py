@@ -22,7 +22,10 @@ def train(
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_merge").setLevel(logging.INFO)
+    from accelerate import PartialState
+
     from llava_merge.training.run import train as run
     from llava_merge.training.settings import load_settings
 
     run(load_settings(config, set or []), resume)
+    PartialState().destroy_process_group()  # its threads may abort a process that ends with one

@@ -60,6 +60,7 @@ def train(settings: Settings, resume: bool = False) -> dict[str, float]:
     trainer.save_model()
     if args.should_save:
         write_report(settings, trainer, metrics)
+    trainer.accelerator.wait_for_everyone()  # the files are there when any process returns
     return metrics
 
 
