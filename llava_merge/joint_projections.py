@@ -1,11 +1,12 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Queries, keys and values of each attention from one matmul, while kernels are recorded.
+"""Queries, keys and values of each attention from one matmul, gate and up of each MLP too, while kernels are recorded.
 
-Three small matmuls leave parts of a GPU idle that one of their size fills.
+Small matmuls leave parts of a GPU idle that one of their size fills.
 """
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.functional import linear
 from .layer_replacement import is_plain, replaced
 
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order in which they are called
 
 
 class JointLinear:
@@ -55,22 +56,23 @@ class PartOfJoint(nn.Module):
 
 @contextmanager
 def joint_projections(model: nn.Module, apart: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Lets the self-attentions of a model, but those `apart`, compute their three projections at once inside.
+    """Lets the modules of a model, but those `apart`, compute all [`PROJECTIONS`] of one input at once inside.
 
     What is no plain layer is left alone. The weights stay views of one tensor afterwards.
     """
-    attentions = [module for module in model.modules() if module not in apart and can_be_joined(module)]
+    modules = [module for module in model.modules() if module not in apart]
     parts = []
-    for attention in attentions:
-        joint = JointLinear([getattr(attention, name) for name in PROJECTIONS])
-        parts += [(attention, name, PartOfJoint(joint, number)) for number, name in enumerate(PROJECTIONS)]
+    for module, names in product(modules, PROJECTIONS):
+        layers = [dict(module.named_children()).get(name) for name in names]
+        if can_be_joined(layers):
+            joint = JointLinear(layers)
+            parts += [(module, name, PartOfJoint(joint, number)) for number, name in enumerate(names)]
     with replaced(parts):
         yield
 
 
-def can_be_joined(module: nn.Module) -> bool:
-    """Whether it has three plain projections, of one input, that nothing looks at."""
-    layers = [dict(module.named_children()).get(name) for name in PROJECTIONS]
+def can_be_joined(layers: list[nn.Module | None]) -> bool:
+    """Whether all are plain projections, of one input, that nothing looks at."""
     if not all(is_plain(layer, nn.Linear) for layer in layers):
         return False
     kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}

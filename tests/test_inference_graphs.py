@@ -416,7 +416,7 @@ class TestProjectedPatches:
 
 
 class TestJointProjections:
-    """Queries, keys and values from one matmul, as graphs of a GPU have them."""
+    """Queries, keys and values from one matmul, and gate and up, as graphs of a GPU have them."""
 
     @pytest.mark.parametrize("name", ["aware, mass, source", "visionzip"])
     def test_the_logits_stay_and_the_layers_come_back(self, name):
@@ -430,11 +430,11 @@ class TestJointProjections:
                 joint = [module.joint for module in model.modules() if isinstance(module, PartOfJoint)]
                 assert any(isinstance(module, ProjectedPatches) for module in model.modules())
                 torch.testing.assert_close(model(**batch).logits, expected)
-            assert len({*joint}) == (3 if name == "visionzip" else 4) and not any(part.parts for part in joint)
+            assert len({*joint}) == (5 if name == "visionzip" else 6) and not any(part.parts for part in joint)
         assert layers == dict(model.named_modules())
         assert torch.equal(model(**batch).logits, expected)
 
-    def test_one_matmul_for_three_and_one_graph(self):
+    def test_one_matmul_for_several_and_one_graph(self):
         """Nor does torch.compile break the graph or come back for another call."""
         model, counter = tiny_model(agnostic()).model.language_model, CompileCounter()
         torch._dynamo.reset()
@@ -448,7 +448,7 @@ class TestJointProjections:
                     torch.testing.assert_close(model(**call).last_hidden_state, expected)
                 for _ in range(3):
                     torch.testing.assert_close(compiled(**call).last_hidden_state, expected)
-        assert joint.counts["mm"] == apart.counts["mm"] - 2 * 2 and counter.frame_count == 1
+        assert joint.counts["mm"] == apart.counts["mm"] - 2 * (2 + 1) and counter.frame_count == 1
 
     def test_weights_are_saved_as_before(self, tmp_path):
         model = tiny_model(agnostic())
@@ -457,6 +457,8 @@ class TestJointProjections:
             pass
         attention = model.model.language_model.layers[0].self_attn
         assert lie_side_by_side([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        mlp = model.model.language_model.layers[1].mlp
+        assert lie_side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight])
         model.save_pretrained(tmp_path)
         after = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path).state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -468,6 +470,8 @@ class TestJointProjections:
         attentions = [layer.self_attn for layer in model.model.language_model.layers]
         handle = attentions[0].k_proj.register_forward_hook(lambda *_: None)
         attentions[1].v_proj = torch.nn.Sequential(attentions[1].v_proj)
+        for layer in model.model.language_model.layers:
+            layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
         for layer in model.model.vision_tower.modules():
             if type(layer) is torch.nn.Linear:
                 layer.__class__ = type("Quantised", (torch.nn.Linear,), {})
