@@ -275,8 +275,13 @@ def speed_table(report: dict) -> str:
     )
 
 
-def compiled_table(reports: dict[str, dict]) -> str:
-    """Stock and merged, as they are and compiled, by prompts at once."""
+def compiled_table(names: dict[str, str]) -> str:
+    """Stock and merged, as they are and compiled.
+
+    Args:
+        names: Results on one GPU, by prompts at once.
+    """
+    reports = {size: read_result(name) for size, name in names.items()}
     head = ["", "tokens"]
     for size in reports:
         head += [f"first token, {size} at once", f"answer, {size} at once"]
@@ -287,16 +292,45 @@ def compiled_table(reports: dict[str, dict]) -> str:
         times = ["" if cell is None else timed(cell, part) for cell in cells for part in ("first_token", "answer")]
         rows.append([name + ", compiled" * row["compiled"], row["budget"], *times])
     protocol = reports["1"]["protocol"]
-    links = ", ".join(f"[{size} at once](examples/results/benchmark_7b_compiled_{size}.json)" for size in reports)
+    links = ", ".join(f"[{size} at once](examples/results/{name}.json)" for size, name in names.items())
     ours = {size: report["results"][size]["fixed_pooling@64, compiled"] for size, report in reports.items()}
     beside = [
         f"{row['first_token_ratio_of_compiled']:.2f} and {row['answer_ratio_of_compiled']:.2f} × at {size} at once"
         for size, row in ours.items()
     ]
     return (
-        f"{table(head, rows)}\n\nAs above, answers of {protocol['new_tokens']} tokens; × is how many times faster than "
-        f"stock that is not compiled, of the same run ({links}). Beside stock compiled the same way, first token and "
-        f"answer of `fixed_pooling` are {', '.join(beside)}."
+        f"{table(head, rows)}\n\n{protocol['hardware'].partition(',')[0]}, otherwise as above, answers of "
+        f"{protocol['new_tokens']} tokens; × is how many times faster than stock that is not compiled, of the same run "
+        f"({links}). Beside stock compiled the same way, first token and answer of `fixed_pooling` are "
+        f"{', '.join(beside)}."
+    )
+
+
+def another_host_sentence(name: str) -> str:
+    """What compiling gains where the host is another one.
+
+    Args:
+        name: A result of 8 at once.
+    """
+    report = read_result(name)
+    stock, merged = (report["results"]["8"][key] for key in ("none@all", "fixed_pooling@64, compiled"))
+    times = [f"{row['milliseconds']['answer']['median']:.0f} ms" for row in (stock, merged)]
+    return (
+        f"What is not compiled waits for its host. With another one and an earlier version, answers to 8 at once on an "
+        f"{report['protocol']['hardware'].partition(',')[0]} took {times[0]} and, compiled with `fixed_pooling`, "
+        f"{times[1]}: {merged['answer_ratio']:.2f} × ([8 at once](examples/results/{name}.json))."
+    )
+
+
+def compiling_sentence(names: list[str]) -> str:
+    """Seconds of compiling one length and batch size."""
+    rows = [row for name in names for rows in read_result(name)["results"].values() for row in rows.values()]
+    cached = "fixed_pooling:attention_mass=1"  # whose graphs but one are those of the row before
+    seconds = [row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] != cached]
+    (again,) = (row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] == cached)
+    return (
+        f"Compiling one length of one batch size took {min(seconds):.0f} to {max(seconds):.0f} s there, and "
+        f"{again:.0f} s where torch's cache on the disk had most of it."
     )
 
 
@@ -409,6 +443,7 @@ def updated(text: str) -> str:
         for scenes in LORA_SCENES.values()
     }
     accuracy, placed = evaluation_tables(simple, hard)
+    on_h200 = {size: f"benchmark_7b_compiled_{size}_h200" for size in ("1", "8")}
     tables = {
         "mergers": mergers_table(),
         "first numbers": first_numbers(simple, hard),
@@ -421,7 +456,14 @@ def updated(text: str) -> str:
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
         "speed": speed_table(read_result("benchmark_7b")),
-        "compiled": compiled_table({size: read_result(f"benchmark_7b_compiled_{size}") for size in ("1", "8", "32")}),
+        "compiled": "\n\n".join(
+            (
+                compiled_table({size: f"benchmark_7b_compiled_{size}" for size in ("1", "8", "32")}),
+                compiled_table(on_h200),
+                compiling_sentence([*on_h200.values()]),
+                another_host_sentence("benchmark_7b_compiled_8_other_host"),
+            )
+        ),
         "overhead": overhead_table(read_result("merger_overhead"), read_result("merger_overhead_vispruner")),
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "loading": loading_sentence(read_result("loading"), read_result("loading_gpu")),

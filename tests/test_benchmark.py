@@ -175,6 +175,8 @@ class TestBenchmark:
         assert list(times) == ["first_token", "decode", "answer", "prompt_graph", "token_graph", "rest"]
         table = (tmp_path / "report.md").read_text()
         assert "| tome, compiled | 9 |" in table and "| graph of the prompt | rest |" in table
+        assert rows["tome@9"]["compile_seconds"] is None and rows["tome@9, compiled"]["compile_seconds"] >= 0
+        assert "| compiling, s |" in table
 
     def test_merging_shows_where_the_prompt_is_long(self, tmp_path, monkeypatch):
         text = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -28,14 +28,15 @@ def make_tables(report: dict) -> str:
 
 
 def make_table(rows: dict[str, dict]) -> str:
-    """Milliseconds as median and quartiles, with ratios to the stock model."""
-    ratios = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
+    """Milliseconds as median and quartiles, with ratios to the stock model, and how long compiling took."""
+    numbers = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
     if any(row["compiled"] for row in rows.values()):
-        ratios |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in ratios.items()}
+        numbers |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in numbers.items()}
+        numbers["compile_seconds"] = "compiling, s"
     columns = {
         name: shown for name, shown in COLUMNS.items() if any(name in row["milliseconds"] for row in rows.values())
     }
-    head = ["merger", "tokens", *columns.values(), *ratios.values(), "KV MiB", "peak MiB"]
+    head = ["merger", "tokens", *columns.values(), *numbers.values(), "KV MiB", "peak MiB"]
     lines = [head, ["---"] * len(head)]
     for row in rows.values():
         peak = row["peak_memory_bytes"]
@@ -44,7 +45,7 @@ def make_table(rows: dict[str, dict]) -> str:
                 row["merger"] + (", compiled" if row["compiled"] else ""),
                 row["budget"],
                 *(as_text(row["milliseconds"].get(name)) for name in columns),
-                *("" if name not in row else f"{row[name]:.2f}" for name in ratios),
+                *("" if row.get(name) is None else f"{row[name]:.2f}" for name in numbers),
                 f"{row['kv_bytes_of_image'] / MIB:.1f}",
                 "" if peak is None else f"{peak / MIB:.0f}",
             ]

@@ -4,6 +4,7 @@
 import json
 import logging
 import statistics
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,10 +146,11 @@ def make_mergers(model: LlavaMergeForConditionalGeneration, settings: BenchmarkS
 
 @dataclass(frozen=True)
 class Row:
-    """A cell as it is, or answered from graphs that were compiled for it."""
+    """A cell as it is, or answered from graphs that were compiled for it, in so many seconds."""
 
     cell: Cell
     graphs: InferenceGraphs | None = None
+    compile_seconds: float | None = None
 
     @property
     def key(self) -> str:
@@ -171,12 +173,13 @@ def make_rows(model, cells: list[Cell], batch_size: int, settings: BenchmarkSett
     rows = [Row(cell) for cell in cells]
     if settings.compile is None:
         return rows
-    return rows + [Row(cell, graphs_of_cell(model, cell, batch_size, settings)) for cell in cells]
+    return rows + [compiled_row(model, cell, batch_size, settings) for cell in cells]
 
 
-def graphs_of_cell(model, cell: Cell, batch_size: int, settings: BenchmarkSettings) -> InferenceGraphs:
-    """Those of one batch of prompts as the cell has them."""
+def compiled_row(model, cell: Cell, batch_size: int, settings: BenchmarkSettings) -> Row:
+    """The cell with graphs of one batch of prompts as it has them."""
     with cell.candidate.answering(model):
+        start = time.perf_counter()
         model.compile_for_inference(
             batch_sizes=[batch_size],
             prompt_lengths=[tokens_of_cell(model, cell) + settings.text_tokens],
@@ -184,9 +187,9 @@ def graphs_of_cell(model, cell: Cell, batch_size: int, settings: BenchmarkSettin
             max_new_tokens=settings.new_tokens,
             backend=None if settings.compile == "none" else settings.compile,
         )
-        graphs = model.inference_graphs
+        row = Row(cell, model.inference_graphs, time.perf_counter() - start)
         model.decompile()
-    return graphs
+    return row
 
 
 def measure_cells(
@@ -234,6 +237,7 @@ def summarize_row(
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
         "compiled": row.graphs is not None,
+        "compile_seconds": row.compile_seconds and round(row.compile_seconds, 1),
         "tokens_entered": num_tokens + settings.text_tokens,
         "tokens_cached": num_tokens + settings.text_tokens + settings.new_tokens - 1,
         "kv_bytes_of_image": num_tokens * kv_bytes_of_token(model),
