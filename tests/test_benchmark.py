@@ -118,10 +118,15 @@ class TestBenchmark:
         for row in rows.values():
             assert row["peak_memory_bytes"] is None
             assert all(each["low"] <= each["median"] <= each["high"] for each in row["milliseconds"].values())
+        for size, rows in report["results"].items():
+            for row in rows.values():
+                tokens, seconds = int(size) * 3, row["milliseconds"]["answer"]["median"] / 1000
+                assert row["tokens_per_second"] == round(tokens / seconds, 1)
         protocol = report["protocol"]
         assert protocol["rounds"] == 2 and protocol["attention"] == {"vision_tower": "sdpa", "language_model": "sdpa"}
         text = (tmp_path / "report.md").read_text()
         assert text == make_tables(report) and "| tome | 4 |" in text and "## 2 at once" in text
+        assert "| tokens/s |" in text
         assert Image.open(tmp_path / "times.png").width > 500
 
     def test_what_was_measured_is_left_where_the_run_is_cut_short(self, base, tmp_path, monkeypatch):

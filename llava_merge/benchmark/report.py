@@ -28,10 +28,11 @@ def make_tables(report: dict) -> str:
 
 
 def make_table(rows: dict[str, dict]) -> str:
-    """Milliseconds as median and quartiles, with ratios to the stock model, and how long compiling took."""
-    numbers = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
+    """Milliseconds as median and quartiles, with speed, ratios to the stock model, and what compiling took."""
+    ratios = {"first_token_ratio": "first token ×", "answer_ratio": "answer ×"}
+    numbers = {"tokens_per_second": "tokens/s", **ratios}
     if any(row["compiled"] for row in rows.values()):
-        numbers |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in numbers.items()}
+        numbers |= {f"{name}_of_compiled": f"{shown} compiled" for name, shown in ratios.items()}
         numbers["compile_seconds"] = "compiling, s"
     columns = {
         name: shown for name, shown in COLUMNS.items() if any(name in row["milliseconds"] for row in rows.values())

@@ -206,7 +206,11 @@ def measure_cells(
                 if number:
                     rounds[row.key].append(times)
                 bar.update()
-    return {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], settings) for row in rows}
+    found = {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], settings) for row in rows}
+    for row in found.values():
+        seconds = row["milliseconds"]["answer"]["median"] / 1000
+        row["tokens_per_second"] = round(batch_size * settings.new_tokens / seconds, 1)
+    return found
 
 
 def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) -> tuple[dict[str, float], int | None]:
