@@ -299,7 +299,7 @@ def compiled_table(names: dict[str, str]) -> str:
         for size, row in ours.items()
     ]
     return (
-        f"{table(head, rows)}\n\n{protocol['hardware'].partition(',')[0]}, otherwise as above, answers of "
+        f"{table(head, rows)}\n\n{protocol['hardware']}, otherwise as above, answers of "
         f"{protocol['new_tokens']} tokens; × is how many times faster than stock that is not compiled, of the same run "
         f"({links}). Beside stock compiled the same way, first token and answer of `fixed_pooling` are "
         f"{', '.join(beside)}."
@@ -317,7 +317,7 @@ def another_host_sentence(name: str) -> str:
     times = [f"{row['milliseconds']['answer']['median']:.0f} ms" for row in (stock, merged)]
     return (
         f"What is not compiled waits for its host. With another one and an earlier version, answers to 8 at once on an "
-        f"{report['protocol']['hardware'].partition(',')[0]} took {times[0]} and, compiled with `fixed_pooling`, "
+        f"{report['protocol']['hardware']} took {times[0]} and, compiled with `fixed_pooling`, "
         f"{times[1]}: {merged['answer_ratio']:.2f} × ([8 at once](examples/results/{name}.json))."
     )
 

@@ -206,11 +206,7 @@ def measure_cells(
                 if number:
                     rounds[row.key].append(times)
                 bar.update()
-    found = {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], settings) for row in rows}
-    for row in found.values():
-        seconds = row["milliseconds"]["answer"]["median"] / 1000
-        row["tokens_per_second"] = round(batch_size * settings.new_tokens / seconds, 1)
-    return found
+    return {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], batch_size, settings) for row in rows}
 
 
 def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) -> tuple[dict[str, float], int | None]:
@@ -225,7 +221,13 @@ def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) 
 
 
 def summarize_row(
-    model, row: Row, rows: list[Row], rounds: dict[str, list[dict]], peak: int | None, settings: BenchmarkSettings
+    model,
+    row: Row,
+    rows: list[Row],
+    rounds: dict[str, list[dict]],
+    peak: int | None,
+    batch_size: int,
+    settings: BenchmarkSettings,
 ) -> dict:
     """What a report says of a row; ratios are medians of those of each round."""
     own, num_tokens = rounds[row.key], tokens_of_cell(model, row.cell)
@@ -237,6 +239,8 @@ def summarize_row(
         for of, other in stocks.items()
         for name in ("first_token", "answer")
     }
+    milliseconds = {name: spread([each[name] for each in own]) for name in own[0]}
+    seconds = milliseconds["answer"]["median"] / 1000
     return {
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
@@ -246,7 +250,8 @@ def summarize_row(
         "tokens_cached": num_tokens + settings.text_tokens + settings.new_tokens - 1,
         "kv_bytes_of_image": num_tokens * kv_bytes_of_token(model),
         "peak_memory_bytes": peak,
-        "milliseconds": {name: spread([each[name] for each in own]) for name in own[0]},
+        "tokens_per_second": round(batch_size * settings.new_tokens / seconds, 1),
+        "milliseconds": milliseconds,
         **{name: round(ratio, 3) for name, ratio in ratios.items()},
     }
 
