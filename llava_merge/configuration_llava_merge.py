@@ -76,8 +76,9 @@ class MergerConfig(PretrainedConfig):
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
             Other budgets sample the same map, so that one checkpoint serves every M.
         feature_layers: Hidden states of the tower that keys and values come from, counted as in `vision_feature_layer`.
-            In `fixed_pooling` besides the features, and they add nothing before training; default none. In
-            `tokenpacker` and `quecc` all of them; default [12, 16, 22, 23] of 24 layers, of others in proportion.
+            In `fixed_pooling` and `salient_pooling` besides the features, and they add nothing before training; default
+            none. In `tokenpacker` and `quecc` all of them; default [12, 16, 22, 23] of 24 layers, of others in
+            proportion.
         seed: Of `random`: which tokens are kept.
         important_ratio: Of `vispruner`, `visionzip` and `prumerge_plus`: share of the M tokens that CLS attention
             chooses; default 0.5, 54/64 and 0.25.

@@ -188,8 +188,7 @@ def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
     if method.training_free:
         state = "training-free"
     elif is_fresh:
-        pools = "init" in method.options and merger.init == "average_pooling"
-        state = "fresh: equals average pooling" if pools else "fresh: random"
+        state = "fresh: " + ("random" if merger.init == "random" else method.starts_as)
     else:
         budgets = merger.trained_num_tokens
         state = "trained" + (f" with {', '.join(map(str, budgets))} tokens" if budgets else "")

@@ -110,6 +110,7 @@ class MergingMethod(nn.Module):
         uses_question: Whether it can read the question (`MergerConfig.question_aware`).
         needs_grid: Whether the features have to lie on a rows × columns grid.
         training_free: Whether it has no parameters.
+        starts_as: What a new one with parameters does before it is trained, in a few words.
         sits_on_slots: Whether it always leaves `MergeOutput.positions` out, so that they are known without the picture.
         resizes_pictures: Whether it makes no tokens of features, but pictures of which the tower makes M.
         chooses_in_steps: Whether it picks patches in many small steps, which torch.compile would take minutes for.
@@ -128,6 +129,7 @@ class MergingMethod(nn.Module):
     uses_question = False
     needs_grid = True
     training_free = False
+    starts_as = "random"
     sits_on_slots = False
     resizes_pictures = False
     chooses_in_steps = False

@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """V3: learned queries, shifted by the question, that attend over all visual tokens."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -95,6 +97,25 @@ class PoolAttention(nn.Module):
         return tuple(split_heads(tensor, self.num_heads) for tensor in (self.q_proj(queries), keys, values))
 
 
+@dataclass
+class PoolingSlots:
+    """Where the slots of V3 lie, for each image or for all, and what they ask for.
+
+    Attributes:
+        queries: (I, M, internal_dim).
+        log_windows: (M, N) or (I, 1, M, N), logarithms of how much each slot's window holds of each patch.
+        squared_distances: (M, N) or (I, 1, M, N), of each slot to each patch, in units of the slots' sides.
+        positions: (I, M) int64 as in [`MergeOutput`], None where the slots are those of the grid.
+        sizes: (I, M) float32, the same.
+    """
+
+    queries: Tensor
+    log_windows: Tensor
+    squared_distances: Tensor
+    positions: Tensor | None = None
+    sizes: Tensor | None = None
+
+
 @register_merging_method("fixed_pooling")
 class FixedPooling(MergingMethod):
     """V3: M learned queries, shifted by the question, cross-attend over all visual tokens; starts as average pooling.
@@ -110,6 +131,7 @@ class FixedPooling(MergingMethod):
     """
 
     uses_question = True
+    starts_as = "equals average pooling"
     sits_on_slots = True
     options = ("init", "query_grid", "feature_layers")
     paper = "resampler 2103.03206, pooled start 2312.06742, one map for every M 2405.19315"
@@ -139,15 +161,15 @@ class FixedPooling(MergingMethod):
             self.locality.copy_(slopes)
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
-        queries = self.make_queries(features, context)
-        queries, keys, values = self.pool_attention(queries, features, context.layers)
+        slots = self.place_slots(features, context)
+        queries, keys, values = self.pool_attention(slots.queries, features, context.layers)
         if not self.pools_windows:
             pooled = join_heads(scaled_dot_product_attention(queries, keys, values))
             source = attention_weights(queries, keys, None).mean(dim=1) if context.return_source else None
             return MergeOutput(merged_features=self.output_proj(pooled), source=source)
 
-        windows = context.geometry.log_windows  # (M, N)
-        locality = -self.locality.abs()[:, None, None] * context.geometry.squared_distances  # (heads, M, N)
+        windows = slots.log_windows
+        locality = -self.locality.abs()[:, None, None] * slots.squared_distances  # ([I,] heads, M, N)
         raw = split_heads(features, self.config.num_heads)
         local = scaled_dot_product_attention(queries, keys, raw, attn_mask=windows.to(queries.dtype))
         pooled = scaled_dot_product_attention(queries, keys, values, attn_mask=locality.to(queries.dtype))
@@ -156,7 +178,7 @@ class FixedPooling(MergingMethod):
         if context.return_source:
             source = attention_weights(queries, keys, windows).mean(dim=1)
             source = self.with_second_attention(source, features, values, attention_weights(queries, keys, locality))
-        return MergeOutput(merged_features=merged, source=source)
+        return MergeOutput(merged, source, slots.positions, slots.sizes)
 
     @torch.no_grad()
     def _lengths_of_values(self, values: Tensor) -> Tensor:
@@ -175,10 +197,14 @@ class FixedPooling(MergingMethod):
         source = source + added / unit.clamp(min=1e-9)
         return source / source.sum(dim=-1, keepdim=True)
 
-    def make_queries(self, features: Tensor, context: MergeContext) -> Tensor:
-        """Queries of each image: (I, M, internal_dim)."""
-        queries = sample_query_map(self.pool_queries, context.geometry.centres)
-        queries = queries.expand(features.shape[0], -1, -1)
+    def place_slots(self, features: Tensor, context: MergeContext) -> PoolingSlots:
+        """The slots of the grid, which are those of every image, with queries of each image."""
+        geometry = context.geometry
+        queries = sample_query_map(self.pool_queries, geometry.centres).expand(features.shape[0], -1, -1)
+        return PoolingSlots(self.ask(queries, context), geometry.log_windows, geometry.squared_distances)
+
+    def ask(self, queries: Tensor, context: MergeContext) -> Tensor:
+        """The `queries` (I, M, internal_dim) with what each image's question adds."""
         if self.query_modulator is None or context.question is None:
             return queries
         return queries + self.query_modulator(context.question)[:, None]

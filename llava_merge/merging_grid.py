@@ -154,6 +154,14 @@ def squared_distances(grid: tuple[int, int], num_slots: int, device=None) -> Ten
     return (rows.square()[:, :, None] + columns.square()[:, None, :]).flatten(1)
 
 
+@made_once
+def patch_distances(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Squared distance of each patch to each, in sides of a patch: (N, N) float32."""
+    rows, columns = (torch.arange(length, device=device).float() for length in grid)
+    rows, columns = ((places[:, None] - places).square() for places in (rows, columns))
+    return (rows[:, None, :, None] + columns[:, None, :]).flatten(2).flatten(0, 1)
+
+
 def slot_centres(num_slots: int, device=None) -> Tensor:
     """x and y of each slot's centre on the square from -1 to 1: (M, 2)."""
     (row, num_rows), (column, length) = slot_positions(num_slots, device)

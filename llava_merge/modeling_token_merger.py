@@ -45,6 +45,7 @@ from .merging_prumerge_plus import PruMergePlus  # noqa: F401
 from .merging_quecc import QueCC  # noqa: F401
 from .merging_random import RandomTokens  # noqa: F401
 from .merging_resampler import Resampler  # noqa: F401
+from .merging_salient_pooling import SalientPooling  # noqa: F401
 from .merging_selection import keep_patches  # noqa: F401
 from .merging_strided import StridedTokens  # noqa: F401
 from .merging_tokenpacker import TokenPacker  # noqa: F401

@@ -272,14 +272,23 @@ class TestStockCheckpoint:
         assert model.config.merger_config._attn_implementation == model.model.merger.config._attn_implementation
         assert model.model.merger.config._attn_implementation == "eager"
 
-    def test_a_fresh_merger_is_one_line_of_information_and_no_warning(self, stock_dir, caplog):
+    @pytest.mark.parametrize(
+        "fields, starts_as",
+        [
+            ({}, "equals average pooling"),
+            ({"init": "random"}, "random"),
+            ({"merger_type": "salient_pooling"}, "means of patches alike"),
+            ({"merger_type": "c_abstractor"}, "random"),
+        ],
+    )
+    def test_a_fresh_merger_is_one_line_of_information_and_no_warning(self, stock_dir, caplog, fields, starts_as):
         transformers_logger = logging.getLogger("transformers")
         transformers_logger.addHandler(caplog.handler)
         with caplog.at_level(logging.INFO, "llava_merge"):
-            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=agnostic())
+            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=agnostic(**fields))
         transformers_logger.removeHandler(caplog.handler)
         said = {record.getMessage() for record in caplog.records if record.name.startswith("llava_merge")}
-        state = "fixed_pooling, fresh: equals average pooling, positions source"
+        state = f"{fields.get('merger_type', 'fixed_pooling')}, fresh: {starts_as}, positions source"
         assert said == {f"{stock_dir}: 36 → 9 tokens, {state}"}
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 

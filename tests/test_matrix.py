@@ -27,7 +27,7 @@ def model_of(name: str, dtype: torch.dtype, num_tokens: int):
     fields["num_merged_tokens"] = None if name == "none" else num_tokens
     if fields.get("question_aware") or MERGING_METHODS[merger_type].requires & READ_FOR_QUESTION:
         fields = {**aware(num_tokens), **fields}
-    elif MERGING_METHODS[merger_type].uses_question and merger_type != "fixed_pooling":
+    elif MERGING_METHODS[merger_type].uses_question and merger_type not in ("fixed_pooling", "salient_pooling"):
         fields = {**aware(num_tokens), **fields, "question_aware": True}
     return tiny_model(fields, train_merger=True).to(dtype)
 

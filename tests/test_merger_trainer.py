@@ -544,6 +544,7 @@ METHODS = [
         {"merger_type": "fixed_pooling", "question_aware": True, "attention_mass": 1.0}, marks=pytest.mark.core
     ),
     {"merger_type": "fixed_pooling", "init": "random", "position_ids": "packed"},
+    {"merger_type": "salient_pooling", "attention_mass": 1.0},
     {"merger_type": "gumbel_topk"},
     {"merger_type": "gumbel_topk", "estimator": "soft_topk"},
     {"merger_type": "gumbel_topk_question"},

@@ -38,6 +38,9 @@ METHODS = {
     "fixed_pooling-random": {"init": "random"},
     "fixed_pooling-random-question": {"init": "random", "question_aware": True},
     "fixed_pooling-layers-question": {"feature_layers": [1, 2], "question_aware": True},
+    "salient_pooling": {},
+    "salient_pooling-question": {"question_aware": True},
+    "salient_pooling-layers": {"feature_layers": [1, 2]},
     "resampler": {},
     "mqt": {},
     "c_abstractor": {},
@@ -63,6 +66,7 @@ METHODS = {
 }
 MIXING = (
     "fixed_pooling",
+    "salient_pooling",
     "resampler",
     "mqt",
     "c_abstractor",

@@ -32,6 +32,7 @@ MERGERS = {
             "quecc",
             "random",
             "resampler",
+            "salient_pooling",
             "strided",
             "tokenpacker",
             "tome",
