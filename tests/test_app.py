@@ -156,7 +156,7 @@ class TestWithoutABrowser:
 
     def test_mergers_to_choose_among(self):
         names = [name for name, _ in merger_choices(True, ["mine", "tome"], 1.0)]
-        assert names[:4] == ["mine", "tome", "question_aware", "agnostic"] and names.count("tome") == 1
+        assert names[:5] == ["mine", "tome", "question_aware", "agnostic", "salient"] and names.count("tome") == 1
         assert "none" not in names and ("random", "random:attention_mass=0.5") in merger_choices(False, [], 0.5)
         assert merger_choices(False, [], 1.0)[0] == ("own", "own")
 

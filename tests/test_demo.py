@@ -64,22 +64,24 @@ class TestEmbeddedModel:
     @pytest.mark.parametrize(
         ("scenes", "merger", "shares"),
         [
-            ("demo", "question_aware", (0.995, 0.99, 0.85)),
-            ("demo", "agnostic", (0.995, 0.99, 0.85)),
-            ("demo_hard", "question_aware", (0.99, 0.97, 0.85)),
-            ("demo_hard", "agnostic", (0.985, 0.91, 0.6)),
+            ("demo", "llava_merge/demo/mergers/question_aware", (0.995, 0.99, 0.85)),
+            ("demo", "llava_merge/demo/mergers/agnostic", (0.995, 0.99, 0.85)),
+            ("demo", "demo_mergers/salient", (0.995, 0.99, 0.85)),
+            ("demo_hard", "llava_merge/demo/mergers/question_aware", (0.99, 0.97, 0.85)),
+            ("demo_hard", "llava_merge/demo/mergers/agnostic", (0.985, 0.91, 0.6)),
+            ("demo_hard", "demo_mergers/salient", (0.99, 0.97, 0.7)),
         ],
     )
     def test_the_committed_scores_of_the_bundled_mergers(self, scenes, merger, shares):
-        """Of the unmerged score, with 64, 16 and 4 tokens; what reads the question leads all that is untrained."""
+        """Of the unmerged score, with 64, 16 and 4 tokens; all but the grid's agnostic one lead what is untrained."""
         results = load_example("update_readme").read_evaluation(f"evaluation_{scenes}")["results"]
         scores = {key: row["scores"]["all"]["score"] for key, row in results.items()}
         untrained = {method.name for method in list_mergers() if not method.trained} - {"none"}
         for budget, share in zip((64, 16, 4), shares, strict=True):
-            score = scores[f"llava_merge/demo/mergers/{merger}@{budget}"]
+            score = scores[f"{merger}@{budget}"]
             assert score >= share * scores["none@all"], budget
-            if merger == "question_aware":  # of simple scenes, 64 tokens are enough for anybody
-                is_enough = (scenes, budget) == ("demo", 64)
+            is_enough = (scenes, budget) == ("demo", 64)  # of simple scenes, for anybody: salient is 3 answers behind
+            if not merger.endswith("agnostic") and not (is_enough and merger.endswith("salient")):
                 ahead = {"mmtok"} if is_enough else set()  # by 2 of 1200 answers, as README says
                 best = max(scores[f"{name}@{budget}"] for name in untrained - ahead)
                 assert score > best or is_enough and score == best

@@ -421,7 +421,7 @@ class TestRun:
         assert run_module.default_mergers(str(tmp_path / "model")) == ["own"]
         tiny_stock().save_pretrained(tmp_path / "stock")
         assert run_module.default_mergers(str(tmp_path / "stock")) == ["tome"]
-        assert run_module.default_mergers(str(MODEL_DIR)) == ["question_aware", "agnostic"]
+        assert run_module.default_mergers(str(MODEL_DIR)) == ["question_aware", "agnostic", "salient"]
         assert default_budgets(576) == [288, 144, 72, 36, 16] and default_budgets(NUM_PATCHES) == [18, 9, 4, 2, 1]
 
 
@@ -518,7 +518,7 @@ class TestCommand:
         arguments = ["evaluate", "--limit", "1", "--num-merged-tokens", "16", "--json", "--output", str(tmp_path)]
         done = CliRunner().invoke(app, arguments)
         results = json.loads(done.stdout)["results"]
-        assert [row["merger"] for row in results.values()][3:] == ["question_aware", "agnostic"]
+        assert [row["merger"] for row in results.values()][3:] == ["question_aware", "agnostic", "salient"]
         assert results["agnostic@16"]["budget"] == "16"
 
     @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ MERGERS = {
     "agnostic": agnostic(9),
     "aware": aware(9),
     "visionzip": {"merger_type": "visionzip", "num_merged_tokens": 9},
+    "salient": {**aware(9), "merger_type": "salient_pooling"},
     "cdpruner": {**aware(9), "merger_type": "cdpruner"},
     "mmtok": {**aware(9), "merger_type": "mmtok"},
 }

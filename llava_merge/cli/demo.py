@@ -21,8 +21,8 @@ def demo(
     merger: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method (see `llava-merge mergers`), a bundled merger (question_aware, agnostic), or directory or "
-            "Hub repo of one; several to compare. Default the model's own; of the bundled model, question_aware."
+            help="A method (see `llava-merge mergers`), a bundled merger (question_aware, agnostic, salient), or "
+            "directory or Hub repo of one; several to compare. Default the model's own; of the bundled model, question_aware."
         ),
     ] = None,
     attention_mass: Annotated[

@@ -21,9 +21,9 @@ def evaluate(
     merger: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method, a bundled merger (question_aware, agnostic), directory or Hub repo of one, or `own`; "
-            "several to compare. NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:attention_mass=0. Default the "
-            "model's own, or the bundled ones, else tome."
+            help="A method, a bundled merger (question_aware, agnostic, salient), directory or Hub repo of one, or "
+            "`own`; several to compare. NAME:FIELD=VALUE,FIELD=VALUE sets fields, as in tome:attention_mass=0. Default "
+            "the model's own, or the bundled ones, else tome."
         ),
     ] = None,
     num_merged_tokens: Annotated[

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 MODEL_DIR = Path(__file__).parent / "model"
-MERGERS = ("question_aware", "agnostic")  # trained for 4 to 64 tokens
+MERGERS = ("question_aware", "agnostic", "salient")  # trained for 4 to 64 tokens
 SERVED = "served"  # question-aware, without attention mass, which serving engines cannot do
 NUM_MERGED_TOKENS = 16  # of the demo
 PICTURE = Path(__file__).parent / "picture.png"
