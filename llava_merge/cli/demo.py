@@ -22,7 +22,8 @@ def demo(
         list[str] | None,
         typer.Option(
             help="A method (see `llava-merge mergers`), a bundled merger (question_aware, agnostic, salient), or "
-            "directory or Hub repo of one; several to compare. Default the model's own; of the bundled model, question_aware."
+            "directory or Hub repo of one; several to compare. Default the model's own; of the bundled model, "
+            "question_aware."
         ),
     ] = None,
     attention_mass: Annotated[
