@@ -2,6 +2,7 @@
 """`llava-merge benchmark`: phases, ratios and reports, on tiny models."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -142,6 +143,15 @@ class TestBenchmark:
             benchmark(settings_for(base, batch_sizes=[1, 2]), tmp_path, "the command")
         assert list(json.loads((tmp_path / "report.json").read_text())["results"]) == ["1"]
         assert "## 1 at once" in (tmp_path / "report.md").read_text() and (tmp_path / "times.png").exists()
+
+    def test_without_matplotlib_there_is_one_warning_and_no_picture(self, base, tmp_path, monkeypatch, caplog):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.delitem(sys.modules, "llava_merge.benchmark.plot", raising=False)
+        run.logger.warning_once.cache_clear()
+        benchmark(settings_for(base, batch_sizes=[1, 2]), tmp_path, "the command")
+        assert not (tmp_path / "times.png").exists()
+        said = [record.getMessage() for record in caplog.records if "was drawn" in record.getMessage()]
+        assert said == ["No times.png was drawn, since matplotlib.figure is not installed."]
 
     def test_cells_take_turns_at_being_first(self, base, tmp_path, monkeypatch):
         order, measure_once = [], run.measure_once

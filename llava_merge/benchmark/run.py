@@ -2,7 +2,6 @@
 """A whole benchmark, from settings to a report."""
 
 import json
-import logging
 import statistics
 import time
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.benchmark.memory import measure_throughput
@@ -26,7 +26,7 @@ from llava_merge.inference_graphs import InferenceGraphs
 from llava_merge.placeholders import ALL_TOKENS
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -292,7 +292,7 @@ def draw_if_possible(report: dict, path: Path):
     try:
         from llava_merge.benchmark.plot import draw_phases  # slow to import
     except ModuleNotFoundError as error:
-        logger.warning(f"No {path.name} was drawn, since {error.name} is not installed.")
+        logger.warning_once(f"No {path.name} was drawn, since {error.name} is not installed.")
         return
     temporary = path.with_suffix(".tmp")
     draw_phases(report, temporary)
