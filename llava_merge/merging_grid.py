@@ -149,7 +149,12 @@ def blend_weights(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
 
 def squared_distances(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
     """Squared distance of each slot's centre to each patch's, in units of the slot's sides: (M, N) float32."""
-    vertical, horizontal = slot_positions(num_slots, device)
+    return distances_to_patches(slot_positions(num_slots, device), grid)
+
+
+def distances_to_patches(positions: tuple, grid: tuple[int, int]) -> Tensor:
+    """As [`squared_distances`], of slots whose `positions` are as [`slot_positions`] gives them."""
+    vertical, horizontal = positions
     rows, columns = centre_distance(*vertical, grid[0]), centre_distance(*horizontal, grid[1])
     return (rows.square()[:, :, None] + columns.square()[:, None, :]).flatten(1)
 
@@ -157,9 +162,8 @@ def squared_distances(grid: tuple[int, int], num_slots: int, device=None) -> Ten
 @made_once
 def patch_distances(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Squared distance of each patch to each, in sides of a patch: (N, N) float32."""
-    rows, columns = (torch.arange(length, device=device).float() for length in grid)
-    rows, columns = ((places[:, None] - places).square() for places in (rows, columns))
-    return (rows[:, None, :, None] + columns[:, None, :]).flatten(2).flatten(0, 1)
+    patches = torch.arange(grid[0] * grid[1], device=device)
+    return distances_to_patches(((patches // grid[1], grid[0]), (patches % grid[1], grid[1])), grid)
 
 
 def slot_centres(num_slots: int, device=None) -> Tensor:

@@ -13,10 +13,10 @@ from .merging_grid import patch_distances, stretch_map
 from .merging_selection import gather_patches, largest, one_hot, places_of
 
 
-def salience(features: Tensor) -> Tensor:
-    """How far each of `features` (I, N, dim) is from the mean of its image: (I, N) float32."""
+def centred(features: Tensor) -> Tensor:
+    """What each of `features` (I, N, dim) differs in from the mean of its image, in float32."""
     features = features.float()
-    return (features - features.mean(dim=1, keepdim=True)).norm(dim=-1)
+    return features - features.mean(dim=1, keepdim=True)
 
 
 @torch.no_grad()
@@ -36,11 +36,9 @@ def salient_patches(scores: Tensor, squared_distances: Tensor, num_tokens: int) 
 def relative_differences(anchors: Tensor, features: Tensor) -> Tensor:
     """Squared distance of each anchor (I, M, dim) to each of `features` (I, N, dim): (I, M, N) float32.
 
-    In units of the mean one of two patches of the image.
+    In units of the mean one of two patches of the image. Both are [`centred`]: the difference of large numbers has few
+    digits.
     """
-    anchors, features = anchors.float(), features.float()
-    centre = features.mean(dim=1, keepdim=True)
-    anchors, features = anchors - centre, features - centre  # the difference of large numbers has few digits
     lengths = features.square().sum(dim=-1)
     products = anchors @ features.transpose(1, 2)
     squares = anchors.square().sum(dim=-1)[:, :, None] + lengths[:, None] - 2 * products
@@ -77,10 +75,12 @@ class SalientPooling(FixedPooling):
         """The slots of each image, with their queries."""
         num_patches, num_tokens = features.shape[1], context.num_tokens
         distances = patch_distances(context.grid, features.device) * (num_tokens / num_patches)  # in sides of a slot
-        places = salient_patches(salience(features), distances, num_tokens)
+        differing = centred(features)
+        places = salient_patches(differing.norm(dim=-1), distances, num_tokens)
         anchors, distances = gather_patches(features, places), distances[places]
         likeness, nearness = self.log_sharpness.float().exp()
-        differences = num_tokens**0.5 * likeness * relative_differences(anchors, features)
+        differences = relative_differences(gather_patches(differing, places), differing)
+        differences = num_tokens**0.5 * likeness * differences
         windows = (-differences - nearness * distances).log_softmax(dim=1)  # (I, M, N): a patch's shares sum to 1
         # not an index: the gradient of that adds in another order each time
         queries = one_hot(places, num_patches).to(features.dtype) @ stretch_map(self.pool_queries, context.grid)

@@ -9,7 +9,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import NEEDLE, draw_scene, scene_of
 from llava_merge.merging_grid import patch_distances, slot_places
-from llava_merge.merging_salient_pooling import relative_differences, salience, salient_patches
+from llava_merge.merging_salient_pooling import centred, relative_differences, salient_patches
 
 
 def picks_one_by_one(scores: list[float], grid: tuple[int, int], num_tokens: int) -> list[int]:
@@ -48,8 +48,12 @@ def test_differences_are_squared_distances_in_units_of_the_mean_one():
     features = 1000 + torch.randn(2, 36, 8, generator=torch.Generator().manual_seed(0))
     squares = torch.cdist(features.double(), features.double()).square()
     expected = squares / squares.mean(dim=(1, 2), keepdim=True)
-    torch.testing.assert_close(relative_differences(features, features).double(), expected, atol=1e-3, rtol=1e-3)
-    assert relative_differences(features[:, :4], torch.ones(2, 36, 8)).isfinite().all()  # a picture of one colour
+    torch.testing.assert_close(
+        relative_differences(centred(features), centred(features)).double(), expected, atol=1e-3, rtol=1e-3
+    )
+    assert (
+        relative_differences(centred(features)[:, :4], centred(torch.ones(2, 36, 8))).isfinite().all()
+    )  # a picture of one colour
 
 
 def test_each_thing_in_a_picture_gets_a_token_at_its_place():
@@ -127,7 +131,7 @@ def test_things_of_hard_scenes_get_a_token_each():
     with torch.no_grad():
         features = model.model.encode_images(pictures["pixel_values"].to(model.dtype)).last_hidden_state[:, 1:]
     distances = patch_distances((24, 24), features.device) * (16 / 576)
-    picks = salient_patches(salience(features), distances, 16)
+    picks = salient_patches(centred(features).norm(dim=-1), distances, 16)
     of_grid = slot_places((24, 24), 16).expand_as(picks)
     assert share_with_a_token(scenes, picks) > 0.9 > 0.5 > share_with_a_token(scenes, of_grid)
 
