@@ -65,40 +65,55 @@ MERGER, MODEL, ADAPTER = "token merger for LLaVA", "LLaVA with a token merger", 
 USAGE = {MERGER: MERGER_USAGE, MODEL: MODEL_USAGE, ADAPTER: ADAPTER_USAGE}
 
 
+def push_arguments(kwargs: dict) -> dict:
+    """Takes out of the `kwargs` of `save_pretrained` those that say what is pushed where."""
+    names = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def prepare_repo(api: HfApi, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
+    """Makes a repo, and its branch `revision`, where they do not exist; the full name of the repo."""
+    repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
 def push_card_if_missing(config: MergerConfig | LlavaMergeConfig, repo_id: str, kind: str, push_kwargs: dict):
-    """Creates the repo where needed and gives it a card where it has none; a user's card stays.
+    """Creates the repo where needed and gives its branch a card where it has none; a user's card stays.
 
     Not for pull requests (`create_pr=True`), which may come from somebody who cannot write to the repo.
     """
     if push_kwargs.get("create_pr"):
         return
-    api = HfApi(token=push_kwargs.get("token"))
-    repo_id = api.create_repo(repo_id, exist_ok=True, private=push_kwargs.get("private")).repo_id
-    if not api.file_exists(repo_id, "README.md"):
-        card = make_card(config, repo_id, kind)
-        api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=repo_id)
+    api, revision = HfApi(token=push_kwargs.get("token")), push_kwargs.get("revision")
+    repo_id = prepare_repo(api, repo_id, push_kwargs.get("private"), revision)
+    if not api.file_exists(repo_id, "README.md", revision=revision):
+        card = str(make_card(config, repo_id, kind)).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, revision=revision)
 
 
 def push_folder(
-    folder: str,
+    folder: str | Path,
     repo_id: str,
-    gone: list[str],
+    gone: list[str] | None = None,
     *,
-    commit_message: str = "Upload token merger",
+    files: list[str] | None = None,
+    kind: str = "token merger",
+    commit_message: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     **kwargs,
 ):
-    """Uploads the files of `folder` in one commit, which also deletes the files `gone` from the repo."""
+    """Uploads `files` of `folder`, default all, in one commit, which also deletes the files `gone` from the repo."""
     api = HfApi(token=token)
     if not create_pr:
-        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    where = {"revision": revision, "create_pr": create_pr, "delete_patterns": gone or None}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **where, **kwargs)
+        repo_id = prepare_repo(api, repo_id, private, revision)
+    where = {"revision": revision, "create_pr": create_pr, "delete_patterns": gone, "allow_patterns": files}
+    message = commit_message or f"Upload {kind}"
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **where, **kwargs)
 
 
 def make_card(

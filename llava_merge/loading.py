@@ -62,7 +62,7 @@ def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
     """Reads the configuration at `path`, a directory or Hub repo.
 
     Raises:
-        ValueError: It holds a pickled adapter, or the base model of an adapter is broken.
+        ValueError: There is none, it holds a pickled adapter, or the base model of an adapter is broken.
     """
     base = check_adapter(path, hub_kwargs)
     merger = None
@@ -71,6 +71,11 @@ def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
         hub_kwargs = for_other_repo(hub_kwargs)
         check_safetensors_files(base)
     fields, _ = PretrainedConfig.get_config_dict(base or path, **hub_kwargs)
+    if not fields:  # transformers would build LLaVA-1.5-7B, with random weights
+        raise ValueError(
+            f"{base or path} has no config.json. Give the folder or Hub repo of a LLaVA; if a save to it was broken "
+            f"off, save again."
+        )
     return Checkpoint(path, fields, base, merger)
 
 

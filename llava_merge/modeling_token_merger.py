@@ -55,7 +55,7 @@ from .merging_vispruner import VisPruner  # noqa: F401
 from .placeholders import is_whole_number  # noqa: F401
 from .projector_files import save_projector
 from .question_turns import Question
-from .saving import PROJECTOR, SavesAtOnce, finish_interrupted_save, offloaded_weights
+from .saving import PROJECTOR, SavesAtOnce, offloaded_weights
 from .text_tower import TextTower  # noqa: F401
 
 
@@ -82,6 +82,8 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = True
     _auto_class = "AutoModel"
+    _card_kind = MERGER
+    _optional_files = (PROJECTOR,)
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)
@@ -227,7 +229,6 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
             ValueError: A weight is missing, or a file is truncated or corrupted.
         """
         path = pretrained_model_name_or_path
-        finish_interrupted_save(path)
         config = kwargs.pop("config", None)
         if config is None:
             config = MergerConfig.from_pretrained(path, **hub_arguments(kwargs))

@@ -13,6 +13,7 @@ from .bypass import bypassing
 from .checkpoint_files import for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
 from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig
+from .hub import MODEL
 from .loading import (
     as_merge_config,
     check_adapter,
@@ -26,7 +27,7 @@ from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import check_no_adapters, make_projector, read_projector, replace_projectors
 from .question_marks import find_question_marks, read_questions_of_folder
-from .saving import SavesAtOnce, finish_interrupted_save
+from .saving import SavesAtOnce
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +51,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
     """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
 
     config_class = LlavaMergeConfig
+    _card_kind = MODEL
     _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
     _parts: tuple[str, ...] = ()
 
@@ -104,8 +106,6 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         path = str(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
-        if finish_interrupted_save(path) and isinstance(config, PretrainedConfig) and config.name_or_path == path:
-            config = None  # an Auto class read it before
         checkpoint = read_checkpoint(path, hub_kwargs)
         if merger_config is None and not isinstance(config, PretrainedConfig):
             merger_config = checkpoint.adapter_merger

@@ -12,9 +12,9 @@ from transformers.utils import find_adapter_config_file
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
-from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
+from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
-from llava_merge.saving import WEIGHTS, finish_interrupted_save
+from llava_merge.saving import PROJECTOR, replaced_weights
 
 
 CARD = "README.md"
@@ -45,7 +45,6 @@ class SavedFolder:
         """
         if not path.is_dir():
             raise ValueError(f"{path}: there is no such folder. Save a model or merger first, with save_pretrained.")
-        finish_interrupted_save(path)
         check_safetensors_files(path)
         if find_adapter_config_file(str(path)) is not None:
             checkpoint = read_checkpoint(str(path), {})
@@ -59,15 +58,26 @@ class SavedFolder:
         raise ValueError(f"{path} holds a {model_type!r}, not a merger or a LLaVA with one.")
 
     def files(self) -> list[str]:
-        """What is pushed, without the card, by its path in the folder: no pickles, hidden files or training states."""
-        names = [file.relative_to(self.path) for file in sorted(self.path.rglob("*")) if file.is_file()]
-        return [
-            name.as_posix()
-            for name in names
+        """What is pushed, without the card, by its path in the folder: no pickles, hidden files or training states.
+
+        Raises:
+            ValueError: A file is a link that leads out of the folder.
+        """
+        files = {file.relative_to(self.path): file for file in sorted(self.path.rglob("*")) if file.is_file()}
+        pushed = [
+            name
+            for name in files
             if name.as_posix() != CARD
             and not any(part.startswith((".", "checkpoint-", "__pycache__", "runs")) for part in name.parts)
             and not any(fnmatch(name.name, pattern) for pattern in NOT_PUSHED)
         ]
+        for name in pushed:
+            if not files[name].resolve().is_relative_to(self.path.resolve()):
+                raise ValueError(
+                    f"{files[name]} is a link to {files[name].resolve()}, outside of the folder, which would be "
+                    f"published. Copy the file if it belongs here, or remove the link."
+                )
+        return [name.as_posix() for name in pushed]
 
 
 def push_directory(
@@ -99,15 +109,13 @@ def push_directory(
     if report is not None:  # before anything is made on the Hub
         merger = find_merger_of_report(report, merger)
     if not create_pr:
-        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        repo_id = prepare_repo(api, repo_id, private, revision)
     there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-    card = find_card(saved, repo_id, CARD in there, token)
+    card = find_card(saved, repo_id, CARD in there, api, None if create_pr else revision)
     if report is not None:
         add_evaluation(card, report, merger)
     files = saved.files()
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+    stale = replaced_weights(files, there, (PROJECTOR,) if saved.kind == MERGER else ())
     return api.create_commit(
         repo_id,
         [
@@ -121,10 +129,10 @@ def push_directory(
     )
 
 
-def find_card(saved: SavedFolder, repo_id: str, has_card: bool, token: str | None) -> ModelCard:
+def find_card(saved: SavedFolder, repo_id: str, has_card: bool, api: HfApi, revision: str | None) -> ModelCard:
     """The card of the folder, else of the repo, else a new one."""
     if (saved.path / CARD).is_file():
         return ModelCard.load(saved.path / CARD)
     if has_card:
-        return ModelCard.load(repo_id, token=token)
+        return ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=revision))
     return make_card(saved.config, repo_id, saved.kind, saved.base)

@@ -1,7 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A Hugging Face Hub on 127.0.0.1, so that tests push and load models with the real client and no internet.
 
-Model repositories with one branch, kept in memory. `huggingface_hub` reads its endpoint when it is imported, so the
+Model repositories kept in memory. `huggingface_hub` reads its endpoint when it is imported, so the
 client runs in a subprocess (`run_python`) under `HubServer.environment`.
 """
 
@@ -32,6 +32,7 @@ ROUTES = (
     ("POST", f"/{REPO}\\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", "commit"),
+    ("POST", f"/api/models/{REPO}/branch/{REVISION}", "branch"),
     ("POST", f"/api/models/{REPO}/paths-info/{REVISION}", "paths_info"),
     ("GET", f"/api/models/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
     ("GET", f"/api/models/{REPO}(?:/revision/{REVISION})?", "info"),
@@ -64,6 +65,7 @@ class HubServer:
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []
         self._commits: dict[str, dict[str, Files]] = {}
+        self._heads: dict[tuple[str, str], str] = {}
         self._lfs: Files = {}
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -81,17 +83,22 @@ class HubServer:
     @property
     def repos(self) -> dict[str, Files]:
         """The files on `main` of every repository."""
-        return {repo: list(commits.values())[-1] for repo, commits in self._commits.items()}
+        return {repo: self.branch(repo, "main") for repo in self._commits}
+
+    def branch(self, repo: str, name: str) -> Files:
+        """The files on a branch of a repository."""
+        return self._commits[repo][self._heads[repo, name]]
 
     def history(self, repo: str) -> list[str]:
         """The hashes of a repository's commits, oldest first; the first one is the creation."""
         return list(self._commits[repo])
 
-    def put(self, repo: str, files: Files) -> str:
-        """Make `files` the content of a repository without a client, and return the hash of that commit."""
+    def put(self, repo: str, files: Files, branch: str = "main") -> str:
+        """Make `files` the content of a branch without a client, and return the hash of that commit."""
         commits = self._commits.setdefault(repo, {})
         sha = hashlib.sha1(f"{repo}:{len(commits)}".encode()).hexdigest()
         commits[sha] = dict(files)
+        self._heads[repo, branch] = sha
         return sha
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -121,10 +128,10 @@ class HubServer:
         raise HubError(404, "NoRoute", f"tests/hub_server.py does not know {method} {url.path}")
 
     def _at(self, repo: str, revision: str) -> tuple[str, Files]:
-        """The commit and the files that a revision (`main` or a commit hash) stands for."""
+        """The commit and the files that a revision (a branch or a commit hash) stands for."""
         if repo not in self._commits:
             raise HubError(404, "RepoNotFound", "Repository not found")
-        sha = self.history(repo)[-1] if revision == "main" else revision
+        sha = self._heads.get((repo, revision), revision)
         if sha not in self._commits[repo]:
             raise HubError(404, "RevisionNotFound", "Invalid rev id")
         return sha, self._commits[repo][sha]
@@ -154,6 +161,12 @@ class HubServer:
             item |= {"uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
         return {"files": wanted}
 
+    def _branch(self, body: bytes, repo: str, revision: str) -> dict[str, str]:
+        if (repo, revision) in self._heads:
+            raise HubError(409, "", "Reference already exists")
+        self._heads[repo, revision] = self._at(repo, "main")[0]
+        return {}
+
     def _lfs_batch(self, body: bytes, repo: str) -> dict[str, Any]:
         """Give an address for each object that is not there yet."""
         self._at(repo, "main")
@@ -175,7 +188,7 @@ class HubServer:
         for line in body.splitlines():
             operation = json.loads(line)
             self._apply(files, operation["key"], operation["value"])
-        sha = self.put(repo, files)
+        sha = self.put(repo, files, revision)
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.endpoint}/{repo}/commit/{sha}"}
 
     def _apply(self, files: Files, key: str, value: dict[str, Any]) -> None:

@@ -270,3 +270,78 @@ else:
     for offline in ("0", "1"):
         run_python(code, {**server.environment(tmp_path / "home"), "HF_HUB_OFFLINE": offline})
     assert not (tmp_path / "opened").exists()
+
+
+OWN_METHOD = """
+from llava_merge import MergeOutput, MergingMethod, register_merging_method
+
+@register_merging_method("first_tokens")
+class FirstTokens(MergingMethod):
+    training_free = True
+
+    def forward(self, features, context):
+        return MergeOutput(merged_features=features[:, : context.num_tokens])
+"""
+PUSH_OF_ONE_OF_OWN = """
+import sys
+sys.path.insert(0, {folder!r})
+import first_tokens
+from llava_merge import LlavaMergeForConditionalGeneration
+model = LlavaMergeForConditionalGeneration.from_pretrained({saved!r}, merger_config={{
+    "merger_type": "first_tokens", "num_merged_tokens": 4, "num_heads": 4}})
+model.save_pretrained("out", push_to_hub=True, repo_id="org/own", commit_message="Mine", revision="next")
+model.model.merger.save_pretrained("own-merger", push_to_hub=True)
+"""
+
+
+def test_a_save_that_pushes_brings_the_file_of_its_method_to_its_branch(saved, server, tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "first_tokens.py").write_text(OWN_METHOD)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "private.txt").write_text("not of this save")
+    monkeypatch.chdir(tmp_path)
+    code = PUSH_OF_ONE_OF_OWN.format(folder=str(tmp_path / "code"), saved=str(saved[0]))
+    environment = server.environment(tmp_path / "home")
+    environment["PYTHONPATH"] = str(PACKAGE.parent)
+    run_python(code, environment)
+    pushed = server.branch("org/own", "next")
+    assert pushed["first_tokens.py"].decode() == OWN_METHOD
+    assert {"config.json", "model.safetensors", "modeling_llava_merge.py", "README.md"} <= pushed.keys()
+    assert "private.txt" not in pushed and not server.repos["org/own"], "main stays as it was, without a card too"
+    assert {"first_tokens.py", "config.json", "README.md"} <= server.repos["tester/own-merger"].keys()
+
+
+def test_push_leaves_what_it_does_not_replace(saved, server, tmp_path):
+    """`llava-merge push` to a branch: other folders, variants and main's card stay, old shards go."""
+    theirs = {
+        "README.md": b"# Theirs\n",
+        "model-00001-of-00002.safetensors": b"old",
+        "model.safetensors.index.json": b"{}",
+        "model.fp16.safetensors": b"half",
+        "models/run/model.safetensors": b"deeper",
+        "model_backup/model.safetensors": b"deeper",
+    }
+    server.put("org/full", theirs)
+    push = f"""
+from pathlib import Path
+from llava_merge.pushing import push_directory
+push_directory(Path({str(saved[0])!r}), "org/full", revision="next")
+"""
+    run_python(push, server.environment(tmp_path / "pusher"))
+    pushed = server.branch("org/full", "next")
+    assert theirs.keys() - pushed.keys() == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert pushed["model.safetensors"] == (saved[0] / "model.safetensors").read_bytes()
+    assert b"# Theirs" in pushed["README.md"] and server.repos["org/full"] == theirs
+
+
+def test_a_link_out_of_the_folder_is_not_published(saved, tmp_path):
+    from llava_merge.pushing import SavedFolder
+
+    shutil.copytree(saved[0], tmp_path / "cloned")
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "cloned" / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match="notes.txt is a link to .*id_rsa, outside of the folder"):
+        SavedFolder.read(tmp_path / "cloned").files()
+    (tmp_path / "cloned" / "notes.txt").unlink()
+    (tmp_path / "cloned" / "weights.txt").symlink_to(tmp_path / "cloned" / "config.json")
+    assert "weights.txt" in SavedFolder.read(tmp_path / "cloned").files()

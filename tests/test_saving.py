@@ -19,8 +19,9 @@ from conftest import agnostic, aware, pixels, prompts, tiny_model
 from hub_server import HubServer
 from safetensors.torch import load, load_file
 
+import llava_merge.saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, TokenMerger
-from llava_merge.saving import COMPLETE, STAGED, finish_interrupted_save, save_at_once
+from llava_merge.saving import PROJECTOR, STAGED, replaced_weights, save_at_once
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed")
@@ -48,6 +49,13 @@ def content(directory: Path) -> tuple[int, dict]:
 
 
 def is_one_of(directory: Path, checkpoints: list[Path]) -> bool:
+    """Whether it is one of `checkpoints`, or, between the first rename and the last, a folder that does not load."""
+    if not (directory / "config.json").exists():
+        with pytest.raises((OSError, ValueError), match="config"):
+            TokenMerger.from_pretrained(directory)
+        with pytest.raises((OSError, ValueError), match="config"):
+            LlavaMergeForConditionalGeneration.from_pretrained(directory)
+        return True
     budget, weights = content(directory)
     for checkpoint in checkpoints:
         expected_budget, expected = content(checkpoint)
@@ -104,8 +112,8 @@ def test_killed_at_every_move(save, checkpoints, tmp_path):
 
         _, status = os.waitpid(in_a_process(lambda left=[0] * moves: call(left)), 0)
         assert is_one_of(tmp_path / "target", checkpoints), f"after {moves} operations"
-        save_at_once(lambda staged: (staged / "more").touch(), tmp_path / "target")  # leftovers are no obstacle
-        assert not [path for path in (tmp_path / "target").iterdir() if path.name.startswith((STAGED, COMPLETE))]
+        save(NEW, tmp_path / "target")  # leftovers are no obstacle
+        assert is_one_of(tmp_path / "target", checkpoints[1:])
         if os.waitstatus_to_exitcode(status) == 0:
             break
     assert 3 < moves < 99
@@ -155,17 +163,28 @@ model.push_merger_to_hub("org/killed")
         assert all(torch.equal(pushed[key], tensor) for key, tensor in expected.items())
 
 
-def test_what_an_auto_class_read_before_the_save_was_finished(tmp_path, monkeypatch):
-    from transformers import AutoModelForImageTextToText
+def test_a_save_into_a_folder_leaves_that_of_another_process(tmp_path):
+    save_merger(OLD, tmp_path)
+    (tmp_path / f"{STAGED}{'a' * 32}").mkdir()
+    save_merger(NEW, tmp_path)
+    assert (tmp_path / f"{STAGED}{'a' * 32}").is_dir() and content(tmp_path)[0] == 4
 
-    save_model(OLD, tmp_path / "target")
+
+def test_a_save_whose_first_rename_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_merger(OLD, tmp_path)
+    real = os.replace
+
+    def refuse(source, target):
+        if Path(target).name == "model.safetensors":
+            raise PermissionError("open elsewhere")
+        real(source, target)
+
     with monkeypatch.context() as context:
-        context.setattr("llava_merge.saving.finish_interrupted_save", lambda directory: False)
-        save_model(NEW, tmp_path / "target")
-    assert (tmp_path / "target" / COMPLETE).exists()
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "target")
-    assert model.config.merger_config.num_merged_tokens == 4
-    assert not finish_interrupted_save(tmp_path / "target")
+        context.setattr(os, "replace", refuse)
+        context.setattr("llava_merge.saving.sorted", lambda names, key=None: ["model.safetensors"], raising=False)
+        with pytest.raises(PermissionError):
+            save_merger(NEW, tmp_path)
+    assert content(tmp_path)[0] == 9 and not [*tmp_path.glob(".*")]
 
 
 def test_other_files_stay_and_old_shards_go(tmp_path):
@@ -176,6 +195,72 @@ def test_other_files_stay_and_old_shards_go(tmp_path):
     tiny_model(NEW, train_merger=True).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_weights_of_other_variants_and_names_stay(tmp_path):
+    """As in transformers, which keeps them: a Hub repo has float32 and float16 side by side."""
+    model = tiny_model(OLD)
+    model.save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model_ema.safetensors")
+    model.half().save_pretrained(tmp_path, variant="fp16")
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "model_ema.safetensors",
+    }
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="200KB")
+    assert not (tmp_path / "model.fp16.safetensors").exists() and (tmp_path / "model.safetensors").exists()
+    loaded = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "written, present, gone",
+    [
+        (["model.safetensors"], ["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "all"),
+        (["model-00001-of-00002.safetensors"], ["model.safetensors", "model-00001-of-00003.safetensors"], "all"),
+        (["model.fp16.safetensors"], ["model.fp16-00001-of-00002.safetensors"], "all"),
+        (["model.fp16.safetensors"], ["model.safetensors.index.fp16.json"], "all"),
+        (["model.safetensors"], ["model.fp16.safetensors", "model.safetensors.index.fp16.json"], "none"),
+        (["model.fp16.safetensors"], ["model.safetensors", "model.safetensors.index.json"], "none"),
+        (["model.safetensors"], ["model_ema.safetensors", "models/model.safetensors", "model.bin"], "none"),
+        (["config.json"], ["model.safetensors"], "none"),
+        (["model.safetensors"], ["adapter_model.safetensors", "multi_modal_projector.safetensors"], "none"),
+    ],
+)
+def test_what_a_save_replaces(written, present, gone):
+    assert replaced_weights(written, present) == (present if gone == "all" else [])
+
+
+def test_links_in_the_folder_are_not_followed(tmp_path):
+    """A folder from elsewhere, such as a git clone, may hold links to a user's files."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "cloned").mkdir()
+    for name in ("config.json", "model.safetensors", "generation_config.json", "modeling_llava_merge.py"):
+        (tmp_path / "cloned" / name).symlink_to(tmp_path / "mine")
+    tiny_model(OLD).save_pretrained(tmp_path / "cloned")
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / "cloned" / "deeper").symlink_to(tmp_path)
+
+    def save(staged):
+        (staged / "deeper").mkdir()
+        (staged / "deeper" / "mine").write_text("theirs")
+
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        save_at_once(save, tmp_path / "cloned")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_merger_without_a_projector_replaces_one_with(tmp_path):
+    model = tiny_model(OLD)
+    model.save_merger(tmp_path / "merger", projector=True)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(tmp_path / "merger" / PROJECTOR, tmp_path / "model")
+    model.save_merger(tmp_path / "merger")
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "merger" / PROJECTOR).exists()
+    assert (tmp_path / "model" / PROJECTOR).exists(), "no file of a whole model, so somebody put it there"
 
 
 def test_a_training_free_merger_leaves_the_weights_of_others(tmp_path):
@@ -216,6 +301,31 @@ def test_a_file_in_the_way(tmp_path):
 def test_other_processes_than_the_main_one_write_as_in_transformers(tmp_path):
     tiny_model(OLD).save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other" / "config.json").exists()
+
+
+def save_on_each_rank(rank: int, folder: str, rounds: int):
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    models = [tiny_model(config, train_merger=True) for config in (NEW, OLD)]
+    if rank == 1:
+        llava_merge.saving.save_at_once = None  # not to be called
+    for number in range(rounds):
+        for save, name in ((models[number % 2].save_pretrained, "model"), (models[number % 2].save_merger, "merger")):
+            torch.distributed.barrier()
+            save(f"{folder}/{name}")
+            torch.distributed.barrier()
+            names = [path.name for path in Path(folder, name).iterdir()]
+            assert "model.safetensors" in names and not [name for name in names if name.startswith(".")], names
+            assert content(Path(folder, name))[0] == (4, 9)[number % 2]
+            torch.distributed.barrier()
+            if rank == 0 and number % 3 == 2:  # else into a folder that exists
+                shutil.rmtree(f"{folder}/{name}")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_may_save_and_the_first_one_writes(tmp_path):
+    """As stock does on 5.x; README's scripts run under torchrun as they are."""
+    torch.multiprocessing.spawn(save_on_each_rank, args=(str(tmp_path), 6), nprocs=2)
 
 
 def test_a_save_that_raises_leaves_nothing(tmp_path):
