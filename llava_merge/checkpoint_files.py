@@ -1,14 +1,19 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Weight files: only safetensors, whole, and with every weight that is needed."""
+"""Weight files: only safetensors, whole, inside their folder, and with every weight that is needed."""
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# arguments for files that may be missing
+NOT_NEEDED = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def hub_arguments(kwargs: dict) -> dict:
@@ -22,15 +27,28 @@ def for_other_repo(hub_kwargs: dict) -> dict:
 
 
 @contextmanager
-def naming_broken_files(path: str | os.PathLike, subfolder: str | None = None):
-    """Checks the safetensors of a local `path` first, and names the checkpoint where one cannot be read inside.
+def naming_broken_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None):
+    """Checks index and safetensors of `path` first, and names the checkpoint where one cannot be read inside.
 
     Raises:
-        ValueError: A file is truncated or corrupted.
+        ValueError: As `check_weight_files`.
     """
-    check_safetensors_files(Path(path) / (subfolder or ""))
+    check_weight_files(path, hub_kwargs, variant)
     with refusing_broken_file(path):
         yield
+
+
+def check_weight_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None):
+    """Reads the index at `path`, a directory or Hub repo, and the headers of its safetensors where it is local.
+
+    Raises:
+        ValueError: A file is truncated or corrupted, or the index names what is no safetensors file beside it.
+    """
+    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    index_file = cached_file(path, index, **NOT_NEEDED, **hub_kwargs)
+    if index_file is not None:
+        read_index(Path(index_file))
+    check_safetensors_files(Path(path) / (hub_kwargs.get("subfolder") or ""))
 
 
 def check_safetensors_files(directory: str | os.PathLike):
@@ -42,6 +60,29 @@ def check_safetensors_files(directory: str | os.PathLike):
     for path in sorted(Path(directory).glob("*.safetensors")):
         with refusing_broken_file(path), safe_open(path, framework="pt"):
             pass
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file that each weight is in, as the index of a sharded checkpoint has it.
+
+    Raises:
+        ValueError: It is no index, or names what is no safetensors file beside it.
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {*weight_map.values()}
+        outside = sorted(name for name in names if Path(name).name != name or "\\" in name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no index of weights ({error!r}). Download or save the checkpoint again."
+        ) from error
+    wrong = outside or sorted(name for name in names if not name.endswith(".safetensors"))
+    if wrong:
+        raise ValueError(
+            f"{path} names {wrong[0]!r} as a file of weights: only safetensors in the same folder are read. Do not use "
+            f"this checkpoint, or save it again."
+        )
+    return weight_map
 
 
 @contextmanager
@@ -59,6 +100,27 @@ def refusing_broken_file(path: str | os.PathLike):
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the checkpoint again."
         ) from error
+
+
+def check_shapes(path: str, shapes: dict[str, tuple[int, ...]], hub_kwargs: dict):
+    """Refuses a checkpoint in one file that lacks weights of these `shapes`, before there is memory for them.
+
+    Raises:
+        ValueError: A weight is missing, or has another shape.
+    """
+    file = cached_file(path, "model.safetensors", **NOT_NEEDED, **hub_kwargs)
+    if file is None:
+        return
+    with safe_open(file, framework="pt") as weights:
+        names = {*weights.keys()}
+        refuse_missing_weights(path, shapes.keys() - names)
+        for name, shape in shapes.items():
+            found = tuple(weights.get_slice(name).get_shape())
+            if found != tuple(shape):
+                raise ValueError(
+                    f"{path} has {name} of shape {found}, and its config.json asks for {tuple(shape)}. Download or "
+                    f"save the checkpoint again."
+                )
 
 
 def refuse_missing_weights(path: str, missing_keys, hint: str = ""):

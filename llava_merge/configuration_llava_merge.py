@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import re
 
 from transformers import GenerationConfig, LlavaConfig, PretrainedConfig
 
@@ -21,6 +22,9 @@ OPTIONAL = ("num_merged_tokens", "tower_dim", "internal_dim")
 BUDGET = ("num_merged_tokens", "merge_ratio")
 # Fields that a merger's weights were trained with, though their shapes may fit other values too.
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid", "feature_layers")
+# Read from a file, these make some releases of transformers fetch and run a kernel of the Hub (CVE-2026-4372).
+ATTENTION_CODE = re.compile(r"_*(attn|experts)_implementation(_internal)?")
+LARGEST = 1 << 17  # of any size of a merger, so that a hostile configuration cannot ask for all memory
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
 QUESTION_METHODS = ("cdpruner", "gumbel_topk_question", "mmtok", "quecc")  # which are so unless told otherwise
@@ -31,6 +35,30 @@ DEFAULT_MERGE_RATIO = 0.25  # 2 × 2 patches to a token: 144 of LLaVA-1.5's 576
 def default_feature_layers(num_layers: int) -> list[int]:
     """Hidden states that the methods in `LAYER_METHODS` read of a tower: 12, 16, 22 and 23 where it has 24 layers."""
     return sorted({num_layers // 2, 2 * num_layers // 3, max(0, num_layers - 2), num_layers - 1})
+
+
+def without_attention_code(fields):
+    """The `fields` that a config.json has, at any depth, without those that choose an attention implementation.
+
+    Which one runs is for the caller to say, as `attn_implementation` of `from_pretrained`.
+
+    Raises:
+        ValueError: One names a repository of kernels, which would be fetched and run.
+    """
+    if isinstance(fields, list):
+        return [without_attention_code(field) for field in fields]
+    if not isinstance(fields, dict):
+        return fields
+    for name in filter(ATTENTION_CODE.fullmatch, map(str, fields)):
+        values = fields[name].values() if isinstance(fields[name], dict) else [fields[name]]
+        if any("/" in str(value) or "|" in str(value) for value in values):
+            raise ValueError(
+                f"config.json has {name}={fields[name]!r}, a repository whose code would run. Remove it; if you trust "
+                f"that code, pass attn_implementation to from_pretrained."
+            )
+    return {
+        name: without_attention_code(field) for name, field in fields.items() if not ATTENTION_CODE.fullmatch(str(name))
+    }
 
 
 def is_number(value) -> bool:
@@ -175,9 +203,11 @@ class MergerConfig(PretrainedConfig):
             if not isinstance(self.query_grid, list) or len(self.query_grid) != 2:
                 raise ValueError(f"query_grid={self.query_grid!r}: has to be two numbers, rows and columns.")
             sizes |= {f"query_grid[{index}]": size for index, size in enumerate(self.query_grid)}
+            if all(map(is_whole_number, self.query_grid)):
+                sizes["query_grid, rows × columns"] = self.query_grid[0] * self.query_grid[1]
         for name, size in sizes.items():
-            if not is_whole_number(size) and not (size is None and name in OPTIONAL):
-                raise ValueError(f"{name}={size!r}: has to be a whole number of at least 1.")
+            if not (is_whole_number(size) and size <= LARGEST) and not (size is None and name in OPTIONAL):
+                raise ValueError(f"{name}={size!r}: has to be a whole number from 1 to {LARGEST}.")
         for name, kind in (
             ("merger_type", str),
             ("question_aware", bool),
@@ -187,6 +217,8 @@ class MergerConfig(PretrainedConfig):
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: has to be a {kind.__name__}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: has to be a number of 64 bits, as torch's generators take it.")
         if self.merger_type == "none" and (self.num_merged_tokens or self.merge_ratio):
             raise ValueError(
                 f"merger_type='none' keeps all tokens, but num_merged_tokens={self.num_merged_tokens} and "
@@ -257,6 +289,15 @@ class MergerConfig(PretrainedConfig):
             )
         return cls.from_dict(as_saved_by_this_release(fields), **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: It names code that would be fetched and run, or a value is out of range.
+        """
+        return super().from_dict(without_attention_code(config_dict), **kwargs)
+
     def to_dict(self) -> dict:
         """All fields, as JSON has them."""
         fields = super().to_dict()
@@ -317,7 +358,7 @@ class LlavaMergeConfig(LlavaConfig):
         self.merger_config = None
         super().__init__(**kwargs)
         self.set_merger_config(merger_config if merger_config is not None else {})
-        self.auto_map = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        self.auto_map = dict(AUTO_MAP)  # never what a checkpoint says, which a push would hand on
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -334,8 +375,12 @@ class LlavaMergeConfig(LlavaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in transformers; `merger_config` and the fields of stock LLaVA are read as by `from_pretrained`."""
-        fields = stock_or_own_fields(config_dict)
+        """As in transformers; `merger_config` and the fields of stock LLaVA are read as by `from_pretrained`.
+
+        Raises:
+            ValueError: As `from_pretrained`, or it names code that would be fetched and run.
+        """
+        fields = stock_or_own_fields(without_attention_code(config_dict))
         saved = fields.get("merger_config")
         if isinstance(saved, dict):
             saved = as_saved_by_this_release(saved)

@@ -1,9 +1,43 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Text on disk, whole or not at all."""
+"""Files on disk: whole or not at all, in the folder that was named, and nothing else is touched."""
 
 import os
+import re
+import shutil
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+STAGED = ".saving-"  # prefix of a folder that is being written
+CONFIG = "config.json"
+WEIGHTS = (
+    r"model(?P<variant>\..+?)?(-\d{5}-of-\d{5})?\.safetensors",
+    r"model\.safetensors\.index(?P<variant>\..+)?\.json",
+)
+
+
+def refuse_output_in_input(output: Path, *inputs: str | Path | None):
+    """Refuses to write where something is read: a command must not replace the checkpoint that it was given.
+
+    Args:
+        output: Folder or file that will be written.
+        inputs: Folders, files, or Hub repos and other names, which are no paths here and do no harm.
+
+    Raises:
+        ValueError: `output` is one of the `inputs`, lies in one or holds one.
+    """
+    target = Path(output).resolve()
+    for given in inputs:
+        source = Path(given).resolve() if given is not None and Path(given).exists() else None
+        if source is not None and (target.is_relative_to(source) or source.is_relative_to(target)):
+            raise ValueError(
+                f"{output}, which is to be written, is, holds or lies in {given}, which is read. Give another path."
+            )
 
 
 def write_whole(path: Path, text: str):
@@ -14,3 +48,89 @@ def write_whole(path: Path, text: str):
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
+
+
+def save_at_once(save, directory: str | os.PathLike, optional: tuple[str, ...] = ()) -> list[str]:
+    """Calls `save(path)` with a temporary folder on the device of `directory`, then puts the files into `directory`.
+
+    A new folder appears with one rename. In one that exists, config.json leaves before the first file is replaced and
+    comes last, so that a folder loads as the old checkpoint or the new one, or says that it has no config.json. A save
+    that fails before leaves the old checkpoint.
+
+    Args:
+        optional: Files that are part of the checkpoint where they are written; else an older one is removed.
+
+    Returns:
+        The files that were written, by their path in `directory`.
+
+    Raises:
+        ValueError: `directory` is a file, or holds a link that leads out of it where a file is to be written.
+    """
+    directory = Path(os.path.realpath(directory))
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a checkpoint is saved as a folder. Give another path.")
+    is_new = not directory.exists()
+    parent = directory.parent if is_new else directory
+    parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(parent, f".{directory.name}-" if is_new else STAGED) as staged:
+        save(staged)
+        files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+        if is_new:
+            os.rename(staged, directory)
+        else:
+            move_files(staged, directory, files, optional)
+    return files
+
+
+@contextmanager
+def staging_folder(parent: Path, prefix: str):
+    """A new folder in `parent`, which is removed afterwards where it still is there."""
+    path = parent / f"{prefix}{uuid.uuid4().hex}"
+    for leftover in parent.glob(f"{prefix}{'?' * 32}"):  # maybe of a process that still writes it
+        logger.warning_once(f"{leftover} is of a save that was broken off, or still runs; remove it if none does.")
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def move_files(staged: Path, directory: Path, files: list[str], optional: tuple[str, ...] = ()):
+    """Puts the `files` of a whole checkpoint into their places, and removes weights of the one that it replaces."""
+    for name in files:
+        if not (directory / name).parent.resolve().is_relative_to(directory):
+            raise ValueError(f"{(directory / name).parent} is a link that leads out of {directory}. Remove it.")
+    old_config, hidden = directory / CONFIG, staged / f"{CONFIG}.old"
+    hides, moved = CONFIG in files and os.path.lexists(old_config), False
+    if hides:
+        os.replace(old_config, hidden)
+    try:
+        for name in sorted(files, key=CONFIG.__eq__):
+            if name == CONFIG:
+                for stale in replaced_weights(files, os.listdir(directory), optional):
+                    os.unlink(directory / stale)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, directory / name)
+            moved = True
+    finally:
+        if hides and not moved:
+            os.replace(hidden, old_config)
+
+
+def replaced_weights(written: list[str], present: list[str], optional: tuple[str, ...] = ()) -> list[str]:
+    """Names of those `present` that are of the weights that the `written` files replace: other shards, or their index.
+
+    Weights of another variant, or of names that `save_pretrained` does not give, are somebody else's.
+    """
+    variants = {variant_of(name) for name in written} - {None}
+    return [
+        name
+        for name in present
+        if name not in written and (variant_of(name) in variants or (name in optional and CONFIG in written))
+    ]
+
+
+def variant_of(name: str) -> str | None:
+    """The variant that a file of weights is of, ".fp16" or "" for none; None where it is no such file."""
+    matches = [match for match in (re.fullmatch(pattern, name) for pattern in WEIGHTS) if match]
+    return (matches[0]["variant"] or "") if matches else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from .checkpoint_files import check_safetensors_files, for_other_repo, refuse_missing_weights
+from .checkpoint_files import NOT_NEEDED, check_weight_files, for_other_repo, refuse_missing_weights
 from .compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_VERSION
 from .configuration_llava_merge import (
     DEFAULT_MERGER_TYPE,
@@ -24,8 +24,6 @@ from .merging_base import find_merging_method
 logger = logging.get_logger(__name__)
 
 ADAPTER_MERGER = "merger_config.json"  # beside an adapter
-# arguments for files that may be missing
-NOT_NEEDED = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 @dataclass
@@ -69,7 +67,7 @@ def read_checkpoint(path: str, hub_kwargs: dict) -> Checkpoint:
     if base is not None:
         merger = read_merger_of_adapter(path, hub_kwargs)
         hub_kwargs = for_other_repo(hub_kwargs)
-        check_safetensors_files(base)
+        check_weight_files(base, hub_kwargs)
     fields, _ = PretrainedConfig.get_config_dict(base or path, **hub_kwargs)
     if not fields:  # transformers would build LLaVA-1.5-7B, with random weights
         raise ValueError(

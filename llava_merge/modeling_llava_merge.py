@@ -24,7 +24,7 @@ from .compat import (
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
 from .compat_processing import MergedPlaceholderProcessor  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .files import write_whole  # noqa: F401
+from .files import save_at_once  # noqa: F401
 from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs
 from .hub import MODEL, push_card_if_missing
@@ -75,7 +75,7 @@ from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
 from .resized_pictures import ResizesPictures
-from .saving import save_at_once  # noqa: F401
+from .saving import SavesAtOnce  # noqa: F401
 from .stock_signature import takes_arguments_of
 from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401

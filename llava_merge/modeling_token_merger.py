@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
-from .checkpoint_files import hub_arguments, naming_broken_files, refuse_missing_weights
+from .checkpoint_files import check_shapes, hub_arguments, naming_broken_files, refuse_missing_weights
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .hub import MERGER, push_card_if_missing, push_folder
@@ -236,7 +236,13 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         if find_merging_method(config).training_free:  # transformers cannot load a model without weights
             return (cls(config), {}) if wants_info else cls(config)
         kwargs = {**kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
-        with naming_broken_files(path, kwargs.get("subfolder")):
+        hub_kwargs = hub_arguments(kwargs)
+        with naming_broken_files(path, hub_kwargs, kwargs.get("variant")):
+            if not kwargs.get("variant"):
+                with torch.device("meta"):
+                    check_shapes(
+                        path, {name: weight.shape for name, weight in cls(config).named_parameters()}, hub_kwargs
+                    )
             merger, info = super().from_pretrained(path, *args, **kwargs)
         refuse_missing_weights(path, info["missing_keys"])
         return (merger, info) if wants_info else merger

@@ -39,6 +39,12 @@ def unused_layers_pattern(config: LlavaMergeConfig) -> str:
     return rf"vision_tower\..*layers\.({'|'.join(map(str, layers)) or 'none'})\."
 
 
+def names_text_tower(merger_config: MergerConfig | dict | None) -> bool:
+    """Whether a caller's configuration names a text tower, which may then be fetched; a checkpoint's may not."""
+    given = merger_config if isinstance(merger_config, dict) else vars(merger_config) if merger_config else {}
+    return given.get("text_tower") is not None
+
+
 def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:
     """A copy of `merger` that is trained where `old` was, in its dtype and mode."""
     merger = copy.deepcopy(merger).train(old.training)
@@ -84,6 +90,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         config: PretrainedConfig | str | None = None,
         merger: str | None = None,
         merger_config: MergerConfig | dict | None = None,
+        merger_revision: str | None = None,
         allow_missing_weights: bool = False,
         **kwargs,
     ):
@@ -94,6 +101,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
                 weights and gets a merger that is fresh unless `merger` is given.
             merger: Directory or Hub repo of a merger checkpoint to lay over it.
             merger_config: Configuration of the merger instead of the checkpoint's, an object or a dict of its fields.
+            merger_revision: Branch, tag or commit of `merger` on the Hub.
             allow_missing_weights: Load even where the checkpoint lacks weights; they stay random.
 
         The other arguments are those of `PreTrainedModel.from_pretrained`.
@@ -107,6 +115,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         path = str(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
         checkpoint = read_checkpoint(path, hub_kwargs)
+        fetches_text_tower = names_text_tower(merger_config)
         if merger_config is None and not isinstance(config, PretrainedConfig):
             merger_config = checkpoint.adapter_merger
         check_merger_request(checkpoint, merger, merger_config)
@@ -122,22 +131,23 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         fresh_merger = not checkpoint.has_weights_of(merger_config)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "fresh_merger": fresh_merger}
-        with naming_broken_files(path, kwargs.get("subfolder")):
+        with naming_broken_files(path, hub_kwargs, kwargs.get("variant")):
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
         if fresh_merger and merger is None:
             info["missing_keys"] = [*info["missing_keys"], *filter(is_merger_key, model.state_dict())]
         if not allow_missing_weights:
             check_loaded_keys(checkpoint, model.config, info)
         if merger is not None:
-            model.load_merger(merger, **for_other_repo(hub_kwargs))
+            model.load_merger(merger, **for_other_repo(hub_kwargs), revision=merger_revision)
         log_merger(path, model.config, fresh_merger and merger is None)
-        model._prepare_questions(checkpoint.adapter_base or path, hub_kwargs)
+        model._prepare_questions(checkpoint.adapter_base or path, hub_kwargs, fetches_text_tower)
         return (model, info) if wants_info else model
 
-    def _prepare_questions(self, path: str, hub_kwargs: dict):
+    def _prepare_questions(self, path: str, hub_kwargs: dict, fetches_text_tower: bool):
         """What a question-aware merger needs besides weights: marks between turns, and a text tower and tokenizer."""
         merger_config, headless = self.config.merger_config, self.headless_model
-        text_tower = headless.find_text_tower(merger_config, **for_other_repo(hub_kwargs))
+        tower_kwargs = for_other_repo(hub_kwargs) | ({} if fetches_text_tower else {"local_files_only": True})
+        text_tower = headless.find_text_tower(merger_config, **tower_kwargs)
         wants_marks = merger_config.question_aware and merger_config.question_end_token_ids is None
         if wants_marks or text_tower is not None:
             headless.question_tokenizer = read_questions_of_folder(merger_config, path, hub_kwargs)
@@ -219,7 +229,8 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             check_no_adapters(self.headless_model.multi_modal_projector)
             weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
-        self.headless_model.find_text_tower(merger.config, **for_other_repo(hub_arguments(kwargs)))
+        tower_kwargs = for_other_repo(hub_arguments(kwargs)) | {"local_files_only": True}
+        self.headless_model.find_text_tower(merger.config, **tower_kwargs)
         self.config.set_merger_config(self._fit_merger_config(merger.config))
         self.config.merger_config.has_projector = False  # it is the model's now
         if projector is not None:

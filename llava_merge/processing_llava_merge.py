@@ -2,6 +2,8 @@
 """The processor, which writes as many placeholders as tokens are left."""
 
 import copy
+import os
+from pathlib import Path
 
 from transformers import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
@@ -9,7 +11,7 @@ from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
 from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs
-from .files import write_whole  # noqa: F401
+from .files import save_at_once
 from .placeholders import budget_of_each_image
 
 
@@ -64,6 +66,13 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         if num_merged_tokens is not unset:
             processor.num_merged_tokens = num_merged_tokens
         return processor
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers, but all at once; links in the folder are replaced and not followed."""
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        write = super().save_pretrained
+        return save_at_once(lambda staged: write(str(staged), push_to_hub=push_to_hub, **kwargs), save_directory)
 
     def __call__(
         self,

@@ -12,9 +12,10 @@ from transformers.utils import find_adapter_config_file
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
+from llava_merge.files import replaced_weights
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
-from llava_merge.saving import PROJECTOR, replaced_weights
+from llava_merge.saving import PROJECTOR
 
 
 CARD = "README.md"

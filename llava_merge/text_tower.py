@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from .checkpoint_files import naming_broken_files, refuse_missing_weights
+from .configuration_llava_merge import without_attention_code
 from .merge_extras import projected_relevance, projected_word_relevance
 from .merging_base import READ_FOR_QUESTION, full_precision
 from .question_turns import Question
@@ -19,6 +20,10 @@ NO_TOKENIZER = (
 NO_IDS = (
     "text_tower={name!r} reads questions as text, and this one is given as embeddings alone. Pass input_ids instead of "
     "inputs_embeds, or question=Question.of_each_image(embeds, ids=input_ids), or leave text_tower out."
+)
+NOT_FETCHED = (
+    " What a checkpoint names is not fetched unless you ask for it: `hf download {name}` before, or "
+    "merger_config={{'text_tower': {name!r}}}."
 )
 
 
@@ -38,14 +43,17 @@ class TextTower:
 
     Raises:
         ValueError: It cannot be loaded, or is of another vision tower.
+
+    With `local_files_only` among the `hub_kwargs` nothing is fetched.
     """
 
     def __init__(self, name: str, vision_dim: int, hub_kwargs: dict | None = None):
         hub_kwargs = hub_kwargs or {}
         try:
-            config = CLIPConfig.from_pretrained(name, **hub_kwargs)
+            fields, _ = CLIPConfig.get_config_dict(name, **hub_kwargs)
+            config = CLIPConfig.from_dict(without_attention_code(fields))
             config.vision_config.num_hidden_layers = 0
-            with naming_broken_files(name):
+            with naming_broken_files(name, hub_kwargs):
                 clip, info = CLIPWithoutVision.from_pretrained(
                     name,
                     config=config,
@@ -54,9 +62,11 @@ class TextTower:
                     output_loading_info=True,
                     **hub_kwargs,
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
+            if hub_kwargs.get("local_files_only"):
+                reason += NOT_FETCHED.format(name=name)
             raise ValueError(
                 f"text_tower={name!r} cannot be loaded: {reason} Give a directory or Hub repo of a CLIP with "
                 f"model.safetensors and its tokenizer, or leave text_tower out: then the projector says how "

@@ -2,13 +2,13 @@
 """vLLM's Transformers backend, which runs this code without the plugin, and what it would do wrong in silence."""
 
 import json
+from pathlib import Path
 
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from .checkpoint_files import refuse_missing_weights
+from .checkpoint_files import NOT_NEEDED, read_index, refuse_missing_weights
 from .configuration_llava_merge import LlavaMergeConfig, keeps_places
-from .loading import NOT_NEEDED
 from .merging_base import find_merging_method
 
 
@@ -46,8 +46,7 @@ def saved_merger_weights(path: str) -> set[str]:
     """Names of the merger's weights in the checkpoint at `path`, a directory or Hub repo, as the merger calls them."""
     index = cached_file(path, "model.safetensors.index.json", **NOT_NEEDED)
     if index is not None:
-        with open(index, encoding="utf-8") as file:
-            names = json.load(file)["weight_map"].keys()
+        names = read_index(Path(index)).keys()
     else:
         with safe_open(cached_file(path, "model.safetensors"), framework="pt") as file:
             names = file.keys()

@@ -21,7 +21,8 @@ from safetensors.torch import load, load_file
 
 import llava_merge.saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, TokenMerger
-from llava_merge.saving import PROJECTOR, STAGED, replaced_weights, save_at_once
+from llava_merge.files import STAGED, replaced_weights, save_at_once
+from llava_merge.saving import PROJECTOR
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed")
@@ -181,7 +182,7 @@ def test_a_save_whose_first_rename_fails_leaves_the_old_checkpoint(tmp_path, mon
 
     with monkeypatch.context() as context:
         context.setattr(os, "replace", refuse)
-        context.setattr("llava_merge.saving.sorted", lambda names, key=None: ["model.safetensors"], raising=False)
+        context.setattr("llava_merge.files.sorted", lambda names, key=None: ["model.safetensors"], raising=False)
         with pytest.raises(PermissionError):
             save_merger(NEW, tmp_path)
     assert content(tmp_path)[0] == 9 and not [*tmp_path.glob(".*")]

@@ -18,10 +18,10 @@ from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model, tok
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.timing import time_generate
 from llava_merge.demo import MERGERS, MODEL_DIR
-from llava_merge.evaluation.candidates import UNMERGED, Candidate, parse_candidate, put_merger
+from llava_merge.evaluation.candidates import UNMERGED, Candidate, checkpoints_of, parse_candidate, put_merger
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
-from llava_merge.files import write_whole
+from llava_merge.files import refuse_output_in_input, write_whole
 from llava_merge.inference_graphs import InferenceGraphs
 from llava_merge.placeholders import ALL_TOKENS
 
@@ -73,6 +73,7 @@ def benchmark(settings: BenchmarkSettings, output: Path, command: str | None = N
         ValueError: A setting cannot be used.
     """
     check_settings(settings)
+    refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers))
     model = make_model(settings.model, getattr(torch, settings.dtype), settings.device, settings.attn_implementation)
     cells = make_cells(make_mergers(model, settings), settings.budgets)
     report = {"command": command, "protocol": describe_run(settings, model), "results": {}, "throughput": None}

@@ -40,11 +40,14 @@ def demo(
 
     from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
+    from llava_merge.evaluation.candidates import checkpoints_of
+    from llava_merge.files import refuse_output_in_input
     from llava_merge.pictures import open_picture, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
+    refuse_output_in_input(output, image, model, *checkpoints_of(merger or []))
     questions, mergers = question or list(QUESTIONS), merger or [None]
     if model is None and merger is None:
         mergers, num_merged_tokens = [MERGERS[0]], NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens

@@ -91,6 +91,12 @@ def parse_candidate(text: str) -> tuple[str, dict]:
     return name, fields
 
 
+def checkpoints_of(mergers: list[str] | None) -> list[str]:
+    """The folders and Hub repos among the `mergers`, without the methods."""
+    names = [find_merger(parse_candidate(text)[0]) for text in mergers or ()]
+    return [name for name in names if name not in {method.name for method in list_mergers()}]
+
+
 def read_value(text: str):
     """A number, true, false or null as JSON has them; else text."""
     try:

@@ -14,7 +14,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor,
 from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS, own_merger_fields
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
-from llava_merge.evaluation.candidates import OWN, UNMERGED, Candidate, make_candidates
+from llava_merge.evaluation.candidates import OWN, UNMERGED, Candidate, checkpoints_of, make_candidates
 from llava_merge.evaluation.data import PictureQuestion, read_questions
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
@@ -29,7 +29,7 @@ from llava_merge.evaluation.report import (
     protocol_in_words,
     read_evaluation,
 )
-from llava_merge.files import write_whole
+from llava_merge.files import refuse_output_in_input, write_whole
 from llava_merge.loading import read_checkpoint
 
 
@@ -60,9 +60,11 @@ def evaluate(
         The report: `protocol`, `results` by merger and budget, `flips`, `choice`, `warnings`.
 
     Raises:
-        ValueError: A setting, file or question cannot be used, or a report is of another protocol.
+        ValueError: A setting, file or question cannot be used, a report is of another protocol, or `output` is or holds
+            what is read.
     """
     check_settings(settings)
+    refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers), *(against or ()))
     questions = read_questions(settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt)
     model, processor = load_model(settings)
     places = {"position_ids": settings.position_ids, "attention_mass": settings.attention_mass}

@@ -11,9 +11,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
-from llava_merge.evaluation.candidates import parse_candidate, put_merger
+from llava_merge.evaluation.candidates import checkpoints_of, parse_candidate, put_merger
+from llava_merge.files import refuse_output_in_input, save_at_once
 from llava_merge.merging_base import method_file
-from llava_merge.saving import save_at_once
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
@@ -40,8 +40,10 @@ def convert(
         The configuration that was written.
 
     Raises:
-        ValueError: The base is no stock LLaVA or lacks weights, or the merger does not fit it or cannot be served.
+        ValueError: The base is no stock LLaVA or lacks weights, the merger does not fit it or cannot be served, or
+            `output` is or holds one of them.
     """
+    refuse_output_in_input(output, base, *checkpoints_of([merger]))
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     check_servable(model.config)

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_merge.checkpoint_files import read_index
+
 
 CHUNK = 1 << 24  # bytes copied at once
 INDEX = "model.safetensors.index.json"
@@ -28,11 +30,11 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors of a checkpoint, in order.
 
     Raises:
-        ValueError: There is none, or one that the index names is not there.
+        ValueError: There is none, or one that the index names is not there, or not in this folder.
     """
     index = directory / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({*read_index(index).values()})
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (directory / name).is_file()]

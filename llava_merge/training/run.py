@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.configuration_llava_merge import BUDGET
-from llava_merge.files import write_whole
+from llava_merge.files import refuse_output_in_input, write_whole
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
@@ -43,7 +43,8 @@ def train(settings: Settings, resume: bool = False) -> dict[str, float]:
     Raises:
         ValueError: A setting, a file or a sample cannot be used; it is named. Nothing has been trained then.
     """
-    args = training_arguments(settings)
+    args, mllm = training_arguments(settings), settings.backbone_settings.mllm_settings
+    refuse_output_in_input(args.output_dir, mllm.model, mllm.merger)
     set_seed(args.seed)
     budgets = settings.budgets
     schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed) if budgets.train else None
