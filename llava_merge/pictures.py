@@ -2,6 +2,7 @@
 """Opening of every picture that the package is given, and saving of those it draws."""
 
 import os
+import uuid
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -35,6 +36,9 @@ def save_picture(picture: Image.Image, path: Path):
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}.")
-    written = path.with_name(f".new-{path.name}")
-    picture.save(written)
-    os.replace(written, path)
+    written = path.with_name(f".{uuid.uuid4().hex}-{path.name}")  # a name that no link can lie in wait for
+    try:
+        picture.save(written)
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)

@@ -5,7 +5,10 @@ import os
 import re
 import runpy
 import shutil
+import threading
 import urllib.parse
+import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -185,3 +188,60 @@ def test_the_space(monkeypatch):
     data = ModelCard((folder / "README.md").read_text()).data.to_dict()
     assert data["sdk"] == "gradio" and (folder / data["app_file"]).exists()
     assert (folder / "requirements.txt").read_text().strip() == "llava-merge[app]"
+
+
+class TestRequests:
+    """What a client may send without a browser."""
+
+    @pytest.fixture(scope="class")
+    def internal(self):
+        """A server that only this machine reaches, with a picture, and the paths that it was asked for."""
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(PICTURE.read_bytes())
+
+            def log_message(self, *_):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/internal.png", asked
+        server.shutdown()
+
+    def ask(self, address: str, payload: dict) -> str:
+        """The last event of a question about `payload`."""
+        api, session = f"{address}gradio_api", uuid.uuid4().hex
+        functions = httpx.get(f"{address}config").json()["dependencies"]
+        number = next(each["id"] for each in functions if each["api_name"].startswith("shown"))
+        body = {"data": [payload, "What color is the star?", "question_aware", 16], "fn_index": number}
+        httpx.post(f"{api}/queue/join", json={**body, "session_hash": session}).raise_for_status()
+        with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", timeout=60) as events:
+            return next(line for line in events.iter_lines() if "process_completed" in line)
+
+    @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}], ids=["file", "plain"])
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_only_uploads_are_opened(self, address, internal, tmp_path, stream, meta):
+        """Not what this machine reaches, and not its files, whatever a request calls them."""
+        url, asked = internal
+        shutil.copy(PICTURE, tmp_path / "private.png")
+        for path in (url, str(tmp_path / "private.png"), str(PICTURE)):
+            event = self.ask(address, {"path": path, "is_stream": stream, **meta})
+            assert '"success":false' in event and "visual tokens" not in event, path
+        assert not asked
+
+    def test_an_upload_is_answered(self, address):
+        with PICTURE.open("rb") as file:
+            (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
+        event = self.ask(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
+        assert '"success":true' in event and "576 visual tokens" in event
+
+    def test_a_large_picture_is_refused_before_it_is_decoded(self, tmp_path, monkeypatch):
+        Image.new("L", (8000, 8000)).save(tmp_path / "large.png")
+        monkeypatch.setattr("llava_merge.demo.browser.open_picture", None)
+        with pytest.raises(ValueError, match="more than 50 megapixels"):
+            read(str(tmp_path / "large.png"), "What?")

@@ -14,6 +14,7 @@ from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
 from llava_merge.serving.requests import (
     check_budget,
+    check_named,
     check_room,
     check_servable,
     num_rope_rows,
@@ -58,6 +59,15 @@ class TestBudgets:
     def test_those_listed_are_named(self):
         with pytest.raises(ValueError, match="num_merged_tokens=5: this checkpoint is served with 4, 9, 16"):
             check_budget(config(trained_num_tokens=[16, 4]), 5)
+
+
+@pytest.mark.parametrize("name", ["question_input_ids", "picture_ids", "size", "crop_size", "do_resize"])
+def test_a_request_says_its_budget_alone(name):
+    """Ids past the vocabulary would end the engine, and a size of its own would take the machine's memory."""
+    check_named({})
+    check_named({"num_merged_tokens": 4})
+    with pytest.raises(ValueError, match=f"mm_processor_kwargs has {name}; a request .* num_merged_tokens alone"):
+        check_named({"num_merged_tokens": 4, name: [10**9]})
 
 
 class TestQuestions:

@@ -2,9 +2,11 @@
 """The browser app: one picture and question, answered with all visual tokens and with merged ones."""
 
 import random
+from pathlib import Path
 
 import gradio as gr
-from PIL import Image
+from gradio.utils import get_upload_folder
+from PIL import Image, UnidentifiedImageError
 
 from llava_merge import list_mergers
 from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
@@ -64,10 +66,23 @@ def read(path: str | None, question: str) -> tuple[Image.Image, str]:
         raise ValueError("There is no question: type one.")
     if len(question) > MAX_QUESTION_LENGTH:
         raise ValueError(f"The question has {len(question)} characters, more than {MAX_QUESTION_LENGTH}: shorten it.")
-    picture = open_picture(path)
-    if picture.width * picture.height > MAX_MEGAPIXELS * 1e6:
+    check_megapixels(path)
+    return open_picture(path), question
+
+
+def check_megapixels(path: str):
+    """Refuses a picture that is too large, before it is decoded.
+
+    Raises:
+        ValueError: So it is.
+    """
+    try:
+        with Image.open(path) as picture:
+            size = picture.width * picture.height
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
+        return  # which opening it says better
+    if size > MAX_MEGAPIXELS * 1e6:
         raise ValueError(f"The picture has more than {MAX_MEGAPIXELS} megapixels: scale it down.")
-    return picture, question
 
 
 def in_words(answer: Answer) -> str:
@@ -106,8 +121,20 @@ def draw_other_scene() -> Image.Image:
 def picture_upload() -> gr.Image:
     """A picture that nothing opens before [`read`] does, whose errors say what is wrong with it."""
     picture = gr.Image(str(PICTURE), label="Picture", sources=["upload", "clipboard"], height=320, buttons=[])
-    picture.preprocess = lambda payload: payload and payload.path  # a subclass makes Gradio write a .pyi file
+    # of the object, since a subclass makes Gradio write a .pyi file
+    picture.preprocess = lambda payload: payload and stored_by_gradio(payload.path)
     return picture
+
+
+def stored_by_gradio(path: str | None) -> str | None:
+    """The path of an upload, which a request may name as it likes.
+
+    Raises:
+        gr.Error: It is a URL, which would be fetched from here, or a file that nobody uploaded.
+    """
+    if path is not None and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error("Only pictures that were uploaded here can be asked about.", duration=None)
+    return path
 
 
 def answer_column(title: str, name: str) -> gr.Markdown:

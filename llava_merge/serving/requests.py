@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
 
+from collections.abc import Mapping
+
 import torch
 
 from llava_merge import LlavaMergeConfig
@@ -29,6 +31,20 @@ def check_servable(config: LlavaMergeConfig):
             f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens. Train the "
             f"merger with attention_mass=0, or go on training it so: trained with it, it is bad without. Methods that "
             f"need no training take it from `--merger NAME:attention_mass=0`."
+        )
+
+
+def check_named(mm_processor_kwargs: Mapping[str, object]):
+    """Refuses what a request may not say of its images: their size, or ids that would be read as a question.
+
+    Raises:
+        ValueError: It says more than the budget.
+    """
+    others = sorted(set(mm_processor_kwargs) - {BUDGET})
+    if others:
+        raise ValueError(
+            f"mm_processor_kwargs has {', '.join(others)}; a request to this model may say {BUDGET} alone. Whoever "
+            f"serves it may say more, with --mm-processor-kwargs."
         )
 
 

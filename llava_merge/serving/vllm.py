@@ -51,6 +51,7 @@ from llava_merge.question_turns import Question
 from llava_merge.serving.requests import (
     BUDGET,
     check_budget,
+    check_named,
     check_room,
     check_servable,
     num_rope_rows,
@@ -109,12 +110,14 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         """As in vLLM.
 
         Raises:
-            ValueError: The budget is not served, an image comes as embeddings, or there are too many images.
+            ValueError: The budget is not served, an image comes as embeddings, there are too many images, or the
+                request says more than its budget.
         """
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         if isinstance(inputs.mm_data_items.get("image"), ImageEmbeddingItems):
             raise ValueError("image_embeds: this model merges images itself. Send pictures.")
         config, kwargs = self.info.get_hf_config(), dict(inputs.hf_processor_mm_kwargs)
+        check_named(kwargs)
         budget = self.info.budget(kwargs)
         check_room(config, num_images, budget, self.info.ctx.model_config.max_model_len)
         kwargs.pop(BUDGET, None)
