@@ -4,6 +4,7 @@
 Small matmuls leave parts of a GPU idle that one of their size fills.
 """
 
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -21,11 +22,14 @@ PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in t
 class JointLinear:
     """Linear layers of the same input as one. Their weights become views of one tensor, so that none is there twice.
 
+    For the thread that makes it: it keeps parts of an output from one call to the next.
+
     Args:
         layers: (out, in) each, all with a bias or none.
     """
 
     def __init__(self, layers: list[nn.Linear]):
+        self.thread = threading.get_ident()
         self.sizes = [layer.out_features for layer in layers]
         self.weight = side_by_side([layer.weight for layer in layers])
         self.bias = None if layers[0].bias is None else side_by_side([layer.bias for layer in layers])
@@ -43,14 +47,17 @@ class JointLinear:
 
 
 class PartOfJoint(nn.Module):
-    """One of the layers of a [`JointLinear`], in its place."""
+    """One of the layers of a [`JointLinear`], in the place of `layer`, as which other threads find and call it."""
 
-    def __init__(self, joint: JointLinear, number: int):
+    def __init__(self, joint: JointLinear, number: int, layer: nn.Linear):
         super().__init__()
         self.joint, self.number = joint, number
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
+        if not torch.compiler.is_compiling() and threading.get_ident() != self.joint.thread:
+            return linear(features, self.weight, self.bias)
         return self.joint.part(self.number, features)
 
 
@@ -66,7 +73,10 @@ def joint_projections(model: nn.Module, apart: Collection[nn.Module] = ()) -> It
         layers = [dict(module.named_children()).get(name) for name in names]
         if can_be_joined(layers):
             joint = JointLinear(layers)
-            parts += [(module, name, PartOfJoint(joint, number)) for number, name in enumerate(names)]
+            parts += [
+                (module, name, PartOfJoint(joint, number, layer))
+                for number, (name, layer) in enumerate(zip(names, layers, strict=True))
+            ]
     with replaced(parts):
         yield
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A merger as a model of its own, with its checkpoints."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from .checkpoint_files import check_shapes, hub_arguments, naming_broken_files, refuse_missing_weights
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
+from .files import CONFIG
 from .hub import MERGER, push_card_if_missing, push_folder
 from .merge_extras import MergeExtras
 from .merging_attention import check_heads  # noqa: F401
@@ -190,7 +192,7 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         if not 1 <= num_tokens <= num_patches:
             raise ValueError(f"num_tokens={num_tokens}: has to be from 1 to the {num_patches} visual tokens.")
         trained = self.config.trained_num_tokens
-        if trained and num_tokens < min(trained) and not torch.compiler.is_compiling():
+        if trained and num_tokens < min(trained) and not self.training and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"This merger was trained with {', '.join(map(str, sorted(trained)))} tokens per image; with fewer, "
                 f"answers may be much worse."
@@ -254,18 +256,17 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
 
     def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):
         """Code, config.json and weights, if there are any, and the `projector` that was trained with the merger."""
-        self.config.has_projector = projector is not None
-        try:
-            if projector is not None:
-                save_projector(projector, save_directory)
-            if not self.method.training_free:
-                super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
-                return
+        if not self.method.training_free:
+            super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
+        else:
             self.config.architectures = [type(self).__name__]
             custom_object_save(self, save_directory, config=self.config)
             self.config.save_pretrained(save_directory)
-        finally:
-            self.config.has_projector = False  # of that checkpoint, not of this merger
+        if projector is not None:
+            save_projector(projector, save_directory)
+            file = save_directory / CONFIG
+            fields = json.loads(file.read_text(encoding="utf-8")) | {"has_projector": True}  # of that checkpoint alone
+            file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, projector: nn.Module | None = None, **kwargs):
         """Pushes the merger in one commit; a repo without a model card gets one.

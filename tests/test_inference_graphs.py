@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """`compile_for_inference`: the answers are those of the plain `generate`, from graphs made beforehand."""
 
+import sys
 import threading
 
 import pytest
@@ -433,6 +434,33 @@ class TestJointProjections:
             assert len({*joint}) == (5 if name == "visionzip" else 6) and not any(part.parts for part in joint)
         assert layers == dict(model.named_modules())
         assert torch.equal(model(**batch).logits, expected)
+
+    def test_other_threads_answer_and_save_as_ever(self, tmp_path):
+        """While one compiles, for minutes at 7B; shared parts of a joint layer would mix what they ask."""
+        model = tiny_model(agnostic())
+        batches = [{"input_ids": torch.randint(5, 20, (1, 3 + row))} for row in range(3)]
+        expected, names = [model(**batch).logits for batch in batches], set(model.state_dict())
+        wrong = []
+
+        def ask(number: int):
+            for _ in range(200):
+                with torch.no_grad():
+                    logits = model(**batches[number]).logits
+                wrong.extend([number] if (logits - expected[number]).abs().max() > 1e-4 else [])
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with joint_projections(model):
+                threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert set(model.state_dict()) == names
+        finally:
+            sys.setswitchinterval(interval)
+        assert not wrong
 
     def test_one_matmul_for_several_and_one_graph(self):
         """Nor does torch.compile break the graph or come back for another call."""

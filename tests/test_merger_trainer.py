@@ -32,7 +32,7 @@ from llava_merge.demo.scenes import ask_question, describe_scene, draw_scene, sa
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
-from llava_merge.training.data import ChatDataset
+from llava_merge.training.data import ChatDataset, ChatStream
 from llava_merge.training.parts import set_modes
 from llava_merge.training.run import load_model, make_trainer, read_datasets, train
 from llava_merge.training.settings import (
@@ -86,6 +86,7 @@ def trainer_of(
 ):
     torch.manual_seed(0)  # of a fresh merger
     model = tiny_model(agnostic() if merger_config is None else merger_config, train_merger=train_merger)
+    fields.setdefault("train_dataset", ChatDataset(rows(), "rows"))
     return MergerTrainer(
         model,
         arguments(folder, **{name: fields.pop(name) for name in list(fields) if name in TRAINING_FIELDS}),
@@ -93,7 +94,6 @@ def trainer_of(
         loss_settings=LossSettings(**(losses or {})),
         trained=TrainedSettings(parts=parts, lora_rank=2),
         data_collator=MergerCollator(make_processor(), NUM_PATCHES),
-        train_dataset=ChatDataset(rows(), "rows"),
         **fields,
     )
 
@@ -279,6 +279,30 @@ class TestTeacher:
         uncached.train()
         assert found["eval_loss"] == pytest.approx(uncached.evaluate()["eval_loss"], rel=1e-2)
 
+    def test_another_set_has_answers_of_its_own(self, tmp_path):
+        others = ChatDataset(rows()[2:] + rows()[:2], "rows")
+        fields = {"max_steps": 2, "eval_dataset": ChatDataset(rows(), "rows"), "parts": "merger"}
+        kept, asked = trainer_of(tmp_path, **fields, losses={"cache_teacher": True}), trainer_of(tmp_path, **fields)
+        found = kept.evaluate()["eval_loss"]
+        loss = asked.evaluate(others)["eval_loss"]
+        assert kept.evaluate(others)["eval_loss"] == pytest.approx(loss, rel=1e-2)
+        assert kept.evaluate()["eval_loss"] == pytest.approx(found), "those of its own set were kept"
+
+    def test_a_trained_teacher_is_not_asked_about_another_set(self, tmp_path):
+        fields = {"max_steps": 2, "eval_dataset": ChatDataset(rows(), "rows"), "parts": "all"}
+        trainer, others = trainer_of(tmp_path, **fields), ChatDataset(rows()[::-1], "rows")
+        trainer.evaluate(others)  # nothing is trained yet
+        trainer.train()
+        trainer.evaluate()
+        with pytest.raises(ValueError, match="parts='all' has changed the teacher"):
+            trainer.evaluate(others)
+
+    @pytest.mark.parametrize("given", [{"losses": {"cache_teacher": True}}, {"parts": "all"}])
+    def test_its_answers_to_a_stream_are_not_kept(self, tmp_path, given):
+        """Whose samples are numbered by each loading process, so that one would get the answers of another."""
+        with pytest.raises(ValueError, match="is a stream: .* Leave out losses.cache_teacher"):
+            trainer_of(tmp_path, max_steps=2, train_dataset=ChatStream(rows(), "rows", tmp_path), **given)
+
     def test_where_everything_trains_it_answers_before(self, tmp_path):
         trainer = trainer_of(tmp_path, parts="all", max_steps=2)
         inputs = trainer.data_collator([trainer.train_dataset[0]])
@@ -342,6 +366,7 @@ class TestBudgets:
 
     def test_they_may_lie_in_a_range(self, tmp_path):
         trainer = trainer_of(tmp_path, budgets={"min": 2, "max": 30}, max_steps=4)
+        assert trainer.model.config.merger_config.trained_num_tokens is None, "nothing is trained yet"
         trainer.train()
         assert trainer.model.config.merger_config.trained_num_tokens == [2, 30]
 

@@ -241,6 +241,13 @@ def check_key(key: str, known, source: str):
         raise ValueError(f"{source}: there is no key {key!r}; {hint}")
 
 
+NOT_OF_A_STREAM = (
+    "what the teacher answers is kept by the number of a sample, which a stream counts anew in each loading process. "
+    "Leave out losses.cache_teacher; with trained.parts='all', where it has to be kept, leave out losses.distillation; "
+    "or do not stream."
+)
+
+
 def check_values(settings: Settings, source: str):
     """Refuses values out of range.
 
@@ -257,6 +264,8 @@ def check_values(settings: Settings, source: str):
     check(settings.trained.parts in PARTS, "trained.parts", settings.trained.parts, f"one of {', '.join(PARTS)}")
     for name in ("cross_entropy", "distillation", "reconstruction"):
         check(getattr(losses, name) >= 0, f"losses.{name}", getattr(losses, name), "0 or more")
+    if data.streaming and (losses.cache_teacher or (settings.trained.parts == "all" and losses.distillation)):
+        raise ValueError(f"{source}: data.streaming=true: {NOT_OF_A_STREAM}")
     weights = losses.cross_entropy + losses.distillation + losses.reconstruction
     check(weights > 0, "losses", "all 0", "above 0 in one place, or nothing is trained")
     check(losses.temperature > 0, "losses.temperature", losses.temperature, "above 0")

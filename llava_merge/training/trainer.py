@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -24,7 +24,7 @@ from llava_merge.training.parts import (
     prepare_parts,
     set_modes,
 )
-from llava_merge.training.settings import LossSettings, TrainedSettings
+from llava_merge.training.settings import NOT_OF_A_STREAM, LossSettings, TrainedSettings
 from llava_merge.training.teacher import LogitsCache, Teacher
 from llava_merge.training.validation import AnswerScorer
 
@@ -51,7 +51,8 @@ class MergerTrainer(Trainer):
         kwargs: As for `Trainer`: datasets, `data_collator` (a [`MergerCollator`] for all visual tokens), callbacks.
 
     Raises:
-        ValueError: There is nothing to train, or a budget is above the visual tokens of an image.
+        ValueError: There is nothing to train, a budget is above the visual tokens of an image, or the teacher's answers
+            to a stream would have to be kept.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class MergerTrainer(Trainer):
         self.schedule = budgets or BudgetSchedule([own_budget], seed=args.seed)
         self.validation_budgets = validation_budgets or self.schedule.listed
         check_budgets([*self.schedule.values, *self.validation_budgets], config)
-        if merges:
-            config.merger_config.trained_num_tokens = self.schedule.listed
         self.question_dropout = question_dropout if config.merger_config.question_aware else 0.0
         self.eval_budget, self.scorer, self.unmerged_accuracy = own_budget, scorer, {}
         keeps_projector = self.trained.parts in ("merger_projector", "all")  # PEFT keeps its own copy
         self.teacher = Teacher(model, keeps_projector, teacher_projector)
         self.has_merger_s_projector = teacher_projector is not None
         self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
+        if self.keeps_teacher_logits and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            raise ValueError(f"train_dataset is a stream: {NOT_OF_A_STREAM}")
         self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
         self.sums: dict[str, Tensor] = {}
@@ -238,13 +239,25 @@ class MergerTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and accuracy at each validation budget, `eval_64_loss` and so on; `eval_loss` is the mean loss."""
-        metrics = {}
-        if eval_dataset is not None and not self.teacher_changes:
-            self.caches[False] = LogitsCache()  # its samples have the same numbers
-        for budget in self.validation_budgets:
-            self.eval_budget = budget
-            metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{budget}")
+        """Loss and accuracy at each validation budget, `eval_64_loss` and so on; `eval_loss` is the mean loss.
+
+        Raises:
+            ValueError: It is another set than that of the trainer, whose teacher has been trained since.
+        """
+        metrics, cache = {}, self.caches[False]
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:  # its samples have the same numbers
+            if self.teacher_changes and self.state.global_step:
+                raise ValueError(
+                    "eval_dataset is not that of the trainer: trained.parts='all' has changed the teacher, which could "
+                    "only be asked about these samples before. Give it to the trainer, or set losses.distillation to 0."
+                )
+            self.caches[False] = LogitsCache()
+        try:
+            for budget in self.validation_budgets:
+                self.eval_budget = budget
+                metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{budget}")
+        finally:
+            self.caches[False] = cache
         found = [metrics[f"{metric_key_prefix}_{budget}_loss"] for budget in self.validation_budgets]
         ours = {f"{metric_key_prefix}_loss": sum(found) / len(found)}
         if self.scorer is not None:
@@ -305,6 +318,12 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         """Tells the merger how far training is."""
         self.trainer.merger.set_progress(min(1.0, state.global_step / max(1, state.max_steps)))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Says what the merger is trained with now, for the checkpoints."""
+        merger_config = self.trainer.llava_config.merger_config
+        if merger_config.merger_type != "none":
+            merger_config.trained_num_tokens = self.trainer.schedule.listed
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Leaves out a step whose gradients are not finite."""
