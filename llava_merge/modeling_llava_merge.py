@@ -101,6 +101,15 @@ def device_of(weight: Tensor, features: Tensor) -> torch.device:
     return features.device if weight.is_meta else weight.device
 
 
+def nothing_of(parts: list[nn.Module], like: Tensor) -> Tensor:
+    """0 that has the trained parameters of `parts` in its graph, on the device and in the dtype of `like`.
+
+    A backward pass needs something to train in it, and DistributedDataParallel every parameter on every rank.
+    """
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    return sum((parameter.flatten()[:0].sum().to(like) for parameter in trained), start=like.new_zeros(()))
+
+
 def tower_options(vision_feature_layer, vision_feature_select_strategy) -> dict:
     """The tower's two options that stock LLaVA's functions take by position."""
     return {
@@ -570,7 +579,10 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     def _encode_images_of_call(self, images: Tensor | TowerFeatures, masks: dict, num_merged_tokens, arguments: dict):
         """The images of a forward whose other `arguments` these are."""
         prompt, options = self._prompt_of_call(masks, arguments)
-        return self.encode_images_of_prompt(images, prompt, num_merged_tokens, **options)
+        encoded = self.encode_images_of_prompt(images, prompt, num_merged_tokens, **options)
+        if self.training and set(self.budgets(len(images), num_merged_tokens)) == {ALL_TOKENS}:
+            encoded.pooler_output = [tokens + nothing_of([self.merger], tokens) for tokens in encoded.pooler_output]
+        return encoded
 
     def _prompt_of_call(self, masks: dict, arguments: dict) -> tuple[Prompt, dict]:
         """The prompt of a forward with these `arguments`, and those of them that are for the tower."""
@@ -582,19 +594,15 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         return self.read_prompt(input_ids, inputs_embeds, **masks), options
 
     def _join_image_parts(self, arguments: dict):
-        """Puts a trained merger and projector into the graph of a batch without images, with weight 0.
-
-        A backward pass needs something to train in it, and DistributedDataParallel every parameter on every rank.
-        """
-        parts = (self.merger, self.multi_modal_projector)
-        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        if not trained or arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
+        """Puts a trained merger and projector into the graph of a batch without images, with weight 0."""
+        parts = [self.merger, self.multi_modal_projector]
+        is_trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        if not is_trained or arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
             return
         if arguments.get("inputs_embeds") is None:
             arguments["inputs_embeds"] = self.get_input_embeddings()(arguments.pop("input_ids"))
         embeds = arguments["inputs_embeds"]
-        nothing = sum(0 * parameter.sum() for parameter in trained)
-        arguments["inputs_embeds"] = embeds + nothing.to(embeds.device, embeds.dtype)
+        arguments["inputs_embeds"] = embeds + nothing_of(parts, embeds)
 
     def _forward_encoded_images(self, image_outputs, input_ids=None, inputs_embeds=None, **kwargs):
         """Stock's forward, but for its check of the number of features, which waits until the tower is done.

@@ -3,16 +3,25 @@
 
 import pytest
 import torch
-from conftest import agnostic, answered, aware, pixels, prompts, tiny_model
+from conftest import NUM_PATCHES, agnostic, answered, aware, pixels, prompts, tiny_model
 from safetensors.torch import load_file
 from test_pipelines import Rows
 from transformers import Trainer, TrainingArguments
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel, TokenMerger
+from llava_merge import (
+    MERGING_METHODS,
+    LlavaMergeForConditionalGeneration,
+    LlavaMergeModel,
+    TokenMerger,
+    list_mergers,
+)
 
 
 TEXT_ONLY = answered(prompts([0, 0], 9))
 WITH_IMAGES = {**answered(prompts([1, 2], 9)), "pixel_values": pixels(3)}
+
+
+UNMERGED = {**answered(prompts([1, 2], NUM_PATCHES)), "pixel_values": pixels(3), "num_merged_tokens": "all"}
 
 
 def merger_only(config: dict):
@@ -36,6 +45,38 @@ def test_a_batch_without_images_trains_the_merger_with_weight_zero(given):
         assert torch.equal(model.eval()(**batch).logits, output.logits)
 
 
+METHODS = {
+    **{method.name: {"question_aware": method.question_aware} for method in list_mergers() if method.trained},
+    "random": {"merger_type": "fixed_pooling", "init": "random"},
+    "layers": {"feature_layers": [1, 2]},
+    "soft": {"merger_type": "gumbel_topk_question", "estimator": "soft_topk", "question_aware": True},
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("step", ["all tokens", "no question", "a question"])
+@pytest.mark.parametrize("name", METHODS)
+def test_each_weight_of_a_merger_is_in_each_step(name, step):
+    """DistributedDataParallel fails on all ranks where a weight is in the step of one and not in that of another."""
+    fields = METHODS[name]
+    merger_type = fields.get("merger_type", name if name in MERGING_METHODS else "fixed_pooling")
+    layers = {"feature_layers": [1, 2]} if "layers" in MERGING_METHODS[merger_type].requires else {}
+    model = merger_only({**aware(), **layers, **fields, "merger_type": merger_type})
+    if step == "all tokens":
+        batch = UNMERGED
+    else:
+        batch = dict(WITH_IMAGES)
+        if step == "no question":
+            batch["question_mask"] = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
+    output = model(**batch)
+    output.loss.backward()
+    assert not [name for name, weight in model.model.merger.named_parameters() if weight.grad is None]
+    if step == "all tokens":
+        assert not any(weight.grad.any() for weight in model.model.merger.parameters())
+        with torch.no_grad():
+            assert torch.equal(model.eval()(**batch).logits, output.logits)
+
+
 @pytest.mark.core
 def test_a_text_only_model_stays_without_graph():
     model = tiny_model(aware()).train().requires_grad_(False)
@@ -43,11 +84,11 @@ def test_a_text_only_model_stays_without_graph():
 
 
 def train_on_two_ranks(rank: int, file: str):
-    """One rank has no images; both have the mean of the gradients afterwards."""
+    """One rank has no images, or merges none; both have the mean of the gradients afterwards."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = merger_only(aware())
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    for batch in (WITH_IMAGES, TEXT_ONLY) if rank else (TEXT_ONLY, WITH_IMAGES):
+    for batch in (WITH_IMAGES, TEXT_ONLY, WITH_IMAGES) if rank else (TEXT_ONLY, WITH_IMAGES, UNMERGED):
         model.zero_grad()
         parallel(**batch).loss.backward()
         alone = merger_only(aware())
