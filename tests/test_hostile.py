@@ -122,7 +122,7 @@ def link(name: str, to: str):
 
 
 def manifest(folder: Path, victim: Path):
-    """What releases before 0.3 replayed: the rest of a save that was killed."""
+    """What an earlier version replayed: the rest of a save that was killed."""
     (folder / ".saved").mkdir()
     (folder / ".saved" / ".files.json").write_text(json.dumps(["../../victim/moved", "../helper.py", "config.json"]))
     (folder / "helper.py").write_text("theirs")
