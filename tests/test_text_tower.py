@@ -2,6 +2,7 @@
 """CLIP's text tower as the judge of `cdpruner`, on a tiny CLIP whose tokens are letters."""
 
 import json
+import shutil
 import string
 
 import pytest
@@ -214,3 +215,12 @@ class TestBadInput:
             tiny_model({"merger_type": "tome", "num_merged_tokens": M, "text_tower": clip_folder})
         with pytest.raises(ValueError, match="text_tower=3: has to be a directory or Hub repo"):
             tiny_model({**aware(M), "merger_type": "cdpruner", "text_tower": 3})
+
+
+def test_a_kernel_that_its_configuration_names_is_refused(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    config["text_config"]["_attn_implementation_internal"] = "evil/kernel"
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded: .*evil/kernel.*whose code would run"):
+        tiny_model(aware(M)).set_merger({**aware(M), "merger_type": "cdpruner", "text_tower": str(tmp_path / "clip")})
