@@ -7,6 +7,7 @@ And tokenizers, whose class each release writes by a name that another one does 
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 from transformers import BatchFeature, LlavaProcessor
@@ -21,6 +22,8 @@ if TRANSFORMERS_V5:
     from transformers.processing_utils import ProcessingKwargs as ProcessorKwargs
 else:
     from transformers.models.llava.processing_llava import LlavaProcessorKwargs as ProcessorKwargs
+
+    PIPELINE = "transformers.pipelines.image_text_to_text"
 
 
 class MergedPlaceholderProcessor(LlavaProcessor):
@@ -84,6 +87,19 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             inputs = super().__call__(text=self._with_placeholders(texts, len(image_inputs["pixel_values"])), **kwargs)
             inputs.update(image_inputs)
             return inputs
+
+        def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+            """As in transformers, with the `num_merged_tokens` of a pipeline, which gives chats none of its arguments.
+
+            They are read where that has left them; the pipeline of 5.x passes them on.
+            """
+            caller, given = sys._getframe(1), {**(kwargs.pop("processor_kwargs", None) or {}), **kwargs}
+            if caller.f_globals.get("__name__") == PIPELINE:
+                dropped = caller.f_locals["processing_kwargs"]
+                given = {**(dropped.get("processor_kwargs") or {}), **dropped, **given}
+            if given.get("num_merged_tokens") is not None:
+                kwargs["num_merged_tokens"] = given["num_merged_tokens"]
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
 
         def _with_placeholders(self, texts: list[str], num_images: int) -> list[str]:
             found = sum(sample.count(self.image_token) for sample in texts)

@@ -102,7 +102,7 @@ class MergerConfig(PretrainedConfig):
         init: `"average_pooling"` starts `fixed_pooling` as exact average pooling of the patch grid, `"random"` as the
             plain resampler with random queries.
         query_grid: Rows and columns of the map of learned queries; default the grid of `num_merged_tokens` slots.
-            Other budgets sample the same map, so that one checkpoint serves every M.
+            Other budgets sample the same map, so that one checkpoint serves every M. Of `mqt`: 1 and all its queries.
         feature_layers: Hidden states of the tower that keys and values come from, counted as in `vision_feature_layer`.
             In `fixed_pooling` and `salient_pooling` besides the features, and they add nothing before training; default
             none. In `tokenpacker` and `quecc` all of them; default [12, 16, 22, 23] of 24 layers, of others in

@@ -96,7 +96,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         At small batches a GPU waits for the host, which launches thousands of kernels one by one; a graph is one
         launch. It takes a minute or two for each length and batch size. `generate` is called as before, greedily or
         sampling; what was not prepared (another batch size, longer prompts, beams, drafts, returned caches, a second
-        thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` frees it all.
+        thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` frees the memory of it.
 
         Args:
             batch_sizes: Prompts of a call.
@@ -111,7 +111,8 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
 
         Raises:
             ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training
-                mode, has adapters, FlashAttention, a text model with layers of several kinds, or a `text_tower`.
+                mode, has adapters, FlashAttention, a text model with layers of several kinds or with rotary frequencies
+                that depend on the length (dynamic NTK, longrope), or a `text_tower`.
         """
         self.decompile()
         check_can_be_compiled(self)
@@ -126,7 +127,10 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         self.inference_graphs = graphs
 
     def decompile(self):
-        """Takes back [`compile_for_inference`], and frees its memory."""
+        """Takes back [`compile_for_inference`], and frees its caches, buffers and graphs.
+
+        Code that torch.compile has made stays in the process, without the model, till `torch.compiler.reset()`.
+        """
         self.inference_graphs = None
 
     def _budgets_to_compile(self, num_merged_tokens: Sequence[int | str] | None) -> list[int | str]:
@@ -274,6 +278,13 @@ def check_can_be_compiled(model):
         raise ValueError(
             f"compile_for_inference: attn_implementation={attention!r} takes no mask, as padded prompts need. Load the "
             f"model with attn_implementation='sdpa'."
+        )
+    rope_types = {str(getattr(module, "rope_type", None)) for module in model.model.language_model.modules()}
+    growing = sorted(kind for kind in rope_types if "dynamic" in kind or "longrope" in kind)
+    if growing:
+        raise ValueError(
+            f"compile_for_inference: rope_type={growing[0]!r} changes the rotary frequencies with the length of a "
+            f"prompt, which no graph can. Do without, or use torch.compile(model), which breaks its graph there."
         )
     if merger_config.text_tower is not None:
         raise ValueError(

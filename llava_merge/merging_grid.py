@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .placeholders import is_recording
+
+
+NUM_KEPT = 64  # results of a function that is made once, the newest
+
 
 @dataclass(frozen=True)
 class SlotGeometry:
@@ -33,17 +38,24 @@ class SlotGeometry:
 def made_once(make):
     """Decorator of a function of hashable arguments: the same objects each time it is asked for them.
 
-    Under torch.compile they are made in the graph: what a graph has made must not be kept for another.
+    What belongs to a graph or a mode is made for it alone: tensors of torch.compile, of FakeTensorMode and its like,
+    and those that a CUDA graph being recorded has its memory for.
     """
-
-    @functools.lru_cache(maxsize=64)
-    def kept(*args):
-        with torch.inference_mode(False):  # a later call may train
-            return make(*args)
+    kept = {}
 
     @functools.wraps(make)
     def get(*args):
-        return make(*args) if torch.compiler.is_compiling() else kept(*args)
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+            return make(*args)
+        made = kept.get(args)
+        if made is None:
+            with torch.inference_mode(False):  # a later call may train
+                made = make(*args)
+            if not is_recording():
+                kept[args] = made
+                while len(kept) > NUM_KEPT:
+                    kept.pop(next(iter(kept)), None)
+        return made
 
     return get
 
@@ -104,20 +116,20 @@ def overlap(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
     count = count if isinstance(count, int) else count[:, None]
     patch_low = torch.arange(num_patches, device=index.device) * count  # (M or 1, num_patches)
     shared = torch.minimum(low + num_patches, patch_low + count) - torch.maximum(low, patch_low)
-    return shared.clamp(min=0) / num_patches
+    return shared.clamp(min=0).float() / num_patches
 
 
 def centre_distance(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
     """Distance between the centres of the intervals of [`overlap`], in lengths of the first: (M, num_patches)."""
     count = count if isinstance(count, int) else count[:, None]
-    patches = torch.arange(num_patches, device=index.device) + 0.5
-    return index[:, None] + 0.5 - patches * count / num_patches
+    patches = torch.arange(num_patches, device=index.device, dtype=torch.float32) + 0.5
+    return index[:, None].float() + 0.5 - patches * count / num_patches
 
 
 def blend_of_two(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:
     """How the two patches nearest the centre of interval `index` of `count` blend there: (M, num_patches)."""
     patches = torch.arange(num_patches, device=index.device)
-    centre = ((index + 0.5) * num_patches / count - 0.5).clamp(0, num_patches - 1)
+    centre = ((index.float() + 0.5) * num_patches / count - 0.5).clamp(0, num_patches - 1)
     return (1 - (centre[:, None] - patches).abs()).clamp(min=0)
 
 
@@ -169,6 +181,7 @@ def patch_distances(grid: tuple[int, int], device: torch.device) -> Tensor:
 def slot_centres(num_slots: int, device=None) -> Tensor:
     """x and y of each slot's centre on the square from -1 to 1: (M, 2)."""
     (row, num_rows), (column, length) = slot_positions(num_slots, device)
+    column, row = column.float(), row.float()
     return torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1
 
 

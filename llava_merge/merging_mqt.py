@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """MQT: learned queries in one order, of which the first M are used."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,17 +31,20 @@ class MQT(MergingMethod):
     Matryoshka Query Transformer (arXiv 2405.19315); train it with `budgets` drawn anew in each step, as `llava-merge
     train` does. Its released code forgets the image in the keys, which are places alone, so that each query pools the
     same places of every picture; here keys are content and place. Its tokens have no place in the image but the slots
-    that they are counted by.
+    that they are counted by. `query_grid` is 1 × 256, or wider where it was made for more tokens.
     """
 
     sits_on_slots = True
+    options = ("query_grid",)
     paper = "MQT, 2405.19315"
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)
         check_heads(config, "internal_dim")
         dim = config.internal_dim
-        self.queries = nn.Parameter(torch.empty(max(NUM_QUERIES, config.num_merged_tokens or 0), dim))
+        if config.query_grid is None:  # kept, since the budget may change before it is saved
+            config.query_grid = [1, max(NUM_QUERIES, config.num_merged_tokens or 0)]
+        self.queries = nn.Parameter(torch.empty(math.prod(config.query_grid), dim))
         self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.input_proj = nn.Linear(config.vision_dim, dim, bias=False)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))

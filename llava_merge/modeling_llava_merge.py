@@ -374,12 +374,29 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         question: Question | Tensor | None = None,
         num_merged_tokens: int | str | list | None = None,
         **kwargs,
-    ) -> EncodedImages:
-        """[`get_image_features`], with the same result on every transformers release: the tower's output.
+    ) -> EncodedImages | BaseModelOutputWithPooling:
+        """[`get_image_features`], with the same result on every transformers release, to be kept.
 
         Its `pooler_output` is the list of I tensors (M, hidden). Pass it to `forward` or `generate` as
-        `mm_encoder_outputs={"image": ...}` to ask an image several questions.
+        `mm_encoder_outputs={"image": ...}` to ask an image several questions. Of the tower's own output it keeps
+        nothing but what `output_hidden_states` and `output_attentions` ask for.
         """
+        given = vision_feature_layer, vision_feature_select_strategy, question, num_merged_tokens
+        outputs = self._encode_images(pixel_values, *given, **kwargs)
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            return outputs
+        return replace(outputs, last_hidden_state=None, hidden_states=None, attentions=None)
+
+    def _encode_images(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer,
+        vision_feature_select_strategy,
+        question: Question | Tensor | None,
+        num_merged_tokens: int | str | list | None,
+        **kwargs,
+    ) -> EncodedImages | BaseModelOutputWithPooling:
+        """[`encode_images`] with all that the tower returned."""
         budgets = self.budgets(len(pixel_values), num_merged_tokens)
         kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
         if self.resizes_pictures:
@@ -437,7 +454,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
             `pooler_output`, a tuple with `return_dict=False`.
         """
-        outputs = self.encode_images(
+        outputs = self._encode_images(
             pixel_values,
             vision_feature_layer,
             vision_feature_select_strategy,
@@ -679,7 +696,8 @@ class LlavaMergeForConditionalGeneration(
         Pass the result as `mm_encoder_outputs={"image": ...}` to `forward` or `generate`, instead of `pixel_values`,
         with the prompts that the processor makes of them; it has to have an image for each of theirs, in order. A
         question-aware merger merges what the tower kept anew for each question, and any budget; others merge here, to
-        this budget.
+        this budget. No more of the tower's output is kept than that needs; but where autograd records, its graph keeps
+        all: call it inside `torch.no_grad()`.
 
         Args:
             num_merged_tokens: Of merged images; see `forward`.

@@ -1,9 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Images that are encoded before they are asked about: several questions, and one pass of the tower."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
+from torch.utils import _pytree as pytree
 
 from llava_merge.compat import CACHE_ARGUMENT
 from llava_merge.merge_extras import TowerFeatures
@@ -53,6 +57,34 @@ def test_every_question_gets_the_plain_answer_and_the_tower_runs_once(name, coun
         assert torch.equal(logits[seed], model(**batch, pixel_values=images).logits)
         assert torch.equal(answers[seed], model.generate(**batch, pixel_values=images, **GREEDY))
     assert list(encoded) == ["image"]  # as it was, for the next
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@torch.no_grad()
+def test_no_hidden_state_of_the_tower_outlives_encoding_that_is_not_needed(name):
+    model, states = tiny_model(MERGERS[name]), []
+    for module in model.model.vision_tower.modules():
+        module.register_forward_hook(
+            lambda *call: states.extend(weakref.ref(each) for each in pytree.tree_leaves(call) if torch.is_tensor(each))
+        )
+    encoded = model.encode_images(pixels(2))
+    tokens = [encoded.features] if isinstance(encoded, TowerFeatures) else encoded.pooler_output
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tokens}
+    gc.collect()
+    weights = {each.data_ptr() for each in [*model.parameters(), *model.buffers()]}
+    alive = [state() for state in states if state() is not None]
+    alive = {state.untyped_storage().data_ptr() for state in alive} - weights
+    assert states and alive <= storages.keys()
+    kept = [tensor for tensor in pytree.tree_leaves(vars(encoded)) if torch.is_tensor(tensor)]
+    extras = getattr(encoded, "extras", None)
+    kept += [] if extras is None else pytree.tree_leaves(vars(extras))
+    kept = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in kept if torch.is_tensor(each)}
+    assert sum(storage.nbytes() for storage in kept.values()) < 2 * sum(storages.values())
+
+
+def test_hidden_states_are_kept_where_they_are_asked_for():
+    encoded = tiny_model(agnostic()).encode_images(pixels(2), output_hidden_states=True)
+    assert len(encoded.hidden_states) == 3 and len(encoded.pooler_output) == 2
 
 
 def test_what_is_kept():

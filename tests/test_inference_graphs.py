@@ -1,8 +1,10 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """`compile_for_inference`: the answers are those of the plain `generate`, from graphs made beforehand."""
 
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -388,6 +390,35 @@ def test_models_that_cannot_be_compiled_are_refused():
     model = merging("agnostic")
     model.model.merger.to("meta")
     with pytest.raises(ValueError, match="one device"):
+        model.compile_for_inference(backend=None)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_decompiling_frees_caches_buffers_and_the_model(backend):
+    model = merging("aware")
+    model.compile_for_inference(prompt_lengths=(32,), max_new_tokens=8, backend=backend)
+    model.generate(**inputs([1], 6))
+    graphs = model.inference_graphs
+    held = [graphs, *graphs.slots.values(), *graphs.prefills.values(), *graphs.decodes.values()]
+    for slot in graphs.slots.values():
+        held += [slot.cache, slot.past, *(states for layer in slot.cache.layers for states in (layer.keys, layer.values))]
+    held += [prefill.inputs[name] for prefill in graphs.prefills.values() for name in ("ids", "mask", "pixels")]
+    refs = [weakref.ref(each) for each in held]
+    del graphs, held, slot
+    model.decompile()
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+    refs = [weakref.ref(model), weakref.ref(model.lm_head.weight)]
+    del model
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_that_depend_on_the_length_are_refused(kind):
+    model = merging("agnostic")
+    model.model.language_model.rotary_emb.rope_type = kind
+    with pytest.raises(ValueError, match=f"rope_type='{kind}' changes the rotary frequencies with the length"):
         model.compile_for_inference(backend=None)
 
 

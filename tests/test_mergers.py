@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Operators
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import adaptive_avg_pool2d
 
 from llava_merge import (
@@ -21,6 +22,9 @@ from llava_merge import (
 )
 from llava_merge.merging_fixed_pooling import soft_maximum_of_turns
 from llava_merge.merging_grid import (
+    NUM_KEPT,
+    cell_weights,
+    patch_distances,
     sample_query_map,
     slot_centres,
     slot_geometry,
@@ -424,6 +428,24 @@ class TestGeometry:
         torch.testing.assert_close(sampled[..., 0], 3 * centre[:, None] + 2 * centre)
 
 
+@pytest.mark.parametrize("budget", [4, 16, 300])
+@pytest.mark.parametrize("made_for", [9, 300])
+@pytest.mark.parametrize("name", [name for name in METHODS if not MERGING_METHODS[name.split("-")[0]].training_free])
+def test_a_merger_whose_budget_was_changed_is_saved_and_loaded(name, made_for, budget, tmp_path):
+    """`set_num_merged_tokens` changes the budget alone: shapes of weights that followed from it have to be known."""
+    merger, batch = make(name, num_merged_tokens=made_for), inputs(num_patches=400)
+    merger.config.num_merged_tokens = budget
+    merger.save_pretrained(tmp_path)
+    again = TokenMerger.from_pretrained(tmp_path).eval()
+    assert again.config.num_merged_tokens == budget
+    if name == "mqt" and (made_for, budget) == (9, 300):
+        for each in (merger, again):
+            with pytest.raises(ValueError, match="num_merged_tokens=300: this mqt has 256 queries"):
+                each(**batch)
+        return
+    assert torch.equal(again(**batch).merged_features, merger(**batch).merged_features)
+
+
 class TestDocumentName:
     def test_it_is_v3(self):
         merger = LearnableTokenMergerV3(d_vision=32, d_text=24, num_merged_tokens=9, num_heads=4, question_aware=True)
@@ -439,6 +461,52 @@ class TestKeptGeometry:
         first = slot_geometry((6, 6), 9, torch.device("cpu"))
         assert slot_geometry((6, 6), 9, torch.device("cpu")) is first
         assert slot_geometry((6, 6), 4, torch.device("cpu")).windows.shape == (4, 36)
+
+    @pytest.mark.parametrize("name", ["fixed_pooling", "quecc", "salient_pooling", "average_pooling"])
+    def test_fake_tensors_are_neither_kept_nor_given_kept_ones(self, name):
+        """As shapes are found without computing: before and after a real call of the same sizes."""
+        merger, batch = make(name), inputs(num_patches=34)
+        batch["grid"] = (2, 17)  # whose geometry nobody else has asked for
+
+        def fake():
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                features = torch.empty(3, 34, 32)
+                layers = tuple(torch.empty(3, 34, 32) for _ in range(2))
+                extras = MergeExtras(layers=layers) if name == "quecc" else None
+                assert isinstance(merger(features, grid=(2, 17), extras=extras).merged_features, FakeTensor)
+
+        fake()
+        expected = merger(**batch).merged_features
+        assert type(expected) is torch.Tensor
+        fake()
+        assert torch.equal(merger(**batch).merged_features, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_it_is_of_float32_whatever_the_default_is(self, dtype):
+        """Which from_pretrained changes while it builds a model."""
+        cpu = torch.device("cpu")
+        torch.set_default_dtype(dtype)
+        try:
+            made = vars(slot_geometry((4, 9), 5, cpu))
+            others = [cell_weights((4, 9), 5, 2, cpu), patch_distances((4, 9), cpu)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(tensor.dtype == torch.float32 for name, tensor in made.items() if name != "places")
+        assert all(tensor.dtype == torch.float32 for tensor in others)
+
+    def test_what_a_recorded_graph_has_made_is_its_own(self, monkeypatch):
+        cpu = torch.device("cpu")
+        with monkeypatch.context() as recording:
+            recording.setattr("llava_merge.merging_grid.is_recording", lambda: True)
+            one = slot_geometry((5, 9), 4, cpu)
+        assert slot_geometry((5, 9), 4, cpu) is not one
+
+    def test_no_more_than_the_newest_are_kept(self):
+        cpu, first = torch.device("cpu"), slot_geometry((3, 23), 1, torch.device("cpu"))
+        for num_slots in range(2, NUM_KEPT + 2):
+            last = slot_geometry((3, 23), num_slots, cpu)
+        assert slot_geometry((3, 23), NUM_KEPT + 1, cpu) is last
+        assert slot_geometry((3, 23), 1, cpu) is not first
 
     def test_a_merger_that_answered_in_inference_mode_trains_afterwards(self):
         merger, batch = make("fixed_pooling"), inputs(num_patches=33)

@@ -115,6 +115,44 @@ def test_image_text_to_text_pipeline(messages, processor, tmp_path, picture, by)
     assert result[0]["generated_text"].strip() == processor.batch_decode(expected, skip_special_tokens=True)[0].strip()
 
 
+HOW = {
+    "call": {"num_merged_tokens": 4},
+    "processor_kwargs": {"processor_kwargs": {"num_merged_tokens": 4}},
+    "pipeline": {},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("chats", [1, 2])
+def test_a_pipeline_passes_on_the_budget_of_a_chat(messages, processor, picture, how, chats):
+    model = tiny_model(aware(), train_merger=True)
+    made_with = HOW["call"] if how == "pipeline" else {}
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device="cpu", **made_with)
+    options = {"max_new_tokens": 4, "return_full_text": False, "generate_kwargs": {"do_sample": False}, **HOW[how]}
+    results = pipe(text=[messages] * chats, **options)
+    inputs = processor(images=picture, text=TEXT, return_tensors="pt", num_merged_tokens=4)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.batch_decode(expected, skip_special_tokens=True)[0].strip()
+    assert [result[0]["generated_text"].strip() for result in results] == [expected] * chats
+    plain = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    without = plain(text=messages, max_new_tokens=4, return_full_text=False, generate_kwargs={"do_sample": False})
+    assert without[0]["generated_text"].strip() != expected  # of 9 tokens, and nothing is left behind
+
+
+def test_a_pipeline_passes_on_the_budget_of_a_text(processor, picture):
+    model = tiny_model(aware(), train_merger=True)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    options = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}, "return_tensors": True}
+    few = pipe(images=picture, text=TEXT, num_merged_tokens=4, **options)[0]["generated_token_ids"]
+    assert few.tolist().count(processor.image_token_id) == 4
+
+
+def test_a_pipeline_that_gives_the_budget_to_generate_alone_is_refused(messages, processor):
+    pipe = pipeline("image-text-to-text", model=tiny_model(aware()), processor=processor, device="cpu")
+    with pytest.raises(ValueError, match=r"9 image placeholders.*processor\(..., num_merged_tokens=M\)"):
+        pipe(text=messages, generate_kwargs={"num_merged_tokens": 4})
+
+
 class Rows(torch.utils.data.Dataset):
     """Rows with one image, a question and an answer."""
 
