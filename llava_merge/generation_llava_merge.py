@@ -6,12 +6,13 @@ from torch import Tensor
 
 from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
+from .layout_cache import keep_layout
 from .merge_extras import TowerFeatures
 from .placeholders import check_num_features, repeat_rows_together, tokens_of_budget
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
-from .token_layout import TokenLayout, packed_positions
-from .token_placing import ImagesOfPrompt, cached_length, find_cache, keep_layout
+from .token_layout import TokenLayout, counted_positions
+from .token_placing import ImagesOfPrompt, cached_length, find_cache
 
 
 TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
@@ -45,16 +46,32 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             check_num_features(image_mask, encoded.pooler_output)
         layout = None
         if self.model.places_tokens:
-            layout = self.model.layout_of_prompt(image_mask, encoded, cache)
-            layout = layout.repeated(expand_size)
+            layout = self.model.layout_of_prompt(image_mask, encoded, cache, times=expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        model_kwargs["token_layout"] = layout
+        model_kwargs["token_layout"] = self._moved_layout(layout, image_mask.shape[1], model_kwargs)
         if encoded is not None:
             features = repeat_images(encoded.pooler_output, image_mask, expand_size)
             model_kwargs["mm_encoder_outputs"] = {"image": ImagesOfPrompt(pooler_output=features)}
         return input_ids, model_kwargs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        """As in transformers, which only 5.x does, going on from those in a cache that began elsewhere."""
+        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        moved = getattr(getattr(find_cache(model_kwargs), "token_layout", None), "moved", None)
+        if moved is None:
+            return positions
+        return positions + moved[:: max(1, len(moved) // len(inputs_tensor))]  # rows may be repeated in the cache
+
+    def _moved_layout(self, layout: TokenLayout | None, length: int, model_kwargs: dict) -> TokenLayout | None:
+        """The layout where the `length` new tokens begin where the caller says, whose `position_ids` 4.57 ignores."""
+        position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        if layout is None or position_ids is None or not TRANSFORMERS_V5:
+            return layout
+        past = cached_length(find_cache(model_kwargs))
+        counted = counted_positions(mask, past, length, position_ids.device)
+        return layout.moved_to(position_ids[:, -length:], counted, mask)
 
     def _new_image_mask(self, input_ids: Tensor | None, model_kwargs: dict) -> Tensor:
         """Placeholders behind the cached tokens: (B, new tokens) bool."""
@@ -110,13 +127,18 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         cache, attention_mask = find_cache(kwargs), kwargs.get("attention_mask")
         keep_layout(cache, token_layout)
         model_inputs["tokens_are_placed"] = True
-        if token_layout.is_packed:
+        positions = model_inputs.get("position_ids") if TRANSFORMERS_V5 else None  # 4.57 repeats the last of given ones
+        if token_layout.is_packed and (positions is not None or token_layout.moved is None):
             return model_inputs
         inputs = model_inputs.get("inputs_embeds")
         length = (model_inputs["input_ids"] if inputs is None else inputs).shape[1]
         past = cached_length(cache) if attention_mask is None else attention_mask.shape[1] - length
-        positions = model_inputs.get("position_ids") if TRANSFORMERS_V5 else None  # 4.57 repeats the last of given ones
-        positions = packed_positions(positions, attention_mask, past, length, token_layout.skipped.device)
+        if positions is None:
+            positions = counted_positions(attention_mask, past, length, token_layout.skipped.device)
+            positions = positions if token_layout.moved is None else positions + token_layout.moved
+        if token_layout.is_packed:
+            return model_inputs | {"position_ids": positions}
+        positions = positions[:, -length:]
         return model_inputs | self.model.placed_arguments(token_layout, positions, past, attention_mask, cache)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):

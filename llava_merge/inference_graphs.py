@@ -23,7 +23,7 @@ from .merging_base import MERGING_METHODS
 from .patch_projection import projected_patches
 from .placeholders import ALL_TOKENS, tokens_of_budget
 from .question_turns import Prompt, Question
-from .token_layout import TokenLayout, biased_causal_mask, numbers_of_placeholders, packed_positions
+from .token_layout import TokenLayout, biased_causal_mask, counted_positions, numbers_of_placeholders
 from .token_placing import EncodedImages, sliding_window_of
 
 
@@ -314,7 +314,7 @@ class InferenceGraphs:
             )
             layout = headless.layout_of_prompt(image_mask, images, None)
         length = ids.shape[1]
-        packed = packed_positions(None, mask, 0, length, ids.device)
+        packed = counted_positions(mask, 0, length, ids.device)
         slot.start(layout, mask, packed[:, -1:] + 1 + layout.shift(length, 1))
         attention = biased_causal_mask(layout, 0, length, (length, 0), embeds.dtype, mask, self.window)
         return self._run_language_model(slot, embeds, packed + layout.shift(0, length), attention)

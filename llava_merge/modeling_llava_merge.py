@@ -31,6 +31,7 @@ from .hub import MODEL, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .joint_projections import joint_projections  # noqa: F401
 from .layer_replacement import replaced  # noqa: F401
+from .layout_cache import keep_layout
 from .loading import read_checkpoint  # noqa: F401
 from .merge_extras import (
     MergeExtras,
@@ -79,7 +80,7 @@ from .saving import SavesAtOnce  # noqa: F401
 from .stock_signature import takes_arguments_of
 from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401
-from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache, keep_layout
+from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache
 from .vllm_backend import check_backend, is_run_by_vllm
 
 

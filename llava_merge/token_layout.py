@@ -5,7 +5,8 @@
 is kept as a difference to them, which fits every way of counting: from a mask, from a cache, or by the caller.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ class TokenLayout:
         offset: (B, T + 1) int64, how far a merged token sits from where text would; 0 for text.
         bias: (B, T + 1) float32, added to the attention logits of the token as a key; 0 for text.
         is_packed: Whether all three are 0, known without looking at them.
+        most_skipped: No row has skipped more, known without looking at them.
+        moved: (B, 1) int64, how far the packed positions of tokens in a cache are from [`counted_positions`], where a
+            caller gave others, or stock's forward, which counts padding in front; None where they are those.
     """
 
     skipped: Tensor
     offset: Tensor
     bias: Tensor
     is_packed: bool
+    most_skipped: int = 0
+    moved: Tensor | None = None
 
     @classmethod
     def of_text(cls, num_rows: int, num_tokens: int, device: torch.device) -> "TokenLayout":
@@ -50,25 +56,50 @@ class TokenLayout:
         return self.skipped[:, columns] + self.offset[:, columns]
 
     def of_rows(self, num_rows: int) -> "TokenLayout":
-        """Itself, or repeated where a cache was repeated for `num_rows` rows.
+        """Itself, or its only row for each of `num_rows`.
 
         Raises:
-            ValueError: The rows are no multiple of these.
+            ValueError: There are others than these rows.
         """
-        kept = len(self.skipped)
-        if kept == num_rows:
+        if len(self.skipped) == num_rows:
             return self
-        if num_rows % kept:
-            raise ValueError(
-                f"The cache was filled with {kept} rows, and now there are {num_rows}: which of them holds which "
-                f"images is not known. Go on with all rows, or repeat each of them equally often."
-            )
-        return self.repeated(num_rows // kept)
+        if len(self.skipped) == 1:
+            return self.repeated(num_rows)
+        raise ValueError(
+            f"The cache was filled with {len(self.skipped)} rows, and now there are {num_rows}: which of them holds "
+            f"which images is not known. Pick and repeat rows with the cache's own methods, batch_select_indices, "
+            f"batch_repeat_interleave and reorder_cache, or go on with all rows."
+        )
 
     def repeated(self, times: int) -> "TokenLayout":
         """Each row `times` times in place, as `generate` repeats rows."""
-        tensors = (tensor.repeat_interleave(times, dim=0) for tensor in (self.skipped, self.offset, self.bias))
-        return TokenLayout(*tensors, self.is_packed)
+        return self if times == 1 else self._each(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def picked(self, rows: Tensor | list[int] | slice) -> "TokenLayout":
+        """Some of its rows, by index."""
+        return self._each(lambda tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenLayout":
+        moved = None if self.moved is None else change(self.moved)
+        skipped, offset, bias = map(change, (self.skipped, self.offset, self.bias))
+        return replace(self, skipped=skipped, offset=offset, bias=bias, moved=moved)
+
+    def moved_to(self, positions: Tensor, counted: Tensor, attention_mask: Tensor | None) -> "TokenLayout":
+        """Itself, with the newest tokens at packed `positions` (B or 1, L) that are `counted` otherwise (B or 1, L)."""
+        moved = (positions - counted).expand(len(self.skipped), -1)
+        if not is_padding_mask(attention_mask):
+            return replace(self, moved=moved[:, -1:])
+        length = moved.shape[1]
+        is_text = attention_mask[:, -length:].bool()
+        last = (is_text * torch.arange(length, device=is_text.device)).argmax(dim=1, keepdim=True)
+        before = moved.new_zeros(()) if self.moved is None else self.moved
+        return replace(self, moved=moved.gather(1, last).where(is_text.any(dim=1, keepdim=True), before))
+
+    def cut(self, num_tokens: int) -> "TokenLayout":
+        """Its first `num_tokens`."""
+        if num_tokens >= self.num_tokens:
+            return self
+        return self.followed_by(TokenLayout.of_text(len(self.skipped), 0, self.skipped.device), num_tokens)
 
     def followed_by(self, new: "TokenLayout", num_kept: int) -> "TokenLayout":
         """The first `num_kept` tokens of these and then the `new`."""
@@ -79,6 +110,8 @@ class TokenLayout:
             torch.cat((self.offset[:, kept], new.offset), dim=1),
             torch.cat((self.bias[:, kept], new.bias), dim=1),
             self.is_packed and new.is_packed,
+            self.most_skipped + new.most_skipped,
+            self.moved,
         )
 
 
@@ -116,6 +149,7 @@ def layout_of_images(
         pad_right(offset[number].where(image_mask, 0)),
         pad_right(bias[number].where(image_mask, 0)),
         places is None and not attention_mass or all(count == num_patches for count in num_tokens),
+        0 if places is None else sum(num_patches - count for count in num_tokens),
     )
 
 
@@ -170,16 +204,17 @@ def pad_right(tensor: Tensor) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 1))
 
 
-def packed_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, past: int | Tensor, length: int, device: torch.device
-) -> Tensor:
+def is_padding_mask(attention_mask) -> bool:
+    """Whether it is a mask (B, tokens) of which tokens are padding."""
+    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+
+
+def counted_positions(attention_mask: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
     """Positions of the `length` new tokens that count each token as one: (B or 1, length).
 
-    The caller's where he gives some, else those of the tokens in a 2-D mask, else one after the other.
+    Those of the tokens in a 2-D mask, padding left out, else one after the other.
     """
-    if position_ids is not None:
-        return position_ids[:, -length:]
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+    if is_padding_mask(attention_mask):
         return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)[:, -length:]
     return past + torch.arange(length, device=device)[None]
 

@@ -14,8 +14,9 @@ from .token_layout import (
     TokenLayout,
     biased_causal_mask,
     biased_mask,
+    counted_positions,
+    is_padding_mask,
     layout_of_images,
-    packed_positions,
     place_on_slots,
     samples_of,
 )
@@ -74,12 +75,6 @@ def cached_length(cache: Cache | None) -> int | Tensor:
 def is_empty(past: int | Tensor) -> bool:
     """Whether nothing is cached; of a static cache that is being compiled, which is filled eagerly, it is not asked."""
     return past == 0 if isinstance(past, int) else not torch.compiler.is_compiling() and int(past) == 0
-
-
-def keep_layout(cache: Cache | None, layout: TokenLayout):
-    """Lets a cache remember where its images are: it goes with the request, not with the model."""
-    if cache is not None:
-        cache.token_layout = layout
 
 
 def sliding_window_of(text_config) -> int | None:
@@ -143,10 +138,20 @@ class PlacesTokens:
             samples = samples_of(position_ids[:, -length:]).expand(len(inputs), -1)
         image_mask = self.get_image_mask(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         layout = self.layout_of_prompt(image_mask, images, cache, samples)
+        counted = counted_positions(attention_mask, past, length, inputs.device)
+        if position_ids is not None:
+            positions = position_ids[:, -length:]
+        elif layout.is_packed and is_empty(past):  # bit for bit those of stock's forward
+            positions = torch.arange(length, device=inputs.device)[None]
+        else:
+            positions = counted if layout.moved is None else counted + layout.moved
+            if layout.is_packed:
+                arguments["position_ids"] = positions
         if not layout.is_packed:
-            positions = packed_positions(position_ids, attention_mask, past, length, inputs.device)
             arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
-        return layout
+        if position_ids is None and not (layout.is_packed and is_empty(past) and is_padding_mask(attention_mask)):
+            return layout
+        return layout.moved_to(positions, counted, attention_mask)
 
     def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).
@@ -168,8 +173,12 @@ class PlacesTokens:
         images: BaseModelOutputWithPooling | None,
         cache: Cache | None,
         samples: Tensor | None = None,
+        times: int = 1,
     ) -> TokenLayout:
         """The [`TokenLayout`] of the tokens in the `cache` and of new ones with placeholders at `image_mask` (B, L).
+
+        Args:
+            times: How often each new row is repeated, as the rows of the cache are already.
 
         Raises:
             ValueError: The cache does not know where its images are, or is of other rows.
@@ -178,15 +187,18 @@ class PlacesTokens:
             new = TokenLayout.of_text(*image_mask.shape, image_mask.device)
         else:
             new = self._layout_of_images(image_mask, images, samples)
+        new = new.repeated(times)
         past, kept = cached_length(cache), getattr(cache, "token_layout", None)
         if kept is None:
             if not torch.compiler.is_compiling() and int(past):
                 raise ValueError(LOST_LAYOUT.format(past=int(past)))
             return new
-        kept = kept.of_rows(len(image_mask))
+        if not torch.compiler.is_compiling() and not int(past):
+            return new
+        kept = kept.of_rows(len(new.skipped))
         if images is None and (torch.compiler.is_compiling() or kept.num_tokens <= int(past)):
             return kept  # its last column is that of all text behind
-        return kept.followed_by(new, int(past)) if int(past) else new
+        return kept.followed_by(new, int(past)) if int(past) else new  # for a compiled forward of an empty cache
 
     def _layout_of_images(self, image_mask, images: BaseModelOutputWithPooling, samples) -> TokenLayout:
         num_tokens = [len(features) for features in images.pooler_output]

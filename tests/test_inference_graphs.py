@@ -401,7 +401,11 @@ def test_decompiling_frees_caches_buffers_and_the_model(backend):
     graphs = model.inference_graphs
     held = [graphs, *graphs.slots.values(), *graphs.prefills.values(), *graphs.decodes.values()]
     for slot in graphs.slots.values():
-        held += [slot.cache, slot.past, *(states for layer in slot.cache.layers for states in (layer.keys, layer.values))]
+        held += [
+            slot.cache,
+            slot.past,
+            *(states for layer in slot.cache.layers for states in (layer.keys, layer.values)),
+        ]
     held += [prefill.inputs[name] for prefill in graphs.prefills.values() for name in ("ids", "mask", "pixels")]
     refs = [weakref.ref(each) for each in held]
     del graphs, held, slot

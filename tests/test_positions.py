@@ -5,8 +5,10 @@ import copy
 import inspect
 import itertools
 import math
+import pickle
 import random
 import threading
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -440,6 +442,85 @@ def test_positions_of_the_callers_count_placeholders_as_one(model):
 # ---- caches
 
 
+TURNS = {  # of three rows: images in front, words behind
+    "text, image": [([0, 0, 0], [3, 5, 4]), ([1, 0, 2], [2, 1, 3]), ([0, 0, 0], [1, 2, 1])],
+    "image, text": [([1, 0, 2], [3, 1, 2]), ([0, 0, 0], [2, 3, 1]), ([0, 1, 1], [2, 4, 1])],
+    "text, text, image": [([0, 0, 0], [4, 1, 2]), ([0, 0, 0], [1, 3, 2]), ([1, 1, 0], [2, 1, 3])],
+}
+
+
+def turns_of_rows(turns, pad: str) -> list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
+    """Of each turn ids and mask (3, L), padded, and the new images of each row."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for number, (counts, words) in enumerate(turns):
+        rows = []
+        for count, length in zip(counts, words, strict=True):
+            text = torch.randint(FIRST_WORD_ID, 20, (length,), generator=generator).tolist()
+            rows.append([*([] if number else [1]), *[IMAGE_ID] * (M * count), *text])
+        width = max(map(len, rows))
+        filling = [[PAD_ID] * (width - len(row)) for row in rows]
+        ids = torch.tensor(
+            [fill + row if pad == "left" else row + fill for row, fill in zip(rows, filling, strict=True)]
+        )
+        images = pixels(sum(counts), seed=number)
+        made.append((ids, (ids != PAD_ID).long(), images_of_rows(counts, images)))
+    return made
+
+
+@torch.no_grad()
+def take_turns(model, turns, calls: str, cache=None, given: str = "   "):
+    """Turn by turn by forward (f) or generate (g), each row against itself alone.
+
+    Args:
+        given: p where a forward is given position_ids, which begin at 50.
+    """
+    for number, call in enumerate(calls):
+        ids, mask, images = turns[number]
+        until = turns[: number + 1]
+        masks = torch.cat([mask for _, mask, _ in until], dim=1)
+        inputs = {"pixel_values": torch.cat(images)} if sum(map(len, images)) else {}
+        if cache is not None:
+            inputs[CACHE] = cache
+        if given[number] == "p":
+            inputs["position_ids"] = (masks.cumsum(1) + 49)[:, -ids.shape[1] :]
+        if call == "f":
+            output = model(ids, attention_mask=masks, use_cache=True, **inputs)
+            logits = output.logits
+        else:
+            whole = torch.cat([ids for ids, _, _ in until], dim=1)
+            wanted = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1, "do_sample": False}
+            output = model.generate(whole, attention_mask=masks, **inputs, **wanted)
+            logits = output.logits[0][:, None].float()  # of the last token
+        cache = find_cache(output)
+        for row in range(len(ids)):
+            known = torch.cat([ids[row][mask[row].bool()] for ids, mask, _ in until]).tolist()
+            kept = mask[row, -logits.shape[1] :].bool()  # in generate, where it is no padding
+            expected = slow_logits(model, known, torch.cat([images[row] for _, _, images in until]))
+            close(logits[row][kept], expected[len(known) - int(kept.sum()) :])
+    return cache
+
+
+@pytest.mark.parametrize("calls", ["fff", "ffg", "fgf", "gff", "ggf", "gfg"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_rows_of_a_conversation_do_not_depend_on_their_batch(model, turns, pad, calls):
+    take_turns(model, turns_of_rows(TURNS[turns], pad), calls)
+
+
+@pytest.mark.parametrize("calls, given", [("fff", "p  "), ("fff", "p p"), ("fff", "pp "), ("fgf", "p  ")])
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_turns_go_on_from_positions_that_were_given(model, turns, pad, calls, given):
+    take_turns(model, turns_of_rows(TURNS[turns], pad), calls, given=given)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_rows_of_a_conversation_on_a_static_cache(model, turns, pad):
+    static = StaticCache(config=model.config.text_config, max_cache_len=80)
+    take_turns(model, turns_of_rows(TURNS[turns], pad), "fff", static)
+
+
 def first_turn(model, images, **options):
     batch = prompts([1], M)
     output = model.generate(**batch, pixel_values=images, **GREEDY, return_dict_in_generate=True, **options)
@@ -557,11 +638,96 @@ def test_a_cache_that_forgot_its_images_is_refused(model):
 
 
 def test_a_cache_of_other_rows_is_refused(model):
+    """Its layers were changed one by one, of which it knows nothing."""
     batch = prompts([1, 1], M)
     cache = find_cache(model(**batch, pixel_values=pixels(2), use_cache=True))
-    cache.batch_select_indices(torch.tensor([1]))
-    with pytest.raises(ValueError, match="filled with 2 rows, and now there are 1"):
+    for layer in cache.layers:
+        layer.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="filled with 2 rows, and now there are 1.*batch_select_indices"):
         model(torch.tensor([[7]]), **{CACHE: cache})
+
+
+ROWS = {
+    "reorder_cache": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+    "reorder_cache, twice the same": (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+    "select one": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    "select some": (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    "select by mask": (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+def assert_continued(model, cache, turns, order):
+    """Two more turns of the rows that a cache holds after its first turn, in this `order`."""
+    picked = [(ids[order], mask[order], [images[row] for row in order]) for ids, mask, images in turns]
+    ids, mask, images = picked[1]
+    masks = torch.cat([mask for _, mask, _ in picked[:2]], dim=1)
+    inputs = {"pixel_values": torch.cat(images)} if sum(map(len, images)) else {}
+    logits = model(ids, attention_mask=masks, **inputs, **{CACHE: cache}).logits
+    for row in range(len(order)):
+        known = torch.cat([ids[row][mask[row].bool()] for ids, mask, _ in picked[:2]]).tolist()
+        kept = mask[row].bool()
+        expected = slow_logits(model, known, torch.cat([images[row] for _, _, images in picked[:2]]))
+        close(logits[row][kept], expected[len(known) - int(kept.sum()) :])
+
+
+@pytest.mark.parametrize("how", ROWS)
+@pytest.mark.parametrize("by", ["forward", "generate", "deepcopy", "pickle", "static"])
+@pytest.mark.parametrize("turns", ["image, text", "text, image"])
+@torch.no_grad()
+def test_rows_of_a_cache_take_their_images_along(model, turns, by, how):
+    turns, (change, order) = turns_of_rows(TURNS[turns], "left"), ROWS[how]
+    if by == "static" and not how.startswith("reorder"):
+        return  # it has no more of these methods
+    static = StaticCache(config=model.config.text_config, max_cache_len=80) if by == "static" else None
+    cache = take_turns(model, turns, "g" if by == "generate" else "f", static)
+    cache = copy.deepcopy(cache) if by == "deepcopy" else pickle.loads(pickle.dumps(cache)) if by == "pickle" else cache
+    change(cache)
+    assert_continued(model, cache, turns, order)
+
+
+@torch.no_grad()
+def test_a_cache_stays_what_it_was(model):
+    """Of its class, which code asks for by isinstance and by name; nothing but the layout is added."""
+    cache = find_cache(model(**prompts([1], M), pixel_values=pixels(1), use_cache=True))
+    plain = find_cache(tiny_stock()(**prompts([0], M), use_cache=True))
+    again = copy.deepcopy(cache)
+    for each in (cache, again):
+        assert isinstance(each, type(plain)) and type(each).__name__ == type(plain).__name__
+        assert vars(each).keys() - vars(plain).keys() == {"token_layout"}
+    assert type(again) is type(cache) and again.token_layout is not cache.token_layout
+    gone = weakref.ref(cache)
+    del cache, each
+    assert gone() is None  # without the garbage collector, which memory on a GPU cannot wait for
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_begins_anew(model):
+    static = StaticCache(config=model.config.text_config, max_cache_len=80)
+    model(**prompts([1, 1], M), pixel_values=pixels(2), **{CACHE: static})
+    static.reset()
+    assert static.token_layout is None
+    batch = prompts([0, 0], M)
+    close(model(**batch, **{CACHE: static}).logits, tiny_stock()(**batch).logits)
+
+
+@torch.no_grad()
+def test_rows_that_are_repeated_and_picked_within_generate(model, monkeypatch):
+    """As contrastive search does, which transformers keeps on the Hub: candidates of each row, of which one is kept."""
+    update = model._update_model_kwargs_for_generation
+
+    def search(outputs, *args, **kwargs):
+        cache = find_cache(outputs)
+        cache.batch_repeat_interleave(3)
+        assert len(cache.token_layout.skipped) == 6
+        cache.batch_select_indices(torch.tensor([1, 5]))
+        return update(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(model, "_update_model_kwargs_for_generation", search)
+    batch, images = prompts([1, 2], M), pixels(3)
+    output = model.generate(**batch, pixel_values=images, return_dict_in_generate=True, **GREEDY)
+    assert_answers(output.sequences, model, batch, [1, 2], images)
+    assert len(find_cache(output).token_layout.skipped) == 2
 
 
 # ---- text models and attention kinds of other sorts
