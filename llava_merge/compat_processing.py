@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from .compat import TRANSFORMERS_V5
 from .files import write_whole
 from .placeholders import ALL_TOKENS, tokens_of_budget
+from .position_range import warn_of_positions
 
 
 if TRANSFORMERS_V5:
@@ -24,6 +25,9 @@ else:
     from transformers.models.llava.processing_llava import LlavaProcessorKwargs as ProcessorKwargs
 
     PIPELINE = "transformers.pipelines.image_text_to_text"
+
+
+UNKNOWN_LENGTH = 10**9  # tokenizers that do not know how much their model takes name more
 
 
 class MergedPlaceholderProcessor(LlavaProcessor):
@@ -51,6 +55,22 @@ class MergedPlaceholderProcessor(LlavaProcessor):
                 f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
             )
         return budget
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
+        """As in transformers; also warns of source positions behind what the tokenizer says a model takes."""
+        super()._check_special_mm_tokens(text, text_inputs, modalities)
+        limit = self.tokenizer.model_max_length
+        if self.num_merged_tokens is None or self.patch_size is None or limit > UNKNOWN_LENGTH:
+            return
+        num_patches = super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
+        image = 0
+        for ids, mask in zip(text_inputs["input_ids"], text_inputs.get("attention_mask", text), strict=True):
+            num_tokens = sum(map(int, mask)) if "attention_mask" in text_inputs else len(ids)
+            left, skipped = list(ids).count(self.image_token_id), 0
+            while left > 0:
+                number = tokens_of_budget(self.budget(image), num_patches)
+                image, left, skipped = image + 1, left - number, skipped + num_patches - number
+            warn_of_positions(num_tokens + skipped, num_tokens, limit, "tokenizer.model_max_length")
 
     def to_json_file(self, json_file_path: str | os.PathLike, **kwargs):
         """Writes processor_config.json, the last file of `save_pretrained`, and finishes tokenizer_config.json."""

@@ -9,6 +9,7 @@ from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_fo
 from .layout_cache import keep_layout
 from .merge_extras import TowerFeatures
 from .placeholders import check_num_features, repeat_rows_together, tokens_of_budget
+from .position_range import warn_of_positions
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
 from .token_layout import TokenLayout, counted_positions
@@ -55,6 +56,20 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             features = repeat_images(encoded.pooler_output, image_mask, expand_size)
             model_kwargs["mm_encoder_outputs"] = {"image": ImagesOfPrompt(pooler_output=features)}
         return input_ids, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
+        """As in transformers, at which time the length of the answer is known: warns if its positions are too many."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        layout, mask = model_kwargs.get("token_layout"), model_kwargs.get("attention_mask")
+        num_tokens = 0 if layout is None else max(generation_config.max_length, layout.num_tokens)
+        if limit is not None and layout is not None and num_tokens + layout.most_skipped > limit:
+            # of a batch, may be: only now the device is asked
+            skipped = layout.skipped[:, -1]
+            padding = torch.zeros_like(skipped) if mask is None else (mask == 0).sum(dim=1)
+            longest = int((skipped - padding).argmax())
+            num_tokens -= int(padding[longest])
+            warn_of_positions(num_tokens + int(skipped[longest]), num_tokens, limit)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
         """As in transformers, which only 5.x does, going on from those in a cache that began elsewhere."""

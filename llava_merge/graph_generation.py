@@ -12,9 +12,11 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
+from .configuration_llava_merge import keeps_places
 from .generation_llava_merge import EncodesImagesBeforeForward
 from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
 from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget
+from .position_range import warn_of_positions
 from .stock_signature import takes_arguments_of
 from .token_placing import find_cache
 
@@ -122,6 +124,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             prompt_lengths = [max(images_per_prompt, default=0) * largest + text for text in TEXT_LENGTHS]
         shapes = GraphShapes(*map(tuple, (batch_sizes, prompt_lengths, images_per_prompt, budgets)), max_new_tokens)
         check_shapes(shapes, self.config.num_patches)
+        self._warn_of_shapes(shapes)
         graphs = InferenceGraphs(self, shapes, backend)
         graphs.warm_up()
         self.inference_graphs = graphs
@@ -132,6 +135,16 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         Code that torch.compile has made stays in the process, without the model, till `torch.compiler.reset()`.
         """
         self.inference_graphs = None
+
+    def _warn_of_shapes(self, shapes: GraphShapes):
+        """Warns where the longest prompt takes more positions than the language model, which no call then checks."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is None or not keeps_places(self.config.merger_config):
+            return
+        num_patches, num_tokens = self.config.num_patches, max(shapes.prompt_lengths) + shapes.max_new_tokens
+        fewest = min(tokens_of_budget(budget, num_patches) for budget in shapes.budgets)
+        skipped = max(shapes.images_per_prompt) * (num_patches - fewest)
+        warn_of_positions(num_tokens + skipped, num_tokens, limit)
 
     def _budgets_to_compile(self, num_merged_tokens: Sequence[int | str] | None) -> list[int | str]:
         if num_merged_tokens is None:

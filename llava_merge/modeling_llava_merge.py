@@ -70,6 +70,7 @@ from .merging_vispruner import VisPruner  # noqa: F401
 from .modeling_token_merger import TokenMerger
 from .patch_projection import projected_patches  # noqa: F401
 from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders, tokens_of_budget
+from .position_range import warn_of_positions  # noqa: F401
 from .pretrained_llava_merge import LlavaMergePreTrainedModel
 from .projector_files import save_projector  # noqa: F401
 from .prompt_reading import ReadsPrompt

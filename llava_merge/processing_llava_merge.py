@@ -13,6 +13,7 @@ from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copie
 from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs
 from .files import save_at_once
 from .placeholders import budget_of_each_image
+from .position_range import warn_of_positions  # noqa: F401
 
 
 class LlavaMergeProcessor(MergedPlaceholderProcessor):
@@ -22,6 +23,9 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         num_merged_tokens: Placeholders per image, the model's `config.merger_config.num_merged_tokens`. None writes one
             for every visual token, as the stock processor does: right for `merger_type="none"` and inside
             `model.merger_bypassed()`. Saved in processor_config.json.
+
+    It warns of prompts that take more positions than `tokenizer.model_max_length`, as far as it can know: of a model
+    with `position_ids="source"`, the default. Whether it is one, and what its language model takes, `generate` knows.
 
     The other arguments are those of [`~transformers.LlavaProcessor`].
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -213,6 +214,14 @@ def make_processor(**kwargs) -> LlavaProcessor:
 def picture() -> Image.Image:
     pixels = torch.randint(0, 255, (100, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     return Image.fromarray(pixels.numpy())
+
+
+@pytest.fixture
+def said_of_positions(monkeypatch) -> list[str]:
+    """Warnings of positions that a language model was not made for, each time they are given."""
+    said = []
+    monkeypatch.setattr("llava_merge.position_range.logger", SimpleNamespace(warning_once=said.append))
+    return said
 
 
 @pytest.fixture(autouse=True)

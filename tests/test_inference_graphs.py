@@ -393,6 +393,15 @@ def test_models_that_cannot_be_compiled_are_refused():
         model.compile_for_inference(backend=None)
 
 
+@pytest.mark.parametrize("position_ids", ["source", "packed"])
+def test_compiling_warns_of_positions_that_its_prompts_can_reach(position_ids, said_of_positions):
+    model = tiny_model(agnostic(9, position_ids=position_ids))
+    for limit, warns in ((32 + 2 * 27 + 8, 0), (32 + 2 * 27 + 7, 1)):
+        model.config.text_config.max_position_embeddings = limit
+        model.compile_for_inference(prompt_lengths=(32,), images_per_prompt=(1, 2), max_new_tokens=8, backend=None)
+        assert len(said_of_positions) == (warns if position_ids == "source" else 0)
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_decompiling_frees_caches_buffers_and_the_model(backend):
     model = merging("aware")

@@ -87,6 +87,28 @@ class TestProcessor:
         inputs = processor(images=picture, text=TEXT, return_tensors="pt")
         assert image_features(model(**inputs)).shape == (4, 64)
 
+    @pytest.mark.parametrize("padding", [True, False])
+    @pytest.mark.parametrize("budget", [None, 4, [4, "all", 9]])
+    def test_source_positions_behind_the_model_max_length_are_warned_of(
+        self, processor, picture, said_of_positions, budget, padding
+    ):
+        texts = ["USER: <image> red ? ASSISTANT:", "USER: <image> <image> ? ASSISTANT:"]
+        longest = 3 + 2 * NUM_PATCHES  # of the second, whatever the budget
+        tensors = {"return_tensors": "pt"} if padding else {}
+        for limit, warns in ((10**30, 0), (longest, 0), (longest - 1, 1)):
+            processor.tokenizer.model_max_length = limit
+            processor(images=[picture] * 3, text=texts, padding=padding, num_merged_tokens=budget, **tensors)
+            assert len(said_of_positions) == warns
+        skipped = {None: 2 * 27, 4: 2 * 32}.get(budget if isinstance(budget, int | None) else 0, 27)
+        assert (
+            f"tokenizer.model_max_length={limit}" in said_of_positions[0] and f"skip {skipped} " in said_of_positions[0]
+        )
+
+    def test_a_stock_processor_s_prompts_are_not_warned_of(self, processor, picture, said_of_positions):
+        processor.tokenizer.model_max_length, processor.num_merged_tokens = 8, None
+        processor(images=picture, text=TEXT)
+        assert not said_of_positions
+
     def test_no_placeholder_is_refused(self, processor, picture):
         processor.num_merged_tokens = 0
         with pytest.raises(ValueError, match="num_merged_tokens=0"):

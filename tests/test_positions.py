@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 import random
+import re
 import threading
 import weakref
 from fractions import Fraction
@@ -728,6 +729,60 @@ def test_rows_that_are_repeated_and_picked_within_generate(model, monkeypatch):
     output = model.generate(**batch, pixel_values=images, return_dict_in_generate=True, **GREEDY)
     assert_answers(output.sequences, model, batch, [1, 2], images)
     assert len(find_cache(output).token_layout.skipped) == 2
+
+
+# ---- more positions than the language model was made for
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_generate_warns_of_positions_that_the_tokens_do_not_tell(options, said_of_positions):
+    model, images = tiny_model(agnostic(M)), pixels(3)
+    batch = prompts([0, 1, 2], M)  # at most 9 + 2 M tokens, at 9 + 2 N positions
+    reached = int(batch["attention_mask"][2].sum()) + 2 * (NUM_PATCHES - M) + 4
+    for limit, warns in ((reached, False), (reached - 1, True)):
+        model.config.text_config.max_position_embeddings = limit
+        model.generate(**batch, pixel_values=images, max_new_tokens=4, do_sample=False, **options)
+        assert bool(said_of_positions) == warns
+    room = limit - 2 * (NUM_PATCHES - M)
+    found = f"max_position_embeddings={limit}.*skip {2 * (NUM_PATCHES - M)} positions, which leaves room for {room} tok"
+    assert len(said_of_positions) == 1 and re.search(found, said_of_positions[0])
+
+
+def test_rows_of_a_batch_are_counted_one_by_one(said_of_positions):
+    """Neither padding nor the images of other rows."""
+    model, batch = tiny_model(agnostic(M)), prompts([2, 2, 0], M, text=4)
+    model.config.text_config.max_position_embeddings = 6 + 1 + 2 * NUM_PATCHES + 4
+    model.generate(**batch, pixel_values=pixels(4), max_new_tokens=4, do_sample=False)
+    assert not said_of_positions
+
+
+def test_a_second_turn_is_warned_of_with_the_first(said_of_positions):
+    model, images = tiny_model(agnostic(M)), pixels(2)
+    ids, cache = first_turn(model, images[:1])
+    model.config.text_config.max_position_embeddings = len(ids) + 2 * NUM_PATCHES - M + 6  # 7 more tokens
+    whole = torch.tensor([[*ids, *[IMAGE_ID] * M, 9, ANSWER_ID]])
+    model.generate(whole, attention_mask=torch.ones_like(whole), pixel_values=images, **{CACHE: cache}, **GREEDY)
+    assert len(said_of_positions) == 1
+
+
+def test_packed_positions_are_not_warned_of(said_of_positions):
+    model = tiny_model(agnostic(M, position_ids="packed", attention_mass=0.5))
+    model.config.text_config.max_position_embeddings = 24
+    model.generate(**prompts([1], M), pixel_values=pixels(1), max_new_tokens=4)
+    assert not said_of_positions
+
+
+def test_prompts_that_fit_cost_no_look_at_the_device(monkeypatch, said_of_positions):
+    """Counts of images and tokens are known on the host; only a batch that may be too long is looked at."""
+    model, batch, images = tiny_model(agnostic(M)), prompts([1, 2], M), pixels(3)
+    looks = []
+    item = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: looks.append(1) or item(tensor))
+    model.generate(**batch, pixel_values=images, **GREEDY)
+    fitting = len(looks)
+    model.config.text_config.max_position_embeddings = 64
+    model.generate(**batch, pixel_values=images, **GREEDY)
+    assert len(looks) - fitting == fitting + 3 and len(said_of_positions) == 1
 
 
 # ---- text models and attention kinds of other sorts

@@ -20,6 +20,7 @@ from llava_merge.serving.requests import (
     num_rope_rows,
     questions_of_images,
     served_budgets,
+    warn_of_long_prompt,
 )
 from llava_merge.token_layout import place_on_slots
 
@@ -155,6 +156,17 @@ class TestRoom:
         check_room(scaled, 18, 9, 512)
         with pytest.raises(ValueError, match="19 images could reach position 1025.*1024 are prepared"):
             check_room(scaled, 19, 9, 512)
+
+    def test_longer_prompts_than_the_language_model_was_made_for_are_warned_of(self, said_of_positions):
+        served = config()
+        limit = served.text_config.max_position_embeddings
+        fitting = (limit - 5) // NUM_PATCHES
+        ids = [5, *[IMAGE_ID] * (fitting + 1), 7, 7, 7, 6]
+        warn_of_long_prompt(served, [5, *[IMAGE_ID] * fitting, 7, 7, 7, 6], fitting, 9)
+        warn_of_long_prompt(config(position_ids="packed"), ids, fitting + 1, 9)
+        assert not said_of_positions
+        warn_of_long_prompt(served, ids, fitting + 1, 9)
+        assert f"skip {(fitting + 1) * (NUM_PATCHES - 9)} positions" in said_of_positions[0]
 
     def test_packed_tokens_need_none(self):
         check_room(config(position_ids="packed"), 10_000, 9, 512)

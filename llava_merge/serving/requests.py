@@ -10,6 +10,7 @@ from llava_merge.configuration_llava_merge import keeps_places
 from llava_merge.merging_base import find_merging_method
 from llava_merge.merging_image_resize import grid_of_budget, makes_picture
 from llava_merge.placeholders import is_whole_number
+from llava_merge.position_range import warn_of_positions
 from llava_merge.prompt_reading import turn_marks_of
 from llava_merge.question_turns import split_turns
 
@@ -106,6 +107,18 @@ def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
     """Positions that the language model's rotary embedding is prepared for, which engines do not check."""
     rope, rows = config.text_config.rope_parameters, config.text_config.max_position_embeddings
     return max(rows, ROPE_ROWS * max_model_len) if rope and rope["rope_type"] in PLAIN_ROPE else rows
+
+
+def warn_of_long_prompt(config: LlavaMergeConfig, ids: list[int], num_images: int, budget: int):
+    """Warns where a prompt takes more positions than the language model was made for, of which engines count tokens.
+
+    Args:
+        ids: The prompt, with one placeholder for each image.
+    """
+    limit = config.text_config.max_position_embeddings
+    if keeps_places(config.merger_config):
+        num_text = len(ids) - num_images
+        warn_of_positions(num_text + num_images * config.num_patches, num_text + num_images * budget, limit)
 
 
 def check_room(config: LlavaMergeConfig, num_images: int, budget: int, max_model_len: int):

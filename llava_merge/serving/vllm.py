@@ -57,6 +57,7 @@ from llava_merge.serving.requests import (
     num_rope_rows,
     questions_of_images,
     served_budgets,
+    warn_of_long_prompt,
 )
 from llava_merge.text_tower import TextTower, read_for_question
 from llava_merge.token_layout import place_on_slots
@@ -120,6 +121,8 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         check_named(kwargs)
         budget = self.info.budget(kwargs)
         check_room(config, num_images, budget, self.info.ctx.model_config.max_model_len)
+        if isinstance(inputs.prompt, list):
+            warn_of_long_prompt(config, inputs.prompt, num_images, budget)
         kwargs.pop(BUDGET, None)
         pictures = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs)).get("image", [])
         kwargs |= {BUDGET: budget, PICTURES: pictures}
