@@ -72,9 +72,15 @@ def cached_length(cache: Cache | None) -> int | Tensor:
     return 0 if cache is None else cache.get_seq_length()
 
 
+def cached_length_on_host(cache: Cache | None) -> int | Tensor:
+    """Tokens in a cache; a tensor in a static one that is being compiled, which may not ask the device."""
+    past = cached_length(cache)
+    return past if torch.compiler.is_compiling() else int(past)
+
+
 def is_empty(past: int | Tensor) -> bool:
     """Whether nothing is cached; of a static cache that is being compiled, which is filled eagerly, it is not asked."""
-    return past == 0 if isinstance(past, int) else not torch.compiler.is_compiling() and int(past) == 0
+    return isinstance(past, int) and past == 0
 
 
 def sliding_window_of(text_config) -> int | None:
@@ -132,7 +138,7 @@ class PlacesTokens:
         inputs = arguments.get("inputs_embeds")
         inputs = arguments["input_ids"] if inputs is None else inputs
         cache, attention_mask = find_cache(arguments), arguments.get("attention_mask")
-        past, length, position_ids = cached_length(cache), inputs.shape[1], arguments.get("position_ids")
+        past, length, position_ids = cached_length_on_host(cache), inputs.shape[1], arguments.get("position_ids")
         samples = None
         if position_ids is not None and attention_mask is None and is_empty(past):
             samples = samples_of(position_ids[:, -length:]).expand(len(inputs), -1)
@@ -188,17 +194,15 @@ class PlacesTokens:
         else:
             new = self._layout_of_images(image_mask, images, samples)
         new = new.repeated(times)
-        past, kept = cached_length(cache), getattr(cache, "token_layout", None)
-        if kept is None:
-            if not torch.compiler.is_compiling() and int(past):
-                raise ValueError(LOST_LAYOUT.format(past=int(past)))
-            return new
-        if not torch.compiler.is_compiling() and not int(past):
+        past, kept = cached_length_on_host(cache), getattr(cache, "token_layout", None)
+        if kept is None and isinstance(past, int) and past:
+            raise ValueError(LOST_LAYOUT.format(past=past))
+        if kept is None or is_empty(past):
             return new
         kept = kept.of_rows(len(new.skipped))
-        if images is None and (torch.compiler.is_compiling() or kept.num_tokens <= int(past)):
+        if images is None and (torch.compiler.is_compiling() or kept.num_tokens <= past):
             return kept  # its last column is that of all text behind
-        return kept.followed_by(new, int(past)) if int(past) else new  # for a compiled forward of an empty cache
+        return kept.followed_by(new, int(past))
 
     def _layout_of_images(self, image_mask, images: BaseModelOutputWithPooling, samples) -> TokenLayout:
         num_tokens = [len(features) for features in images.pooler_output]

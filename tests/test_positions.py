@@ -687,6 +687,41 @@ def test_rows_of_a_cache_take_their_images_along(model, turns, by, how):
     assert_continued(model, cache, turns, order)
 
 
+def crop_to(cache, length: int):
+    """The first `length` tokens; 4.57 takes that number, 5.x that of the tokens to remove."""
+    cache.crop(length - int(cache.get_seq_length()) if TRANSFORMERS_V5 else length)
+
+
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+@torch.no_grad()
+def test_a_turn_behind_drafts(model, how):
+    """Those that were refused are cropped from the cache."""
+    images, batch, draft = pixels(2), prompts([1], M), copy.deepcopy(model)
+    draft.lm_head.weight.add_(0.05 * torch.randn_like(draft.lm_head.weight))
+    drafts = {how: draft if how == "assistant_model" else 3}
+    output = model.generate(**batch, pixel_values=images[:1], **GREEDY, **drafts, return_dict_in_generate=True)
+    cache, ids = find_cache(output), output.sequences[0].tolist()
+    crop_to(cache, len(ids) - 3)
+    whole = [*ids[:-3], 7, *[IMAGE_ID] * M, 9]
+    logits = model(torch.tensor([whole[len(ids) - 3 :]]), images[1:], **{CACHE: cache}).logits[0]
+    close(logits, slow_logits(model, whole, images)[len(ids) - 3 :])
+
+
+@torch.no_grad()
+def test_a_turn_behind_beams(model):
+    """One beam of each prompt is kept, the later prompt first."""
+    images, batch, rows = pixels(4), prompts([1, 2], M), rows_of(prompts([1, 2], M))
+    output = model.generate(**batch, pixel_values=images[:3], **GREEDY, num_beams=2, return_dict_in_generate=True)
+    cache, length = find_cache(output), batch["input_ids"].shape[1]
+    crop_to(cache, length)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    new = [*[IMAGE_ID] * M, 7, 9]
+    mask = torch.nn.functional.pad(batch["attention_mask"][[1, 0]], (0, len(new)), value=1)
+    logits = model(torch.tensor([new, new]), images[[3, 3]], attention_mask=mask, **{CACHE: cache}).logits
+    for actual, row, own in ((logits[0], 1, [1, 2, 3]), (logits[1], 0, [0, 3])):
+        close(actual, slow_logits(model, [*rows[row], *new], images[own])[-len(new) :])
+
+
 @torch.no_grad()
 def test_a_cache_stays_what_it_was(model):
     """Of its class, which code asks for by isinstance and by name; nothing but the layout is added."""
