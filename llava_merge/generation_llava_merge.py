@@ -74,10 +74,11 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
         """As in transformers, which only 5.x does, going on from those in a cache that began elsewhere."""
         positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        moved = getattr(getattr(find_cache(model_kwargs), "token_layout", None), "moved", None)
-        if moved is None:
+        layout = getattr(find_cache(model_kwargs), "token_layout", None)
+        if layout is None:
             return positions
-        return positions + moved[:: max(1, len(moved) // len(inputs_tensor))]  # rows may be repeated in the cache
+        layout = layout.picked(slice(None, None, max(1, len(layout.skipped) // len(inputs_tensor))))  # may be repeated
+        return layout.go_on(positions, model_kwargs.get("attention_mask"))
 
     def _moved_layout(self, layout: TokenLayout | None, length: int, model_kwargs: dict) -> TokenLayout | None:
         """The layout where the `length` new tokens begin where the caller says, whose `position_ids` 4.57 ignores."""
@@ -86,7 +87,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             return layout
         past = cached_length(find_cache(model_kwargs))
         counted = counted_positions(mask, past, length, position_ids.device)
-        return layout.moved_to(position_ids[:, -length:], counted, mask)
+        return layout.moved_to(position_ids[:, -length:], counted, mask, past)
 
     def _new_image_mask(self, input_ids: Tensor | None, model_kwargs: dict) -> Tensor:
         """Placeholders behind the cached tokens: (B, new tokens) bool."""
@@ -150,7 +151,7 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         past = cached_length(cache) if attention_mask is None else attention_mask.shape[1] - length
         if positions is None:
             positions = counted_positions(attention_mask, past, length, token_layout.skipped.device)
-            positions = positions if token_layout.moved is None else positions + token_layout.moved
+            positions = token_layout.go_on(positions, attention_mask)
         if token_layout.is_packed:
             return model_inputs | {"position_ids": positions}
         positions = positions[:, -length:]

@@ -24,8 +24,9 @@ class TokenLayout:
         bias: (B, T + 1) float32, added to the attention logits of the token as a key; 0 for text.
         is_packed: Whether all three are 0, known without looking at them.
         most_skipped: No row has skipped more, known without looking at them.
-        moved: (B, 1) int64, how far the packed positions of tokens in a cache are from [`counted_positions`], where a
-            caller gave others, or stock's forward, which counts padding in front; None where they are those.
+        moved: (B, 2) int64, how far the packed positions behind a cache are from those counted from a mask, and from
+            those counted from its length; None where they are the same. A caller may have given others, and stock's
+            forward counts padding in front.
     """
 
     skipped: Tensor
@@ -84,16 +85,28 @@ class TokenLayout:
         skipped, offset, bias = map(change, (self.skipped, self.offset, self.bias))
         return replace(self, skipped=skipped, offset=offset, bias=bias, moved=moved)
 
-    def moved_to(self, positions: Tensor, counted: Tensor, attention_mask: Tensor | None) -> "TokenLayout":
-        """Itself, with the newest tokens at packed `positions` (B or 1, L) that are `counted` otherwise (B or 1, L)."""
-        moved = (positions - counted).expand(len(self.skipped), -1)
-        if not is_padding_mask(attention_mask):
-            return replace(self, moved=moved[:, -1:])
-        length = moved.shape[1]
-        is_text = attention_mask[:, -length:].bool()
-        last = (is_text * torch.arange(length, device=is_text.device)).argmax(dim=1, keepdim=True)
-        before = moved.new_zeros(()) if self.moved is None else self.moved
-        return replace(self, moved=moved.gather(1, last).where(is_text.any(dim=1, keepdim=True), before))
+    def moved_to(
+        self, positions: Tensor, counted: Tensor, attention_mask: Tensor | None, past: int | Tensor
+    ) -> "TokenLayout":
+        """Itself, with the newest tokens, behind `past`, at packed `positions`, and `counted` otherwise (B or 1, L)."""
+        num_rows, length = len(self.skipped), positions.shape[1]
+        positions, counted = positions.expand(num_rows, -1), counted.expand(num_rows, -1)
+        last = torch.full_like(positions[:, :1], length - 1)
+        if is_padding_mask(attention_mask):
+            is_text = attention_mask[:, -length:].bool()
+            last = (is_text * torch.arange(length, device=is_text.device)).argmax(dim=1, keepdim=True)
+        end = positions.gather(1, last)
+        moved = torch.cat((end - counted.gather(1, last), end + 1 - past - length), dim=1)
+        if is_padding_mask(attention_mask):  # where a row has no new text
+            before = moved.new_zeros(1, 2) if self.moved is None else self.moved
+            moved = moved.where(is_text.any(dim=1, keepdim=True), before - moved.new_tensor([0, length]))
+        return replace(self, moved=moved)
+
+    def go_on(self, counted: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Packed positions of new tokens that are `counted` otherwise (B or 1, L), behind those in the cache."""
+        if self.moved is None:
+            return counted
+        return counted + (self.moved[:, :1] if is_padding_mask(attention_mask) else self.moved[:, 1:])
 
     def cut(self, num_tokens: int) -> "TokenLayout":
         """Its first `num_tokens`."""

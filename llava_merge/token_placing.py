@@ -150,14 +150,14 @@ class PlacesTokens:
         elif layout.is_packed and is_empty(past):  # bit for bit those of stock's forward
             positions = torch.arange(length, device=inputs.device)[None]
         else:
-            positions = counted if layout.moved is None else counted + layout.moved
+            positions = layout.go_on(counted, attention_mask)
             if layout.is_packed:
                 arguments["position_ids"] = positions
         if not layout.is_packed:
             arguments |= self.placed_arguments(layout, positions, past, attention_mask, cache, samples)
-        if position_ids is None and not (layout.is_packed and is_empty(past) and is_padding_mask(attention_mask)):
-            return layout
-        return layout.moved_to(positions, counted, attention_mask)
+        if position_ids is None and not (is_padding_mask(attention_mask) and length > 1):
+            return layout  # a token behind another moves nothing
+        return layout.moved_to(positions, counted, attention_mask, past)
 
     def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).

@@ -517,6 +517,19 @@ def test_turns_go_on_from_positions_that_were_given(model, turns, pad, calls, gi
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("turns", TURNS)
+@torch.no_grad()
+def test_a_turn_with_a_4d_mask_goes_on_as_with_a_2d_one(model, turns, pad):
+    turns = turns_of_rows(TURNS[turns], pad)[:2]
+    cache = take_turns(model, turns, "ff")
+    ids = torch.tensor([[7, 9]] * 3)  # without padding, which such a mask does not tell
+    masks = torch.cat([mask for _, mask, _ in [*turns, (ids, torch.ones_like(ids), [])]], dim=1)
+    seen = torch.ones(2, masks.shape[1], dtype=torch.bool).tril(masks.shape[1] - 2) & masks[:, None].bool()
+    expected = model(ids, attention_mask=masks, **{CACHE: copy.deepcopy(cache)}).logits
+    close(model(ids, attention_mask=seen[:, None], **{CACHE: cache}).logits, expected)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("turns", TURNS)
 def test_rows_of_a_conversation_on_a_static_cache(model, turns, pad):
     static = StaticCache(config=model.config.text_config, max_cache_len=80)
     take_turns(model, turns_of_rows(TURNS[turns], pad), "fff", static)
