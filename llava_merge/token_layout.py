@@ -90,7 +90,7 @@ class TokenLayout:
     ) -> "TokenLayout":
         """Itself, with the newest tokens, behind `past`, at packed `positions`, and `counted` otherwise (B or 1, L)."""
         num_rows, length = len(self.skipped), positions.shape[1]
-        positions, counted = positions.expand(num_rows, -1), counted.expand(num_rows, -1)
+        positions, counted = positions.to(counted.device).expand(num_rows, -1), counted.expand(num_rows, -1)
         last = torch.full_like(positions[:, :1], length - 1)
         if is_padding_mask(attention_mask):
             is_text = attention_mask[:, -length:].bool()
@@ -99,7 +99,8 @@ class TokenLayout:
         moved = torch.cat((end - counted.gather(1, last), end + 1 - past - length), dim=1)
         if is_padding_mask(attention_mask):  # where a row has no new text
             before = moved.new_zeros(1, 2) if self.moved is None else self.moved
-            moved = moved.where(is_text.any(dim=1, keepdim=True), before - moved.new_tensor([0, length]))
+            before = before - length * torch.arange(2, device=moved.device)
+            moved = moved.where(is_text.any(dim=1, keepdim=True), before)
         return replace(self, moved=moved)
 
     def go_on(self, counted: Tensor, attention_mask: Tensor | None) -> Tensor:

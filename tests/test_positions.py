@@ -515,6 +515,13 @@ def test_turns_go_on_from_positions_that_were_given(model, turns, pad, calls, gi
     take_turns(model, turns_of_rows(TURNS[turns], pad), calls, given=given)
 
 
+@pytest.mark.parametrize("calls", ["fff", "ffg", "gfg"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_a_row_that_has_nothing_new_in_a_turn_stays_where_it_was(model, pad, calls):
+    turns = [([0, 0, 1], [3, 1, 2]), ([0, 1, 0], [0, 2, 4]), ([1, 0, 0], [2, 3, 1])]
+    take_turns(model, turns_of_rows(turns, pad), calls)
+
+
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("turns", TURNS)
 @torch.no_grad()
