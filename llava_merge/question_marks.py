@@ -1,7 +1,9 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The ids that a chat template writes between question and answer."""
+"""The ids that a chat template writes around what a user says."""
 
 import os
+import re
+from itertools import dropwhile, product
 
 from transformers.utils import logging
 
@@ -10,33 +12,59 @@ from .compat_processing import MergedPlaceholderProcessor
 
 logger = logging.get_logger(__name__)
 
-USER, ANSWER, NEXT_USER = "QUESTIONONE", "ANSWERONE", "QUESTIONTWO"
+CHAT = {"QUESTIONONE": "user", "ANSWERONE": "assistant", "QUESTIONTWO": "user"}
+CHAT_WITH_SYSTEM = {"SYSTEMONE": "system", "QUESTIONONE": "user"}
 
 
 def find_question_marks(processor) -> dict[str, list[list[int]]]:
     """`question_start_token_ids` and `question_end_token_ids` of a [`MergerConfig`], from a processor's chat template.
 
+    A question starts behind what the template writes before every text of a user. It ends at the special token that the
+    template writes behind it, or where there is none, at all that it writes there. A system prompt between marks of its
+    own inside the user's turn, as in Llama-2, is cut out.
+
     Raises:
-        ValueError: It has no chat template, or one that writes nothing between a question and its answer.
+        ValueError: It has no chat template, or one that writes nothing between a question and its answer, or a
+            tokenizer that cannot say which characters its tokens are of.
     """
-    end, start = text_between_messages(processor)
-    eos = processor.tokenizer.eos_token
-    if eos and eos not in end:  # an answer that was cut off has none
-        start = start.removeprefix(eos)
-    end, start = (mark.lstrip().rstrip(" ") for mark in (end, start))
-    if not end:
+    tokenizer = processor.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot say which characters a token is of, so that the marks of the chat "
+            f"template cannot be found. Load the processor with use_fast=True, or set question_end_token_ids of the "
+            f"merger_config."
+        )
+    special = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    first, end, later = (split_at(special, text) for text in text_before_messages(processor, CHAT))
+    end = without_first(end, ())
+    if not "".join(end).strip():
         raise ValueError(
             "The chat template writes nothing between a question and its answer, so that a question-aware merger "
             "cannot tell them apart. Set question_end_token_ids of the merger_config."
         )
+    if end[0] in special:
+        end = end[:1]
+    outer = (tokenizer.bos_token, tokenizer.eos_token, end[0] if end[0] in special else None)
+    start = "".join(without_first(common_suffix(first, later), outer) or without_first(later, outer))
+    starts, ends = [start, start.rstrip()], ["".join(end).rstrip()]
+    if later[:1] == end[:1]:  # the special token also ends the message before, even another of the user
+        starts.append("".join(later).rstrip())
+    before_system, behind_system = text_before_messages(processor, CHAT_WITH_SYSTEM) or ("", "")
+    if behind_system.strip() and not behind_system.endswith(start):
+        starts += [behind_system.lstrip(), behind_system.strip()]
+        ends.append(before_system.rpartition(start.rstrip())[2].strip())
     return {
-        "question_start_token_ids": tokens_of_mark(processor.tokenizer, start),
-        "question_end_token_ids": tokens_of_mark(processor.tokenizer, end),
+        "question_start_token_ids": ids_of_marks(processor, starts),
+        "question_end_token_ids": ids_of_marks(processor, ends),
     }
 
 
-def text_between_messages(processor) -> tuple[str, str]:
-    """What the chat template writes between a question and its answer, and between that and the next question."""
+def text_before_messages(processor, chat: dict[str, str]) -> list[str] | None:
+    """What the chat template writes before each message of `chat`, texts and roles; None where it takes no such chat.
+
+    Raises:
+        ValueError: There is no chat template.
+    """
     template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -45,27 +73,48 @@ def text_between_messages(processor) -> tuple[str, str]:
             "The processor has no chat template, so that a question-aware merger cannot tell question from answer. Set "
             "processor.chat_template, or question_end_token_ids of the merger_config."
         )
-    roles = {USER: "user", ANSWER: "assistant", NEXT_USER: "user"}
-    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for text, role in roles.items()]
-    rendered = processor.apply_chat_template(chat, chat_template=template, tokenize=False)
-    between_first, _, rest = rendered.partition(USER)[2].partition(ANSWER)
-    return between_first, rest.partition(NEXT_USER)[0]
+    for content in (lambda text: [{"type": "text", "text": text}], str):  # older templates take no list of parts
+        messages = [{"role": role, "content": content(text)} for text, role in chat.items()]
+        try:
+            rendered = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # templates raise what they like
+            continue
+        *before, _ = re.split("|".join(chat), rendered)
+        if len(before) == len(chat) and "'type'" not in rendered:
+            return before
+    return None
 
 
-def tokens_of_mark(tokenizer, mark: str) -> list[list[int]]:
-    """The ids of `mark`, which tokenizers write differently behind a space, a line break and the end of an answer."""
-    found = []
-    for before in ("x ", "x\n", tokenizer.eos_token or "", ""):
-        alone, marked = (encode(tokenizer, text) for text in (before, before + mark))
-        ids = marked[len(os.path.commonprefix([alone, marked])) :]
-        if ids and ids not in found:
-            found.append(ids)
-    return found
+def split_at(special: list[str], text: str) -> list[str]:
+    """A text in its special tokens and the characters between them."""
+    return re.findall("|".join([*map(re.escape, sorted(special, key=len, reverse=True)), "."]), text, re.DOTALL)
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens around it."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+def without_first(pieces: list[str], unwanted) -> list[str]:
+    """Pieces of a text from the first that is neither blank nor unwanted."""
+    return list(dropwhile(lambda piece: piece.isspace() or piece in unwanted, pieces))
+
+
+def common_suffix(first: list[str], second: list[str]) -> list[str]:
+    """The longest end that two lists share."""
+    return os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+
+
+def ids_of_marks(processor, marks: list[str]) -> list[list[int]]:
+    """The ids of `marks`, which tokenizers write differently behind and before a space, a line break and a picture."""
+    tokenizer, image = processor.tokenizer, processor.image_token
+    before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", tokenizer.eos_token or "")
+    after = ("", " ", "\n", "\n\n", image)
+    found = [ids_in_text(tokenizer, *parts) for parts in product(before, filter(None, marks), after)]
+    return [ids for index, ids in enumerate(found) if ids and ids not in found[:index]]
+
+
+def ids_in_text(tokenizer, before: str, mark: str, after: str) -> list[int]:
+    """The ids of tokens that hold characters of `mark` where it stands between other text."""
+    encoding = tokenizer(before + mark + after, add_special_tokens=False, return_offsets_mapping=True)
+    start, stop = len(before), len(before) + len(mark)
+    pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    return [id for id, (begin, end) in pairs if begin < stop and end > start]
 
 
 def read_questions_of_folder(merger_config, path: str, hub_kwargs: dict):

@@ -3,7 +3,8 @@
 
 A turn reaches from the end of an answer, or the start of the row or packed sample, to the start of the next answer. It
 is the one rule that training rows, single turns, later turns of a chat and a KV cache, which keeps an image as its own
-turn saw it, can all keep. Placeholders, padding, answers and the marks between turns are no question.
+turn saw it, can all keep. Its question is what the user wrote in it: no placeholders, padding, answers or marks, and
+nothing that stands before its first mark of a question, such as a system prompt.
 """
 
 from dataclasses import dataclass, replace
@@ -18,9 +19,9 @@ class TurnMarks:
     """Ids that tell turns apart.
 
     Attributes:
-        question_start: Id sequences that end an answer and open the next question, such as those of "USER:".
-        question_end: Id sequences that open an answer, such as those of "ASSISTANT:".
-        eos: Ids that end an answer; where they are no part of a sequence above, also the sample.
+        question_start: Id sequences that open what a user writes, such as those of "USER:".
+        question_end: Id sequences that end it, such as those of "ASSISTANT:"; what follows is answer to the next start.
+        eos: Ids that end a sample, or its turn, where they are no part of such a sequence.
         bos: Ids that begin a sample.
     """
 
@@ -32,18 +33,8 @@ class TurnMarks:
     @property
     def ids(self) -> list[int]:
         """Every id that means something here."""
-        return sorted({*self.eos, *self.bos, *(id for marks in self.sequences for id in marks)})
-
-    @property
-    def sequences(self) -> list[list[int]]:
-        """All marks that are sequences of ids."""
-        return self.question_start + self.question_end
-
-    @property
-    def eos_between_samples(self) -> list[int]:
-        """Those ends of sequence that do not belong to a mark."""
-        in_sequences = {id for marks in self.sequences for id in marks}
-        return [id for id in self.eos if id not in in_sequences]
+        marks = self.question_start + self.question_end
+        return sorted({*self.eos, *self.bos, *(id for mark in marks for id in mark)})
 
 
 @dataclass
@@ -96,7 +87,7 @@ class Turns:
         number: (B, L) int64, the turn that each token belongs to; an answer's tokens to the question before it. Never
             falls from token to token and from row to row.
         is_text: (B, L) bool, whether a token is readable text of its turn's question.
-        opens_answer: (B, L) bool, where a mark that opens an answer begins.
+        opens_answer: (B, L) bool, where a mark that ends a question begins.
     """
 
     number: Tensor
@@ -105,9 +96,7 @@ class Turns:
 
     def has_marked_answer(self, tokens: Tensor) -> Tensor:
         """Whether a mark opens an answer in the turns of `tokens` (n,), counted over all rows on end: (n,) bool."""
-        numbers = self.number.flatten()
-        num_answers = numbers.new_zeros(len(numbers) + 1).index_add(0, numbers, self.opens_answer.flatten().long())
-        return num_answers[numbers[tokens]] > 0
+        return in_turns_with(self.opens_answer, self.number).flatten()[tokens]
 
 
 @dataclass
@@ -193,20 +182,22 @@ def split_turns(
     """
     starts, in_start = find_sequences(ids, marks.question_start)
     ends, in_end = find_sequences(ids, marks.question_end)
+    ends = ends & ~in_start  # a start may begin with what ends the message before
     is_eos, is_bos = is_one_of(ids, marks.eos), is_one_of(ids, marks.bos)
-    new_sample = is_bos | shift_right(is_one_of(ids, marks.eos_between_samples))
+    new_sample = is_bos | shift_right(is_eos & ~(in_start | in_end))
     if position_ids is not None:
         new_sample = new_sample | restarts(position_ids).expand_as(ids)
     new_sample[:, 0] = True
-    opens = starts | shift_right(is_eos & ~in_end) | new_sample
-    is_answer = last_index(ends) > last_index(opens)
+    is_answer = last_index(ends) > last_index(starts | new_sample)
     if answer_mask is not None:
         is_answer = is_answer | answer_mask.to(ids.device)
     new_turn = new_sample | (shift_right(is_answer) & ~is_answer)
-    is_text = ~(is_answer | image_mask | in_start | in_end | is_eos | is_bos)
+    number = new_turn.flatten().cumsum(0).view_as(ids)
+    is_before_start = in_turns_with(starts, number) & (last_index(starts) < last_index(new_turn))
+    is_text = ~(is_answer | image_mask | in_start | is_eos | is_bos | is_before_start)
     if attention_mask is not None:
         is_text = is_text & attention_mask.to(ids.device).bool()
-    return Turns(new_turn.flatten().cumsum(0).view_as(ids), is_text, ends)
+    return Turns(number, is_text, ends)
 
 
 def question_of_images(embeds: Tensor, turns: Turns, images: Tensor, ids: Tensor | None = None) -> Question:
@@ -222,6 +213,12 @@ def question_of_images(embeds: Tensor, turns: Turns, images: Tensor, ids: Tensor
     token_turns = image.where(is_question, num_images).view_as(turns.number)
     question = Question(embeds, token_turns, torch.searchsorted(turn_of_image, turn_of_image), ids)
     return question.to(embeds.device)
+
+
+def in_turns_with(mask: Tensor, number: Tensor) -> Tensor:
+    """Which tokens are in a turn, by `number` (B, L), that holds a True of `mask` (B, L): (B, L) bool."""
+    turns = number.flatten()
+    return turns.new_zeros(len(turns) + 1).index_add(0, turns, mask.flatten().long())[number] > 0
 
 
 def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

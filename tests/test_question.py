@@ -248,35 +248,36 @@ def masks_token_by_token(ids, attended, answers, positions, marks: TurnMarks) ->
     """The rule, slowly: for each image placeholder, in reading order, where in its row its question is."""
     found = []
     for row in range(len(ids)):
-        turn, turns, marked, labelled_before, sample_start = -1, {}, False, False, True
+        turns, marked, was_answer = [], False, False
+        start_end = end_end = 0  # behind the marks so far
         sequence = ids[row].tolist()
-        mark_end = closing_end = 0
         for index, id in enumerate(sequence):
             previous = sequence[index - 1] if index else None
-            sample_start = index == 0 or id in marks.bos or previous in marks.eos_between_samples
+            sample_start = index == 0 or id in marks.bos
+            sample_start |= previous in marks.eos and index - 1 >= max(start_end, end_end)
             if positions is not None and index:
                 sample_start |= bool(positions[row, index] == 0 or positions[row, index] < positions[row, index - 1])
-            opened = next((s for s in marks.question_start if sequence[index : index + len(s)] == s), None)
-            closed = next((s for s in marks.question_end if sequence[index : index + len(s)] == s), None)
-            was_answer = marked or labelled_before
-            if sample_start or opened or (previous in marks.eos and index - 1 >= closing_end):
+            starts, ends = (
+                [index + len(mark) for mark in of_a_kind if sequence[index : index + len(mark)] == mark]
+                for of_a_kind in (marks.question_start, marks.question_end)
+            )
+            start_end, end_end = max([start_end, *starts]), max([end_end, *ends])
+            if sample_start or starts:
                 marked = False
-            elif closed:
+            elif ends and index >= start_end:
                 marked = True
-            labelled = bool(answers[row, index])
-            is_answer = marked or labelled
+            is_answer = marked or bool(answers[row, index])
             if sample_start or (was_answer and not is_answer):
-                turn += 1
-            labelled_before = labelled
-            closing_end = max(closing_end, index + len(closed or ()) if closed else 0)
-            mark_end = max([mark_end, *(index + len(s) for s in (opened, closed) if s)])
-            readable = not is_answer and index >= mark_end and bool(attended[row, index])
-            turns.setdefault(turn, {"images": 0, "text": []})
+                turns.append({"images": 0, "before start": [], "text": [], "started": False})
+            was_answer, turn = is_answer, turns[-1]
+            turn["started"] |= bool(starts)
             if id == IMAGE_ID:
-                turns[turn]["images"] += 1
-            elif readable and id not in marks.eos + marks.bos:
-                turns[turn]["text"].append(index)
-        found += [content["text"] for content in turns.values() for _ in range(content["images"])]
+                turn["images"] += 1
+            elif not is_answer and index >= start_end and attended[row, index] and id not in marks.eos + marks.bos:
+                turn["text" if turn["started"] else "before start"].append(index)
+        for turn in turns:
+            text = turn["text"] if turn["started"] else turn["before start"]
+            found += [text] * turn["images"]
     return found
 
 
@@ -335,13 +336,12 @@ class TestMarksOfAChatTemplate:
         )
         processor.tokenizer.add_tokens(["user\n", "assistant\n", "system\n", "\n"])
         marks = TurnMarks(*find_question_marks(processor).values(), [processor.tokenizer.eos_token_id], [])
-        assert marks.eos_between_samples == []
         roles = ("system", "user", "assistant", "user")
         chat = [{"role": role, "content": [{"type": "text", "text": "star"}]} for role in roles]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
         turns = split_turns(ids, torch.zeros_like(ids, dtype=torch.bool), marks)
-        assert turns.number[turns.is_text & (ids == WORDS.index("star"))].tolist() == [1, 1, 2]
+        assert turns.number[turns.is_text & (ids == WORDS.index("star"))].tolist() == [1, 2]
 
     def test_loading_finds_them(self, tmp_path, images, caplog):
         tiny_stock().save_pretrained(tmp_path)
