@@ -3,7 +3,7 @@
 
 import os
 import re
-from itertools import dropwhile, product
+from itertools import dropwhile
 
 from transformers.utils import logging
 
@@ -14,14 +14,15 @@ logger = logging.get_logger(__name__)
 
 CHAT = {"QUESTIONONE": "user", "ANSWERONE": "assistant", "QUESTIONTWO": "user"}
 CHAT_WITH_SYSTEM = {"SYSTEMONE": "system", "QUESTIONONE": "user"}
+CHAT_WITH_TOOL = {"QUESTIONONE": "user", "TOOLONE": "tool"}
 
 
 def find_question_marks(processor) -> dict[str, list[list[int]]]:
     """`question_start_token_ids` and `question_end_token_ids` of a [`MergerConfig`], from a processor's chat template.
 
     A question starts behind what the template writes before every text of a user. It ends at the special token that the
-    template writes behind it, or where there is none, at all that it writes there. A system prompt between marks of its
-    own inside the user's turn, as in Llama-2, is cut out.
+    template writes behind it, or where there is none, at all that it writes there. What a template writes around a
+    system prompt (Llama-2) or a tool's text (Qwen) inside the user's turn ends the question too, and starts it again.
 
     Raises:
         ValueError: It has no chat template, or one that writes nothing between a question and its answer, or a
@@ -35,26 +36,30 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
             f"merger_config."
         )
     special = [token for token in tokenizer.get_added_vocab() if token.strip()]
-    first, end, later = (split_at(special, text) for text in text_before_messages(processor, CHAT))
-    end = without_first(end, ())
-    if not "".join(end).strip():
+    first, behind, later = (split_at(special, text) for text in text_before_messages(processor, CHAT))
+    end = without_first(behind, ())
+    if not end:
         raise ValueError(
             "The chat template writes nothing between a question and its answer, so that a question-aware merger "
             "cannot tell them apart. Set question_end_token_ids of the merger_config."
         )
-    if end[0] in special:
-        end = end[:1]
-    outer = (tokenizer.bos_token, tokenizer.eos_token, end[0] if end[0] in special else None)
+    closing = end[:1] if end[0] in special else ["".join(end)]
+    outer = (tokenizer.bos_token, tokenizer.eos_token, *closing)
     start = "".join(without_first(common_suffix(first, later), outer) or without_first(later, outer))
-    starts, ends = [start, start.rstrip()], ["".join(end).rstrip()]
-    if later[:1] == end[:1]:  # the special token also ends the message before, even another of the user
-        starts.append("".join(later).rstrip())
     before_system, behind_system = text_before_messages(processor, CHAT_WITH_SYSTEM) or ("", "")
-    if behind_system.strip() and not behind_system.endswith(start):
-        starts += [behind_system.lstrip(), behind_system.strip()]
-        ends.append(before_system.rpartition(start.rstrip())[2].strip())
+    if start.rstrip() not in before_system:  # it stands before the turn
+        before_system = behind_system = ""
+    _, before_tool = text_before_messages(processor, CHAT_WITH_TOOL) or ("", "")
+    in_turn = [text.rpartition(start.rstrip())[2] for text in (before_system, before_tool)]
+    image, eos = processor.image_token, tokenizer.eos_token or ""
+    before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", eos)
+    attached = () if behind[0].isspace() else ("x", "x.", "x?", "x!")
+    # the special token also ends the message before, even another one of the user
+    longer = "".join(later).rstrip() if later[:1] == closing else ""
+    starts = {start: before, longer: before, behind_system: before}
+    ends = {closing[0]: before + attached, **dict.fromkeys(in_turn, (start,))}
     return {
-        "question_start_token_ids": ids_of_marks(processor, starts),
+        "question_start_token_ids": ids_of_marks(processor, starts, whole=True),
         "question_end_token_ids": ids_of_marks(processor, ends),
     }
 
@@ -100,13 +105,24 @@ def common_suffix(first: list[str], second: list[str]) -> list[str]:
     return os.path.commonprefix([first[::-1], second[::-1]])[::-1]
 
 
-def ids_of_marks(processor, marks: list[str]) -> list[list[int]]:
-    """The ids of `marks`, which tokenizers write differently behind and before a space, a line break and a picture."""
-    tokenizer, image = processor.tokenizer, processor.image_token
-    before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", tokenizer.eos_token or "")
-    after = ("", " ", "\n", "\n\n", image)
-    found = [ids_in_text(tokenizer, *parts) for parts in product(before, filter(None, marks), after)]
-    return [ids for index, ids in enumerate(found) if ids and ids not in found[:index]]
+def ids_of_marks(processor, marks: dict[str, tuple[str, ...]], whole: bool = False) -> list[list[int]]:
+    """The ids of `marks` behind each of the texts that they map to, for tokenizers write them differently there.
+
+    A mark's last token may hold more space than the template writes behind it.
+
+    Args:
+        whole: Also with the space that the template writes behind it.
+    """
+    tokenizer, image, found = processor.tokenizer, processor.image_token, []
+    for mark, before in marks.items():
+        name = mark.strip()
+        space = mark[len(mark.rstrip()) :]
+        behind = ["", "\n", *(space + more for more in ("", "\n", "\n\n", "\n\n\n", image))]
+        for text in before if name else ():
+            found += [ids_in_text(tokenizer, text, name, after) for after in behind]
+            found += [ids_in_text(tokenizer, text, name + space, after) for after in ("", image) if whole]
+    known = [ids for ids in found if ids and tokenizer.unk_token_id not in ids]
+    return [ids for index, ids in enumerate(known) if ids not in known[:index]]
 
 
 def ids_in_text(tokenizer, before: str, mark: str, after: str) -> list[int]:
