@@ -13,6 +13,7 @@ from .compat_processing import MergedPlaceholderProcessor
 logger = logging.get_logger(__name__)
 
 CHAT = {"QUESTIONONE": "user", "ANSWERONE": "assistant", "QUESTIONTWO": "user"}
+CHAT_OF_USERS = {"QUESTIONONE": "user", "QUESTIONTWO": "user"}
 CHAT_WITH_SYSTEM = {"SYSTEMONE": "system", "QUESTIONONE": "user"}
 CHAT_WITH_TOOL = {"QUESTIONONE": "user", "TOOLONE": "tool"}
 
@@ -21,14 +22,13 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
     """`question_start_token_ids` and `question_end_token_ids` of a [`MergerConfig`], from a processor's chat template.
 
     A question starts behind what the template writes before every text of a user. It ends at the special token that the
-    template writes behind it, or where there is none, at all that it writes there. What a template writes around a
-    system prompt (Llama-2) or a tool's text (Qwen) inside the user's turn ends the question too, and starts it again.
+    template writes behind it, or where there is none, at all that it writes there.
 
     Raises:
-        ValueError: It has no chat template, or one that writes nothing between a question and its answer, or a
-            tokenizer that cannot say which characters its tokens are of.
+        ValueError: It has no chat template, or one that takes no question with an answer or writes nothing between
+            them, or a tokenizer that cannot say which characters its tokens are of.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, image = processor.tokenizer, processor.image_token
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} cannot say which characters a token is of, so that the marks of the chat "
@@ -36,32 +36,48 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
             f"merger_config."
         )
     special = [token for token in tokenizer.get_added_vocab() if token.strip()]
-    first, behind, later = (split_at(special, text) for text in text_before_messages(processor, CHAT))
+    first, behind, later = (split_at(special, text) for text in text_before_messages(processor, CHAT) or ("", "", ""))
     end = without_first(behind, ())
     if not end:
         raise ValueError(
-            "The chat template writes nothing between a question and its answer, so that a question-aware merger "
-            "cannot tell them apart. Set question_end_token_ids of the merger_config."
+            "The chat template takes no question with an answer, or writes nothing between them, so that a "
+            "question-aware merger cannot tell them apart. Set question_end_token_ids of the merger_config."
         )
     closing = end[:1] if end[0] in special else ["".join(end)]
     outer = (tokenizer.bos_token, tokenizer.eos_token, *closing)
-    start = "".join(without_first(common_suffix(first, later), outer) or without_first(later, outer))
-    before_system, behind_system = text_before_messages(processor, CHAT_WITH_SYSTEM) or ("", "")
-    if start.rstrip() not in before_system:  # it stands before the turn
-        before_system = behind_system = ""
-    _, before_tool = text_before_messages(processor, CHAT_WITH_TOOL) or ("", "")
-    in_turn = [text.rpartition(start.rstrip())[2] for text in (before_system, before_tool)]
-    image, eos = processor.image_token, tokenizer.eos_token or ""
-    before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", eos)
+    shared = without_first(common_suffix(first, later), outer)
+    start = "".join(shared if re.search(r"\w", "".join(shared)) else without_first(later, outer))
+    # what ends a question may also end a message before it, even another one of the user
+    _, longer = text_before_messages(processor, CHAT_OF_USERS) or ("", "".join(later))
+    longer = longer.strip() if longer.lstrip().startswith(closing[0]) else ""
+    resuming, interrupting = marks_within_turn(processor, start.rstrip(), closing[0])
+    before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", tokenizer.eos_token or "")
     attached = () if behind[0].isspace() else ("x", "x.", "x?", "x!")
-    # the special token also ends the message before, even another one of the user
-    longer = "".join(later).rstrip() if later[:1] == closing else ""
-    starts = {start: before, longer: before, behind_system: before}
-    ends = {closing[0]: before + attached, **dict.fromkeys(in_turn, (start,))}
+    starts = {start: before, longer: before, resuming: before}
+    ends = {closing[0]: before + attached} | dict.fromkeys(interrupting, (start,))
     return {
         "question_start_token_ids": ids_of_marks(processor, starts, whole=True),
         "question_end_token_ids": ids_of_marks(processor, ends),
     }
+
+
+def marks_within_turn(processor, start: str, end: str) -> tuple[str, list[str]]:
+    """What the chat template writes in a user's turn behind a system prompt, and before that and before tools' text.
+
+    Llama-2's puts system prompts there, Qwen's the text of tools.
+
+    Args:
+        start: What opens the turn.
+        end: What ends it, which need not be found twice.
+    """
+    if not start:
+        return "", []
+    before_system, behind_system = text_before_messages(processor, CHAT_WITH_SYSTEM) or ("", "")
+    if start not in before_system:  # it stands before the turn
+        before_system = behind_system = ""
+    _, before_tool = text_before_messages(processor, CHAT_WITH_TOOL) or ("", "")
+    openings = [text.rpartition(start)[2] for text in (before_system, before_tool)]
+    return behind_system, [opening for opening in openings if not opening.startswith(end)]
 
 
 def text_before_messages(processor, chat: dict[str, str]) -> list[str] | None:
