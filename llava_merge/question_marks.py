@@ -47,13 +47,10 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
     outer = (tokenizer.bos_token, tokenizer.eos_token, *closing)
     shared = without_first(common_suffix(first, later), outer)
     start = "".join(shared if re.search(r"\w", "".join(shared)) else without_first(later, outer))
-    # what ends a question may also end a message before it, even another one of the user
-    _, longer = text_before_messages(processor, CHAT_OF_USERS) or ("", "".join(later))
-    longer = longer.strip() if longer.lstrip().startswith(closing[0]) else ""
-    resuming, interrupting = marks_within_turn(processor, start.rstrip(), closing[0])
+    resuming, interrupting = marks_between_messages(processor, start.rstrip(), closing[0], "".join(later))
     before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", tokenizer.eos_token or "")
     attached = () if behind[0].isspace() else ("x", "x.", "x?", "x!")
-    starts = {start: before, longer: before, resuming: before}
+    starts = dict.fromkeys((start, *resuming), before)
     ends = {closing[0]: before + attached} | dict.fromkeys(interrupting, (start,))
     return {
         "question_start_token_ids": ids_of_marks(processor, starts, whole=True),
@@ -61,23 +58,30 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
     }
 
 
-def marks_within_turn(processor, start: str, end: str) -> tuple[str, list[str]]:
-    """What the chat template writes in a user's turn behind a system prompt, and before that and before tools' text.
+def marks_between_messages(processor, start: str, end: str, later: str) -> tuple[list[str], list[str]]:
+    """What else opens what a user writes in a turn, and what else ends it: two lists.
 
-    Llama-2's puts system prompts there, Qwen's the text of tools.
+    The first are what ends a message and opens the user's, which ends no turn, and what Llama-2 writes behind a system
+    prompt in the user's turn. The second are what it writes before that, and Qwen before the text of a tool there.
 
     Args:
-        start: What opens the turn.
-        end: What ends it, which need not be found twice.
+        start: What opens the user's text.
+        end: What ends it.
+        later: All that stands between an answer and the next question.
     """
     if not start:
-        return "", []
+        return [], []
     before_system, behind_system = text_before_messages(processor, CHAT_WITH_SYSTEM) or ("", "")
-    if start not in before_system:  # it stands before the turn
-        before_system = behind_system = ""
     _, before_tool = text_before_messages(processor, CHAT_WITH_TOOL) or ("", "")
-    openings = [text.rpartition(start)[2] for text in (before_system, before_tool)]
-    return behind_system, [opening for opening in openings if not opening.startswith(end)]
+    _, between_users = text_before_messages(processor, CHAT_OF_USERS) or ("", later)
+    openings = [before_tool.rpartition(start)[2]]
+    resuming = [between_users.rstrip()] if between_users.lstrip().startswith(end) else []
+    if start in before_system and end in behind_system:  # it is written as a user's message, of another turn
+        resuming = []
+    elif start in before_system:
+        openings.append(before_system.rpartition(start)[2])
+        resuming.append(behind_system)
+    return resuming, [opening for opening in openings if not opening.startswith(end)]
 
 
 def text_before_messages(processor, chat: dict[str, str]) -> list[str] | None:

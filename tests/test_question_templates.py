@@ -106,7 +106,7 @@ INST = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_RESUL
 
 @dataclass
 class Family:
-    """A chat template and a tokenizer. `pieces`, "bytes" or "words", says how it splits, `real` which package has it."""
+    """A chat template and a tokenizer: `pieces`, "bytes" or "words", is how it splits, `real` which package has it."""
 
     template: str
     eos: str
@@ -145,7 +145,7 @@ FAMILIES = {
     "alpaca": Family(ALPACA, "</s>", no_mark_behind_user=True),
 }
 CORPUS = """user assistant system model tool USER: ASSISTANT: [INST] [/INST] <<SYS>> <</SYS>> ### Instruction: Response:
-What color is it? Which star? You are helpful. Answer briefly. Red. Blue. How many circles are there? Is it a star? No."""
+What color is it? Which star? You are helpful. Red. Blue. How many circles are there? Is it a star? No."""
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -266,6 +266,15 @@ def questions(model, processor, ids: torch.Tensor, generating: bool = True, **ma
     num_images = int((ids == model.config.image_token_id).sum()) // NUM_TOKENS
     prompt = model.model.read_prompt(ids, None, may_hold_answers=not generating, **masks)
     question = model.model.get_question(prompt, [NUM_TOKENS] * num_images)
+    return [processor.tokenizer.decode(ids.flatten()[mask]) for mask in question.mask]
+
+
+def read_with_marks(processor, ids: torch.Tensor) -> list[str]:
+    """The same for a row (1, L), without a model."""
+    marks = TurnMarks(*find_question_marks(processor).values(), [processor.tokenizer.eos_token_id], [])
+    image_mask = ids == processor.tokenizer.convert_tokens_to_ids("<image>")
+    first_placeholders = image_mask.flatten().nonzero()[::NUM_TOKENS, 0]
+    question = question_of_images(ids[..., None], split_turns(ids, image_mask, marks), first_placeholders)
     return [processor.tokenizer.decode(ids.flatten()[mask]) for mask in question.mask]
 
 
@@ -415,6 +424,13 @@ def test_old_prompts_of_llava():
     assert [text.strip() for text in questions(model, processor, encode(processor, chat))] == [Q, Q2]
 
 
+def test_a_system_prompt_written_as_a_users_message_is_not_read():
+    processor = wrap(make_processor("mistral v7").tokenizer, MISTRAL_V7.replace("SYSTEM_PROMPT", "INST"))
+    ids = encode(processor, CHATS["a later turn behind a system prompt"][0])
+    assert read_with_marks(processor, ids) == [Q]
+    assert read_with_marks(processor, encode(processor, [SYSTEM, FIRST])) == [Q]
+
+
 def test_a_system_prompt_without_a_mark_inside_the_users_turn_is_part_of_it():
     """So Gemma 3 and Mistral Nemo write it; ids do not tell where it ends."""
     model, processor = make_model("gemma"), make_processor("gemma")
@@ -443,15 +459,10 @@ def test_the_real_tokenizers_are_there():
 def test_templates_as_their_models_have_them(package):
     """Those that take no parts have the placeholder in the text."""
     processor = make_real_processor(package)
-    marks = TurnMarks(*find_question_marks(processor).values(), [processor.tokenizer.eos_token_id], [])
     for text in (*BEGINNINGS, "Red.", "\n\nRed."):
         first, answered, later = ("user", f"<image>{Q}"), ("assistant", text), ("user", f"<image>{Q2}")
         chat = [first, answered, ("user", "Is it a star?"), answered, later]
         for system in ([], [("system", "You are helpful.")] * (package not in SYSTEM_IN_TURN)):
             messages = [{"role": role, "content": content} for role, content in [*system, *chat]]
             prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-            ids = encode(processor, prompt)
-            image_mask = ids == processor.tokenizer.convert_tokens_to_ids("<image>")
-            turns = split_turns(ids, image_mask, marks)
-            question = question_of_images(ids[..., None], turns, image_mask.flatten().nonzero()[::NUM_TOKENS, 0])
-            assert [processor.tokenizer.decode(ids.flatten()[mask]) for mask in question.mask] == [Q, Q2]
+            assert read_with_marks(processor, encode(processor, prompt)) == [Q, Q2]
