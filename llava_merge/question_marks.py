@@ -47,7 +47,7 @@ def find_question_marks(processor) -> dict[str, list[list[int]]]:
     outer = (tokenizer.bos_token, tokenizer.eos_token, *closing)
     shared = without_first(common_suffix(first, later), outer)
     start = "".join(shared if re.search(r"\w", "".join(shared)) else without_first(later, outer))
-    resuming, interrupting = marks_between_messages(processor, start.rstrip(), closing[0], "".join(later))
+    resuming, interrupting = marks_between_messages(processor, start.rstrip(), closing[0].rstrip(), "".join(later))
     before = ("", "x ", "x  ", "x\n", "x\n\n", f"{image} ", f"{image}\n", tokenizer.eos_token or "")
     attached = () if behind[0].isspace() else ("x", "x.", "x?", "x!")
     starts = dict.fromkeys((start, *resuming), before)
