@@ -301,6 +301,14 @@ def test_the_masks_are_those_of_the_rule_token_by_token(seed, sequences):
         assert mask[rows[image]].nonzero()[:, 0].tolist() == expected[image]
 
 
+def test_an_end_within_a_start_ends_nothing():
+    """Else a mark that ends a message would part it from the user's next one."""
+    ids = torch.tensor([[5, 8, 9, 6, 7, 8, 9]])
+    turns = split_turns(ids, ids < 0, TurnMarks([[5], [9, 6, 7]], [[6]], [], []))
+    assert turns.number.max() == 1 and turns.is_text.tolist() == [[False, True, False, False, False, True, True]]
+    assert not turns.opens_answer.any()
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -173,7 +173,7 @@ def small_tokenizer(pieces: str) -> str:
         )
         alphabet = []
     lines = [f"{line} {'(){}|<>_'}" for line in CORPUS.splitlines()] * 20
-    more = ["\n", "\n\n", "\n\n\n", ":\n", ":\n\n", "?\n"] * 20 if pieces == "bytes" else []
+    more = ["\n", "\n\n", "\n\n\n", ":\n", ":\n\n", "?\n", "?<"] * 20 if pieces == "bytes" else []
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=names, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(lines + more, trainer)
     return tokenizer.to_str()
@@ -436,6 +436,44 @@ def test_a_system_prompt_without_a_mark_inside_the_users_turn_is_part_of_it():
     model, processor = make_model("gemma"), make_processor("gemma")
     prompt = f"<bos><start_of_turn>user\nYou are helpful.\n\n<image>{Q}<end_of_turn>\n<start_of_turn>model\n"
     assert questions(model, processor, encode(processor, prompt))[0].endswith(Q)
+
+
+def marks_of(template: str, pieces: str = "bytes") -> dict[str, set[str]]:
+    """The marks of a template, as text without the space around it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(small_tokenizer(pieces)), eos_token="</s>")
+    marks = find_question_marks(wrap(tokenizer, template))
+    return {name: {tokenizer.decode(ids).strip() for ids in sequences} for name, sequences in marks.items()}
+
+
+def test_marks_of_a_template_that_takes_text_alone():
+    text = "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content | trim }} {% endfor %}"
+    expected = {"question_start_token_ids": {"USER:"}, "question_end_token_ids": {"ASSISTANT:"}}
+    assert marks_of(text) == marks_of(VICUNA) == expected
+
+
+def test_marks_that_share_no_word_are_those_of_later_turns():
+    first = "{{ 'Question: ' if loop.index0 else 'Q: ' }}"
+    template = "{% for m in messages %}{% if m.role == 'user' %}" + first + BODY + " {% else %}Answer: " + BODY + "\n"
+    marks = marks_of(template + "{% endif %}{% endfor %}")
+    assert marks == {"question_start_token_ids": {"Question:"}, "question_end_token_ids": {"Answer:"}}
+
+
+def test_a_template_with_nothing_before_questions():
+    template = "{% for m in messages %}" + BODY + "{{ ' ->' if m.role == 'user' else '</s>' }}{% endfor %}"
+    assert marks_of(template) == {"question_start_token_ids": set(), "question_end_token_ids": {"->"}}
+
+
+def test_a_mark_that_a_question_touches():
+    """The tokenizer makes one token of the end of the one and the begin of the other."""
+    template = (
+        "{% for m in messages %}{{ '<USER>' if m.role == 'user' else '<AI>' }}" + BODY + "{{ '</s>' if m.role == "
+        "'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}<AI>{% endif %}"
+    )
+    tokenizer = make_processor("vicuna, bytes").tokenizer
+    processor = wrap(tokenizer, template)
+    ids = encode(processor, [FIRST, answer("Red."), LATER])
+    assert "?<" in tokenizer.convert_ids_to_tokens(ids[0])
+    assert read_with_marks(processor, ids) == [Q.removesuffix("?"), Q2.removesuffix("?")]
 
 
 def test_a_template_that_takes_no_chat():
