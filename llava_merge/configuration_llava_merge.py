@@ -125,10 +125,10 @@ class MergerConfig(PretrainedConfig):
             in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. Not with FlashAttention.
         trained_num_tokens: Budgets M that the merger was trained with; smaller ones give a warning.
         has_projector: Whether the checkpoint of the merger also holds the projector trained with it; saving sets it.
-        question_start_token_ids: Id sequences that open what a user writes, such as those of "USER:" behind a space and
-            behind a line break. None until known; loading finds them in the chat template.
-        question_end_token_ids: Id sequences that end it, such as those of "ASSISTANT:" or "<|im_end|>". A question-aware
-            merger reads what stands between, in the turn that holds the image.
+        question_start_token_ids: Id sequences that open what a user writes, such as those of "USER:" behind a space
+            and behind a line break. None until known; loading finds them in the chat template.
+        question_end_token_ids: Id sequences that end it, such as those of "ASSISTANT:" or "<|im_end|>". A
+            question-aware merger reads what stands between, in the turn that holds the image.
 
     Raises:
         ValueError: A value out of range, or two that disagree.

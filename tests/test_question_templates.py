@@ -446,7 +446,8 @@ def marks_of(template: str, pieces: str = "bytes") -> dict[str, set[str]]:
 
 
 def test_marks_of_a_template_that_takes_text_alone():
-    text = "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content | trim }} {% endfor %}"
+    name = "{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+    text = "{% for m in messages %}" + name + "{{ m.content | trim }} {% endfor %}"
     expected = {"question_start_token_ids": {"USER:"}, "question_end_token_ids": {"ASSISTANT:"}}
     assert marks_of(text) == marks_of(VICUNA) == expected
 
