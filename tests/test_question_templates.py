@@ -459,6 +459,11 @@ def test_marks_that_share_no_word_are_those_of_later_turns():
     assert marks == {"question_start_token_ids": {"Question:"}, "question_end_token_ids": {"Answer:"}}
 
 
+def test_what_ends_answers_is_no_part_of_what_starts_questions():
+    """Even where the template writes another end of sequence than the tokenizer has."""
+    assert marks_of(VICUNA.replace("</s>", "<end>"))["question_start_token_ids"] == {"USER:"}
+
+
 def test_a_template_with_nothing_before_questions():
     template = "{% for m in messages %}" + BODY + "{{ ' ->' if m.role == 'user' else '</s>' }}{% endfor %}"
     assert marks_of(template) == {"question_start_token_ids": set(), "question_end_token_ids": {"->"}}
