@@ -464,6 +464,11 @@ def test_what_ends_answers_is_no_part_of_what_starts_questions():
     assert marks_of(VICUNA.replace("</s>", "<end>"))["question_start_token_ids"] == {"USER:"}
 
 
+def test_a_prompt_by_hand_without_the_system_prompt_that_the_template_always_writes():
+    prompt = f"<|im_start|>user\n<image>{Q}<|im_end|>\n<|im_start|>assistant\n"
+    assert questions(make_model("qwen"), make_processor("qwen"), encode(make_processor("qwen"), prompt)) == [Q]
+
+
 def test_a_template_with_nothing_before_questions():
     template = "{% for m in messages %}" + BODY + "{{ ' ->' if m.role == 'user' else '</s>' }}{% endfor %}"
     assert marks_of(template) == {"question_start_token_ids": set(), "question_end_token_ids": {"->"}}
