@@ -121,7 +121,7 @@ FAMILIES = {
     "chatml": Family(CHATML, "<|im_end|>", None, IM, real="qwen2_5"),
     "chatml, another eos": Family(CHATML, "<|endoftext|>", None, IM, real="qwen3"),
     "chatml, words": Family(CHATML, "<|im_end|>", "<s>", IM, "words", "internlm2"),
-    "qwen": Family(QWEN, "<|im_end|>", None, IM),
+    "qwen": Family(QWEN, "<|endoftext|>", None, IM),
     "llama3": Family(
         LLAMA3, "<|eot_id|>", "<|begin_of_text|>", ("<|start_header_id|>", "<|end_header_id|>"), real="llama3"
     ),
