@@ -2,6 +2,7 @@
 """`generate` from the graphs of `compile_for_inference`. It sees a cache that is an empty one with a number in it."""
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -135,6 +136,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         Code that torch.compile has made stays in the process, without the model, till `torch.compiler.reset()`.
         """
         self.inference_graphs = None
+        gc.collect()  # they hold themselves; freed later, maybe while others are recorded, they would spoil these
 
     def _warn_of_shapes(self, shapes: GraphShapes):
         """Warns where the longest prompt takes more positions than the language model, which no call then checks."""

@@ -284,7 +284,7 @@ class TestCommand:
             (("--num-merged-tokens", "-4"), "num_merged_tokens=-4"),
             (("--num-merged-tokens", "100000"), "num_merged_tokens=100000 is more than"),
             (("--model", "/nowhere/at/all"), "/nowhere/at/all"),
-            (("--model", "{}"), "no file named"),
+            (("--model", "{}"), "has no config.json"),
             (("--merger", "/nowhere/at/all"), "/nowhere/at/all"),
             (("--merger", str(MODEL_DIR)), "not of a merger"),
             (("--merger", "visionzp"), "merger 'visionzp' is neither a method (average_pooling, c_abstractor"),

@@ -129,7 +129,7 @@ def test_things_of_hard_scenes_get_a_token_each():
     scenes = [scene_of("train", index, hard=True)[0] for index in range(8)]
     pictures = processor.image_processor([draw_scene(scene) for scene in scenes], return_tensors="pt")
     with torch.no_grad():
-        features = model.model.encode_images(pictures["pixel_values"].to(model.dtype)).last_hidden_state[:, 1:]
+        features = model.get_vision_features(pictures["pixel_values"].to(model.dtype))
     distances = patch_distances((24, 24), features.device) * (16 / 576)
     picks = salient_patches(centred(features).norm(dim=-1), distances, 16)
     of_grid = slot_places((24, 24), 16).expand_as(picks)

@@ -211,10 +211,18 @@ RELIED_ON = [
     ),
     Reliance(MergerConfig, "__init__", "keywords only"),
     Reliance(MergerConfig, "from_pretrained", "as that of LlavaMergeConfig"),
+    Reliance(MergerConfig, "from_dict", "as that of LlavaMergeConfig"),
     Reliance(
         LlavaMergeProcessor, "__init__", "its arguments", parameters=("image_processor", "tokenizer", "patch_size")
     ),
     Reliance(LlavaMergeProcessor, "from_pretrained", "its first argument", ("pretrained_model_name_or_path",)),
+    Reliance(
+        LlavaMergeProcessor,
+        "save_pretrained",
+        "it writes into the folder, and with push_to_hub uploads that folder as repo_id",
+        parameters=("save_directory", "push_to_hub"),
+        mentions=("os.makedirs(save_directory", '"repo_id"', "self._upload_modified_files("),
+    ),
     Reliance(
         LlavaMergeProcessor,
         "to_json_file",
