@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
+from llava_merge.serving import requests
 from llava_merge.serving.requests import (
     check_budget,
     check_named,
@@ -36,6 +37,14 @@ class TestBudgets:
 
     def test_any_where_it_was_not_trained(self):
         assert served_budgets(config()) == list(range(1, NUM_PATCHES + 1))
+
+    def test_the_method_is_looked_up_once(self, monkeypatch):
+        """Each request asks which budgets are served: 576 look-ups, one for each, took most of its time on the host."""
+        asked = []
+        found = requests.find_merging_method
+        monkeypatch.setattr(requests, "find_merging_method", lambda config: asked.append(1) or found(config))
+        served_budgets(config())
+        assert len(asked) == 1
 
     def test_all_where_nothing_is_merged(self):
         untouched = tiny_model({"merger_type": "none"}).config

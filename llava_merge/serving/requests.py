@@ -57,7 +57,7 @@ def served_budgets(config: LlavaMergeConfig) -> list[int]:
     if merger_config.trained_num_tokens:
         return sorted({merger_config.num_merged_tokens, *merger_config.trained_num_tokens})
     budgets = range(1, config.num_patches + 1)
-    return [number for number in budgets if not resizes_pictures(config) or makes_picture(number)]
+    return [*filter(makes_picture, budgets)] if resizes_pictures(config) else [*budgets]
 
 
 def resizes_pictures(config: LlavaMergeConfig) -> bool:
