@@ -165,7 +165,7 @@ def test_answers_are_those_of_transformers(merger, position_ids, base, tmp_path)
     ids=["SigLIP", "several layers", "layers of the merger", "smaller pictures"],
 )
 def test_other_towers(tower, fields, merger, tmp_path):
-    folder = make_checkpoint(make_base(tmp_path, tower, **fields), tmp_path, merger, tower, **fields)
+    folder = make_checkpoint(make_base(tmp_path / "base", tower, **fields), tmp_path, merger, tower, **fields)
     reference, asked = Reference(folder), [case for case in cases() if case[2] is None]
     with serving(folder) as llm:
         assert ask(llm, [reference.request(*case) for case in asked]) == [reference.answer(*case) for case in asked]
