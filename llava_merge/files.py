@@ -40,14 +40,21 @@ def refuse_output_in_input(output: Path, *inputs: str | Path | None):
             )
 
 
-def write_whole(path: Path, text: str):
-    """Writes a file under another name first, and then renames it."""
-    written = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # a name that no link can lie in wait for
+@contextmanager
+def renamed_when_whole(path: Path):
+    """The path to write a file at, of the same extension, which becomes `path` afterwards where nothing is raised."""
+    written = path.with_name(f".{uuid.uuid4().hex}-{path.name}")  # a name that no link can lie in wait for
     try:
-        written.write_text(text, encoding="utf-8")
+        yield written
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str):
+    """Writes a file of text whole or not at all."""
+    with renamed_when_whole(path) as written:
+        written.write_text(text, encoding="utf-8")
 
 
 def save_at_once(save, directory: str | os.PathLike, optional: tuple[str, ...] = ()) -> list[str]:

@@ -111,7 +111,7 @@ def push_folder(
     api = HfApi(token=token)
     if not create_pr:
         repo_id = prepare_repo(api, repo_id, private, revision)
-    where = {"revision": revision, "create_pr": create_pr, "delete_patterns": gone, "allow_patterns": files}
+    where = {"revision": revision, "create_pr": create_pr, "delete_patterns": gone or None, "allow_patterns": files}
     message = commit_message or f"Upload {kind}"
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **where, **kwargs)
 

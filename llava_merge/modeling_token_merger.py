@@ -242,9 +242,8 @@ class TokenMerger(SavesAtOnce, PreTrainedModel):
         with naming_broken_files(path, hub_kwargs, kwargs.get("variant")):
             if not kwargs.get("variant"):
                 with torch.device("meta"):
-                    check_shapes(
-                        path, {name: weight.shape for name, weight in cls(config).named_parameters()}, hub_kwargs
-                    )
+                    shapes = {name: weight.shape for name, weight in cls(config).named_parameters()}
+                check_shapes(path, shapes, hub_kwargs)
             merger, info = super().from_pretrained(path, *args, **kwargs)
         refuse_missing_weights(path, info["missing_keys"])
         return (merger, info) if wants_info else merger

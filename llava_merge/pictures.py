@@ -2,11 +2,12 @@
 """Opening of every picture that the package is given, and saving of those it draws."""
 
 import os
-import uuid
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image
+
+from llava_merge.files import renamed_when_whole
 
 
 def open_picture(source: str | os.PathLike) -> Image.Image:
@@ -29,16 +30,12 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path):
-    """Saves a picture under another name of the same extension first, and then renames it.
+    """Saves a picture whole or not at all.
 
     Raises:
         ValueError: There is no such folder, or the extension is of no format that Pillow writes.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}.")
-    written = path.with_name(f".{uuid.uuid4().hex}-{path.name}")  # a name that no link can lie in wait for
-    try:
+    with renamed_when_whole(path) as written:
         picture.save(written)
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)

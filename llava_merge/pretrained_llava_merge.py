@@ -41,8 +41,9 @@ def unused_layers_pattern(config: LlavaMergeConfig) -> str:
 
 def names_text_tower(merger_config: MergerConfig | dict | None) -> bool:
     """Whether a caller's configuration names a text tower, which may then be fetched; a checkpoint's may not."""
-    given = merger_config if isinstance(merger_config, dict) else vars(merger_config) if merger_config else {}
-    return given.get("text_tower") is not None
+    if isinstance(merger_config, dict):
+        return merger_config.get("text_tower") is not None
+    return merger_config is not None and merger_config.text_tower is not None
 
 
 def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:

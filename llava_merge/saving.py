@@ -47,7 +47,8 @@ class SavesAtOnce:
         Raises:
             ValueError: The method is defined in a script or notebook, so that no other process could load it.
         """
-        if kwargs.get("distributed_checkpoint"):  # every rank writes its own files
+        is_gathered_late = not TRANSFORMERS_V5 and self._tp_size is not None  # 4.57 waits for all ranks as it writes
+        if kwargs.get("distributed_checkpoint") or is_gathered_late:  # every rank writes
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         pushes, hub_kwargs = kwargs.pop("push_to_hub", False), push_arguments(kwargs)
         if not (is_main_process and is_first_rank()):

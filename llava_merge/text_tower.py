@@ -39,12 +39,11 @@ class TextTower:
     Args:
         name: Directory or Hub repo of a CLIP, such as "openai/clip-vit-large-patch14-336".
         vision_dim: Width of the features that it is to judge.
-        hub_kwargs: Arguments of `from_pretrained` that say how the Hub is reached.
+        hub_kwargs: Arguments of `from_pretrained` that say how the Hub is reached; with `local_files_only` nothing is
+            fetched.
 
     Raises:
         ValueError: It cannot be loaded, or is of another vision tower.
-
-    With `local_files_only` among the `hub_kwargs` nothing is fetched.
     """
 
     def __init__(self, name: str, vision_dim: int, hub_kwargs: dict | None = None):

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm.auto
+import transformers
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 from hub_server import HubServer
 from safetensors.torch import load, load_file
 
 import llava_merge.saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, TokenMerger
+from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.files import STAGED, replaced_weights, save_at_once
 from llava_merge.saving import PROJECTOR
 
@@ -302,6 +304,19 @@ def test_a_file_in_the_way(tmp_path):
 def test_other_processes_than_the_main_one_write_as_in_transformers(tmp_path):
     tiny_model(OLD).save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other" / "config.json").exists()
+
+
+@pytest.mark.skipif(TRANSFORMERS_V5, reason="gathers the shards of all ranks before the first one writes")
+def test_ranks_with_parts_of_a_tensor_save_as_in_transformers(tmp_path, monkeypatch):
+    """4.57 puts each tensor together while it writes, for which it waits for all ranks."""
+    model, called = tiny_model(OLD), []
+    monkeypatch.setattr(type(model), "_tp_size", 2)
+    monkeypatch.setattr(llava_merge.saving, "is_first_rank", lambda: False)
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: called.append(args[1:])
+    )
+    model.save_pretrained(tmp_path)
+    assert called == [(tmp_path, True)]
 
 
 def save_on_each_rank(rank: int, folder: str, rounds: int):

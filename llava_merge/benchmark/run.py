@@ -21,7 +21,7 @@ from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.candidates import UNMERGED, Candidate, checkpoints_of, parse_candidate, put_merger
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
-from llava_merge.files import refuse_output_in_input, write_whole
+from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
 from llava_merge.inference_graphs import InferenceGraphs
 from llava_merge.placeholders import ALL_TOKENS
 
@@ -295,6 +295,5 @@ def draw_if_possible(report: dict, path: Path):
     except ModuleNotFoundError as error:
         logger.warning_once(f"No {path.name} was drawn, since {error.name} is not installed.")
         return
-    temporary = path.with_suffix(".tmp")
-    draw_phases(report, temporary)
-    temporary.replace(path)
+    with renamed_when_whole(path) as written:
+        draw_phases(report, written)

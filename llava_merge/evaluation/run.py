@@ -29,7 +29,7 @@ from llava_merge.evaluation.report import (
     protocol_in_words,
     read_evaluation,
 )
-from llava_merge.files import refuse_output_in_input, write_whole
+from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
 from llava_merge.loading import read_checkpoint
 
 
@@ -232,6 +232,5 @@ def write_report(report: dict, output: Path, others: list[dict]):
     except ModuleNotFoundError as error:
         logger.warning(f"No scores.png was drawn, since {error.name} is not installed.")
         return
-    temporary = output / "scores.tmp"
-    draw_results(shown, temporary)
-    temporary.replace(output / "scores.png")
+    with renamed_when_whole(output / "scores.png") as written:
+        draw_results(shown, written)

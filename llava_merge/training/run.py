@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.configuration_llava_merge import BUDGET
-from llava_merge.files import refuse_output_in_input, write_whole
+from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
@@ -180,7 +180,8 @@ def write_report(settings: Settings, trainer: MergerTrainer, metrics: dict[str, 
     write_whole(folder / "metrics.json", json.dumps(report_of(settings, trainer, metrics), indent=1) + "\n")
     from llava_merge.training.curves import draw_curves  # matplotlib is slow to import
 
-    draw_curves(trainer.state.log_history, folder / "curves.png")
+    with renamed_when_whole(folder / "curves.png") as written:
+        draw_curves(trainer.state.log_history, written)
     kind = MERGER if trainer.saves_parts else ADAPTER if settings.trained.parts == "merger_lora" else MODEL
     config = trainer.accelerator.unwrap_model(trainer.model).config.merger_config
     base, facts = settings.backbone_settings.mllm_settings.model, run_facts(settings, trainer, metrics)
