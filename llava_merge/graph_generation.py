@@ -18,6 +18,7 @@ from .generation_llava_merge import EncodesImagesBeforeForward
 from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
 from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget
 from .position_range import warn_of_positions
+from .running_calls import counted
 from .stock_signature import takes_arguments_of
 from .token_placing import find_cache
 
@@ -154,6 +155,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         return [self.model.budgets(1, budget)[0] for budget in num_merged_tokens]
 
     @takes_arguments_of(GenerationMixin.generate)
+    @counted
     def generate(self, **kwargs):
         """As in transformers; from the graphs of [`compile_for_inference`] where they fit."""
         if "past_key_values" in kwargs:

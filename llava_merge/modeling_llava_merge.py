@@ -77,6 +77,7 @@ from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
 from .resized_pictures import ResizesPictures
+from .running_calls import RunningCalls, counted
 from .saving import SavesAtOnce  # noqa: F401
 from .stock_signature import takes_arguments_of
 from .text_tower import TextTower, read_for_question
@@ -138,6 +139,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
         self._prepare_loading(fresh_merger)
+        self.running_calls = RunningCalls()
         self.text_tower: TextTower | None = None  # no module: it is neither trained nor saved
         self.question_tokenizer = None  # for the text tower, which reads questions as text
         self.vision_tower = AutoModel.from_config(config.used_vision_config)
@@ -158,6 +160,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         """What the merger requires besides the features: names of fields of [`MergeExtras`]."""
         return required_extras(self.config.merger_config)
 
+    @counted
     def get_vision_features(
         self,
         pixel_values: Tensor,
@@ -175,6 +178,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
         return self._run_tower(pixel_values, **kwargs)[0]
 
+    @counted
     def get_merge_extras(
         self,
         pixel_values: Tensor,
@@ -334,6 +338,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             )
         return budgets
 
+    @counted
     def merge_features(
         self,
         features: Tensor,
@@ -368,6 +373,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         output.merged_features = output.merged_features.to(features.dtype)
         return output
 
+    @counted
     def encode_images(
         self,
         pixel_values: Tensor,
@@ -433,6 +439,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         merged = self.merge_features(features, question, grid, budget, extras)
         return self._project(merged.merged_features), merged.positions, merged.sizes
 
+    @counted
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -467,6 +474,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         )
         return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
 
+    @counted
     def run_tower(self, pixel_values: Tensor, **kwargs) -> TowerFeatures:
         """Images (I, 3, H, W) behind the tower, with what the merging method requires.
 
@@ -475,6 +483,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         features, _, extras = self._run_tower(pixel_values, with_extras=True, **kwargs)
         return TowerFeatures(features, extras, tuple(pixel_values.shape[-2:]))
 
+    @counted
     def encode_images_of_prompt(
         self,
         images: Tensor | TowerFeatures,
@@ -521,6 +530,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
         return self.get_question(prompt, num_tokens)
 
+    @counted
     @torch.no_grad()
     def merge_sources(self, pixel_values: Tensor, num_merged_tokens=None, **inputs) -> list[Tensor]:
         """Which patches each merged token of a prompt came from, to be looked at: see `llava_merge.visualization`.
@@ -553,6 +563,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         return merge_by_budget(source_of, features, question, grid, budgets, extras)[0]
 
     @takes_arguments_of(LlavaModel.forward)
+    @counted
     @can_return_tuple
     def forward(
         self,

@@ -27,6 +27,7 @@ from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import check_no_adapters, make_projector, read_projector, replace_projectors
 from .question_marks import find_question_marks, read_questions_of_folder
+from .running_calls import counted
 from .saving import SavesAtOnce
 
 
@@ -144,6 +145,10 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         model._prepare_questions(checkpoint.adapter_base or path, hub_kwargs, fetches_text_tower)
         return (model, info) if wants_info else model
 
+    @counted
+    def _write_files(self, *args, **kwargs):
+        super()._write_files(*args, **kwargs)
+
     def _prepare_questions(self, path: str, hub_kwargs: dict, fetches_text_tower: bool):
         """What a question-aware merger needs besides weights: marks between turns, and a text tower and tokenizer."""
         merger_config, headless = self.config.merger_config, self.headless_model
@@ -178,6 +183,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
 
         Raises:
             ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
+            RuntimeError: A call of this model is running.
         """
         merger_config = self.config.merger_config
         if merger_config.merger_type == "none":
@@ -186,9 +192,10 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
         )
         changed.num_tokens(self.config.num_patches)
-        for config in (merger_config, self.headless_model.merger.config):  # one and the same, but for PEFT's copy
-            config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
-        self.config.image_seq_length = num_merged_tokens
+        with self._no_call_beside("set_num_merged_tokens"):
+            for config in (merger_config, self.headless_model.merger.config):  # one and the same, but for PEFT's copy
+                config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
+            self.config.image_seq_length = num_merged_tokens
         if processor is not None:
             processor.num_merged_tokens = num_merged_tokens
 
@@ -199,10 +206,14 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
 
         Raises:
             ValueError: There is no chat template, or it writes nothing between the two.
+            RuntimeError: A call of this model is running.
         """
-        self.config.merger_config.update(find_question_marks(processor))
-        self.headless_model.question_tokenizer = processor.tokenizer
+        marks = find_question_marks(processor)
+        with self._no_call_beside("set_question_marks"):
+            self.config.merger_config.update(marks)
+            self.headless_model.question_tokenizer = processor.tokenizer
 
+    @counted
     def save_merger(self, save_directory: str, projector: bool = False):
         """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all.
 
@@ -222,6 +233,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
 
         Raises:
             ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
+            RuntimeError: A call of this model is running.
         """
         path = pretrained_model_name_or_path
         merger = TokenMerger.from_pretrained(path, **{"dtype": self.dtype, **kwargs})
@@ -231,13 +243,14 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
         tower_kwargs = for_other_repo(hub_arguments(kwargs)) | {"local_files_only": True}
-        self.headless_model.find_text_tower(merger.config, **tower_kwargs)
-        self.config.set_merger_config(self._fit_merger_config(merger.config))
-        self.config.merger_config.has_projector = False  # it is the model's now
-        if projector is not None:
-            replace_projectors(self.headless_model, projector, self.dtype)
-            logger.info(f"{path} replaced the projector too, which was trained with its merger.")
-        self._put_merger(merger)
+        with self._no_call_beside("load_merger"):
+            self.headless_model.find_text_tower(merger.config, **tower_kwargs)
+            self.config.set_merger_config(self._fit_merger_config(merger.config))
+            self.config.merger_config.has_projector = False  # it is the model's now
+            if projector is not None:
+                replace_projectors(self.headless_model, projector, self.dtype)
+                logger.info(f"{path} replaced the projector too, which was trained with its merger.")
+            self._put_merger(merger)
 
     def set_merger(self, merger_config: MergerConfig | dict):
         """Puts a fresh merger in the place of the present one: `model.set_merger({"merger_type": "tome"})`.
@@ -248,6 +261,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
 
         Raises:
             ValueError: It does not fit the model; the model is as before then.
+            RuntimeError: A call of this model is running.
         """
         present = self.config.merger_config
         if isinstance(merger_config, dict):
@@ -259,9 +273,13 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
                 kept["num_merged_tokens"] = present.num_merged_tokens
             merger_config = {**kept, **merger_config}
         merger = TokenMerger(self._fit_merger_config(merger_config)).to(self.dtype)
-        self.headless_model.find_text_tower(merger.config)
-        self.config.set_merger_config(merger.config)
-        self._put_merger(merger)
+        with self._no_call_beside("set_merger"):
+            self.headless_model.find_text_tower(merger.config)
+            self.config.set_merger_config(merger.config)
+            self._put_merger(merger)
+
+    def _no_call_beside(self, change: str):
+        return self.headless_model.running_calls.none_beside(change)
 
     def _fit_merger_config(self, merger_config: MergerConfig | dict) -> MergerConfig:
         """`merger_config` as this model needs it.

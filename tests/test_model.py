@@ -134,6 +134,91 @@ def test_question_mask_narrows_the_question():
     assert (narrowed - absent).abs().max() > 1e-3
 
 
+class TestChangesBesideCalls:
+    """A call sees one merger from its first token to its last, whatever other threads do."""
+
+    changes = {
+        "set_merger": lambda model: model.set_merger({"merger_type": "tome"}),
+        "set_num_merged_tokens": lambda model: model.set_num_merged_tokens(4),
+        "load_merger": lambda model: model.load_merger(model.saved),
+    }
+    calls = {
+        "generate": lambda model, batch: model.generate(**batch, max_new_tokens=2),
+        "forward": lambda model, batch: model(**batch),
+        "encode_images": lambda model, batch: model.encode_images(batch["pixel_values"]),
+        "get_image_features": lambda model, batch: model.get_image_features(batch["pixel_values"]),
+        "merge_sources": lambda model, batch: model.merge_sources(**batch),
+    }
+
+    @pytest.fixture
+    def model(self, tmp_path):
+        model = tiny_model(agnostic(), train_merger=True)
+        model.saved = tmp_path / "merger"
+        model.save_merger(model.saved)
+        return model
+
+    @pytest.mark.parametrize("change", changes)
+    @pytest.mark.parametrize("call", calls)
+    def test_a_change_is_refused_while_a_call_runs(self, model, call, change):
+        batch = {**prompts([1], 9), "pixel_values": pixels(1)}
+        expected = model(**batch).logits
+        refused = []
+
+        def interrupt(*args):
+            with pytest.raises(RuntimeError, match=f"^{change}: [12] calls of this model are running"):
+                run_in_a_thread(lambda: self.changes[change](model))
+            refused.append(change)
+
+        hook = model.model.vision_tower.register_forward_hook(interrupt)
+        self.calls[call](model, batch)
+        hook.remove()
+        assert refused == [change] and torch.equal(model(**batch).logits, expected)
+        self.changes[change](model)
+
+    def test_while_a_checkpoint_is_written(self, model, tmp_path, monkeypatch):
+        refused, write = [], torch.Tensor.contiguous
+
+        def interrupted(*args, **kwargs):
+            with pytest.raises(RuntimeError, match="set_merger"):
+                run_in_a_thread(lambda: self.changes["set_merger"](model))
+            refused.append(True)
+            return write(*args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "contiguous", interrupted)
+        model.save_pretrained(tmp_path / "whole")
+        monkeypatch.undo()
+        assert refused and LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "whole") is not None
+
+    def test_a_call_that_begins_meanwhile_waits(self, model, monkeypatch):
+        batch = {**prompts([1], 4), "pixel_values": pixels(1)}
+        began, answers = threading.Event(), []
+
+        def ask():
+            began.set()
+            answers.append(model(**batch).logits)
+
+        def put(merger):
+            thread.start()
+            began.wait(10)
+            thread.join(0.2)
+            assert not answers  # it would be answered by half a change
+            type(model)._put_merger(model, merger)
+
+        thread = threading.Thread(target=ask)
+        monkeypatch.setattr(model, "_put_merger", put)
+        model.set_merger({"merger_type": "average_pooling", "num_merged_tokens": 4})
+        thread.join(10)
+        assert torch.equal(answers[0], model(**batch).logits)
+
+    def test_a_copy_made_while_a_call_runs_can_be_changed(self, model):
+        copies = []
+        hook = model.model.vision_tower.register_forward_hook(lambda *args: copies.append(copy.deepcopy(model)))
+        model(**prompts([1], 9), pixel_values=pixels(1))
+        hook.remove()
+        copies[0].set_merger({"merger_type": "tome"})
+        assert model.config.merger_config.merger_type == "fixed_pooling"
+
+
 def test_inputs_embeds_give_the_same_as_input_ids():
     model = tiny_model(aware(), train_merger=True)
     batch = prompts([1, 2], 9)
