@@ -389,29 +389,34 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         `mm_encoder_outputs={"image": ...}` to ask an image several questions. Of the tower's own output it keeps
         nothing but what `output_hidden_states` and `output_attentions` ask for.
         """
-        given = vision_feature_layer, vision_feature_select_strategy, question, num_merged_tokens
-        outputs = self._encode_images(pixel_values, *given, **kwargs)
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        outputs = self._call_image_features(pixel_values, question, num_merged_tokens, kwargs)
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             return outputs
         return replace(outputs, last_hidden_state=None, hidden_states=None, attentions=None)
 
-    def _encode_images(
+    def _call_image_features(
         self,
-        pixel_values: Tensor,
-        vision_feature_layer,
-        vision_feature_select_strategy,
-        question: Question | Tensor | None,
+        images: Tensor | TowerFeatures,
+        question: Question | Tensor | Prompt | None,
         num_merged_tokens: int | str | list | None,
-        **kwargs,
+        options: dict,
     ) -> EncodedImages | BaseModelOutputWithPooling:
-        """[`encode_images`] with all that the tower returned."""
-        budgets = self.budgets(len(pixel_values), num_merged_tokens)
-        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
-        if self.resizes_pictures:
-            return self._encode_resized(pixel_values, budgets, kwargs)
-        with_extras = set(budgets) != {ALL_TOKENS}
-        features, outputs, extras = self._run_tower(pixel_values, with_extras=with_extras, **kwargs)
-        return self._merge_and_project(features, outputs, pixel_values.shape[-2:], question, budgets, extras)
+        """What [`get_image_features`], which may be overridden, makes of images, with where its tokens sit.
+
+        Raises:
+            ValueError: An override returns another number of features than the prompt has placeholders.
+        """
+        merged = []
+        ours = {"question": question, "num_merged_tokens": num_merged_tokens, "merged": merged}
+        result = self.get_image_features(pixel_values=images, **ours, return_dict=True, **options)
+        features = list(getattr(result, "pooler_output", result))  # 4.57 returns it alone
+        if merged and [*map(len, features)] == merged[1]:
+            merged[0].pooler_output = features
+            return merged[0]
+        if isinstance(question, Prompt):
+            check_num_features(question.new_image_mask, features)
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     def _project(self, merged_features: Tensor) -> Tensor:
         """Projected features (I, M, hidden) of merged ones (I, M, vision_dim)."""
@@ -446,33 +451,49 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
-        question: Question | Tensor | None = None,
+        question: Question | Tensor | Prompt | None = None,
         num_merged_tokens: int | str | list | None = None,
         return_dict: bool | None = None,
+        merged: list | None = None,
         **kwargs,
     ):
         """Merged and projected features of each image, as stock LLaVA returns them.
 
+        All that looks at images calls it: `forward`, `generate`, `encode_images`, training and evaluation. An override
+        is given their arguments, and passes on those that it does not know.
+
         Args:
-            pixel_values: (I, 3, H, W).
+            pixel_values: (I, 3, H, W), or what [`run_tower`] made of them.
             question: For question-aware mergers, the language model's input embeddings (I, T, text_dim) of each image's
-                question, or a [`Question`]; `forward` and `generate` fill it in.
+                question, or a [`Question`]; `forward` and `generate` give the prompt, to read it from.
             num_merged_tokens: M, or one for each image, "all" for those that are not merged; default the config's.
+            merged: A list that gets the result with where its tokens sit, and the number of tokens of each image.
 
         Returns:
             A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
             `pooler_output`, a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: The placeholders of the prompt are not those of the images, or a question cannot be told from
+                its answer.
         """
-        outputs = self._encode_images(
-            pixel_values,
-            vision_feature_layer,
-            vision_feature_select_strategy,
-            question,
-            num_merged_tokens,
-            image_sizes=image_sizes,
-            **kwargs,
-        )
+        options = kwargs | tower_options(vision_feature_layer, vision_feature_select_strategy)
+        options["image_sizes"] = image_sizes
+        outputs = self._encode_images(pixel_values, question, num_merged_tokens, options)
+        if merged is not None:
+            merged += outputs, [*map(len, outputs.pooler_output)]
         return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
+
+    def _encode_images(self, images: Tensor | TowerFeatures, question, num_merged_tokens, options: dict):
+        """[`get_image_features`] with where tokens sit."""
+        if self.resizes_pictures and isinstance(images, Tensor):
+            budgets = self.budgets(len(images), num_merged_tokens)
+            if isinstance(question, Prompt):
+                self._read_question(question, budgets, self.config.num_patches)
+            return self._encode_resized(images, budgets, options)
+        features, outputs, question, budgets, extras = self._read_images(images, question, num_merged_tokens, options)
+        image_shape = images.image_shape if isinstance(images, TowerFeatures) else images.shape[-2:]
+        return self._merge_and_project(features, outputs, image_shape, question, budgets, extras)
 
     @counted
     def run_tower(self, pixel_values: Tensor, **kwargs) -> TowerFeatures:
@@ -501,26 +522,20 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
         """
-        if self.resizes_pictures and isinstance(images, Tensor):
-            budgets = self.budgets(len(images), num_merged_tokens)
-            self._read_question(prompt, budgets, self.config.num_patches)
-            return self._encode_resized(images, budgets, kwargs)
-        features, outputs, question, budgets, extras = self._read_images(images, prompt, num_merged_tokens, kwargs)
-        image_shape = images.image_shape if isinstance(images, TowerFeatures) else images.shape[-2:]
-        return self._merge_and_project(features, outputs, image_shape, question, budgets, extras)
+        return self._call_image_features(images, prompt, num_merged_tokens, kwargs)
 
-    def _read_images(self, images: Tensor | TowerFeatures, prompt: Prompt, num_merged_tokens, options: dict) -> tuple:
-        """Features, output of the tower, question, budgets and extras of the images that are new in the prompt."""
+    def _read_images(self, images: Tensor | TowerFeatures, question, num_merged_tokens, options: dict) -> tuple:
+        """Features, output of the tower, question, budgets and extras of images; `question` may be a prompt still."""
         budgets = self.budgets(len(images), num_merged_tokens)
-        question = None
-        if ALL_TOKENS not in budgets:  # what is wrong with a prompt is found while the device has nothing to do yet
+        prompt = question if isinstance(question, Prompt) else None
+        if prompt is not None and ALL_TOKENS not in budgets:  # an error comes before the tower runs
             question = self._read_question(prompt, budgets, self.config.num_patches)
         if isinstance(images, TowerFeatures):
             features, outputs, extras = images.features, BaseModelOutputWithPooling(), images.extras
         else:
             with_extras = set(budgets) != {ALL_TOKENS}
             features, outputs, extras = self._run_tower(images, with_extras=with_extras, **options)
-        if ALL_TOKENS in budgets:
+        if prompt is not None and ALL_TOKENS in budgets:
             question = self._read_question(prompt, budgets, features.shape[1])
         return features, outputs, question, budgets, extras
 

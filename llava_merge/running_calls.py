@@ -37,9 +37,8 @@ class RunningCalls:
         with self._lock:
             if self._number:
                 raise RuntimeError(
-                    f"{change}: {self._number} calls of this model are running, and would be answered half by the "
-                    f"old merger and half by the new one. Wait till they have ended, or give each call its own "
-                    f"num_merged_tokens, which needs no change."
+                    f"{change}: a call of this model is running, and would be answered half by the old merger and half "
+                    f"by the new one. Wait till it has ended, or give each call its own num_merged_tokens."
                 )
             yield
 
