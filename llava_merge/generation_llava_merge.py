@@ -40,6 +40,10 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
             self._encode_images_for_generation(to_merge, input_ids, model_kwargs)
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         image_mask = self._new_image_mask(input_ids, model_kwargs)
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        if encoded is None and inputs_embeds is not None and not model_kwargs.get("tokens_are_placed"):
+            new = inputs_embeds[:, -image_mask.shape[1] :]
+            self.model.check_text_embeds(new, model_kwargs.get("attention_mask"))
         cache = find_cache(model_kwargs)
         if cache is not None and not image_mask.any():
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls

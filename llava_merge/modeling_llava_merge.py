@@ -601,7 +601,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             answer_mask: (B, L) bool, tokens that are answer and which it never reads.
             num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
                 the config's. `processor(..., num_merged_tokens=...)` returns it.
-            tokens_are_placed: Whether positions and mask are those of merged tokens already, as `generate` gives them.
+            tokens_are_placed: Whether `position_ids` and `attention_mask` are those of merged tokens already, so that
+                nothing is moved; also for `inputs_embeds` that hold neither text nor images, as soft prompts do.
 
         The other arguments, and the result, are those of [`~transformers.LlavaModel`].
         """
@@ -609,8 +610,11 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         if to_merge is not None:
             masks = {"question_mask": question_mask, "answer_mask": answer_mask}
             mm_encoder_outputs = {"image": self._encode_images_of_call(to_merge, masks, num_merged_tokens, kwargs)}
-        elif self.training and not mm_encoder_outputs:
-            self._join_image_parts(kwargs)
+        elif not mm_encoder_outputs:
+            if kwargs.get("inputs_embeds") is not None and not tokens_are_placed:
+                self.check_text_embeds(kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+            if self.training:
+                self._join_image_parts(kwargs)
         images = (mm_encoder_outputs or {}).get("image")
         if images is not None and to_merge is None and not isinstance(images, ImagesOfPrompt):
             image_mask = self.get_image_mask(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -753,6 +757,7 @@ class LlavaMergeForConditionalGeneration(
         question_mask: Tensor | None = None,
         answer_mask: Tensor | None = None,
         num_merged_tokens: int | str | list | None = None,
+        tokens_are_placed: bool = False,
         **kwargs,
     ):
         """
@@ -763,10 +768,15 @@ class LlavaMergeForConditionalGeneration(
             answer_mask: (B, L) bool, tokens that are answer, where there are no labels.
             num_merged_tokens: Tokens of an image, or one number for each image, "all" where it is not merged; default
                 the config's. `processor(..., num_merged_tokens=...)` returns it.
+            tokens_are_placed: See [`LlavaMergeModel.forward`].
 
         The other arguments, and the result, are those of [`~transformers.LlavaForConditionalGeneration`].
         """
-        ours = {"question_mask": question_mask, "num_merged_tokens": num_merged_tokens}
+        ours = {
+            "question_mask": question_mask,
+            "num_merged_tokens": num_merged_tokens,
+            "tokens_are_placed": tokens_are_placed,
+        }
         if labels is not None:
             answer_mask = labels != -100
         return super().forward(labels=labels, answer_mask=answer_mask, **ours, **kwargs)

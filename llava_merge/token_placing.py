@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat import cache_mask_sizes
 from .merging_grid import slot_places
+from .placeholders import check_on_device
 from .token_layout import (
     TokenLayout,
     biased_causal_mask,
@@ -27,6 +28,12 @@ LOST_LAYOUT = (
     "The cache holds {past} tokens, but does not know where its merged images sit, as position_ids='source' and "
     "attention_mass need: it was filled by another model, or copied into a new object. Go on with the cache that "
     "forward or generate returned, or pass the whole conversation without a cache."
+)
+FEATURES_IN_EMBEDS = (
+    "inputs_embeds hold {number} vectors that are the embedding of no token, and no images come with them. If they are "
+    "image features, this model (position_ids={positions!r}, attention_mass={mass}) has to know where these sit: leave "
+    "the image token's embeddings in, and pass mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}. If "
+    "not, as with soft prompts, or if position_ids and attention_mask are right already, pass tokens_are_placed=True."
 )
 NO_MASS = (
     "attention_mass={mass} with attn_implementation={attention!r}: a bias on image tokens needs "
@@ -114,6 +121,13 @@ def flash_lengths(past: int, length: int, samples: Tensor | None, device: torch.
     return lengths
 
 
+def fingerprints(vectors: Tensor) -> Tensor:
+    """A number (..., ) int64 of each of the `vectors` (..., D): equal ones have the same, others hardly ever."""
+    bits = vectors[..., :32].float().contiguous().view(torch.int32).long()
+    weights = (torch.arange(1, 1 + bits.shape[-1], device=bits.device) * 2654435761) ** 2  # wraps around
+    return (bits * weights).sum(dim=-1)
+
+
 class PlacesTokens:
     """Mixin of the headless model: positions and attention mask of prompts with merged images."""
 
@@ -158,6 +172,31 @@ class PlacesTokens:
         if position_ids is None and not (is_padding_mask(attention_mask) and length > 1):
             return layout  # a token behind another moves nothing
         return layout.moved_to(positions, counted, attention_mask, past)
+
+    @torch.no_grad()
+    def check_text_embeds(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None):
+        """Refuses image features among the embeddings (B, L, text_dim) of a call without images: their places are lost.
+
+        Raises:
+            ValueError: A vector that is attended to is the embedding of no token.
+        """
+        if not (self.places_tokens and self.merger_enabled) or is_run_by_vllm(self.config):
+            return
+        embed, vocabulary = self.get_input_embeddings(), torch.arange(self.config.text_config.vocab_size)
+        known = [
+            fingerprints(embed(ids.to(inputs_embeds.device)).to(inputs_embeds.dtype)) for ids in vocabulary.split(8192)
+        ]
+        is_foreign = ~torch.isin(fingerprints(inputs_embeds), torch.cat(known).to(inputs_embeds.device))
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_foreign &= attention_mask[:, -is_foreign.shape[1] :].bool()
+        number, merger_config = is_foreign.sum(), self.config.merger_config
+        check_on_device(
+            number == 0,
+            "inputs_embeds hold image features.",
+            lambda: FEATURES_IN_EMBEDS.format(
+                number=int(number), positions=merger_config.position_ids, mass=merger_config.attention_mass
+            ),
+        )
 
     def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).

@@ -136,6 +136,63 @@ def test_question_mask_narrows_the_question():
     assert (narrowed - absent).abs().max() > 1e-3
 
 
+class TestFeaturesPutInByHand:
+    """Embeddings that hold image features already: nobody could say where their tokens sit, so nobody guesses."""
+
+    def embeds(self, model, batch, images):
+        features = image_features(model(**batch, pixel_values=images))
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        return embeds.masked_scatter((batch["input_ids"] == IMAGE_ID)[..., None], features).detach()
+
+    @pytest.mark.parametrize("merger", ["fixed_pooling", "tome"])
+    def test_are_refused_where_tokens_are_placed(self, merger):
+        model = tiny_model({"merger_type": merger, "num_merged_tokens": 9, "num_heads": 4}, train_merger=True)
+        batch = prompts([1, 2], 9)
+        embeds, mask = self.embeds(model, batch, pixels(3)), batch["attention_mask"]
+        for call in (model, model.model, functools.partial(model.generate, max_new_tokens=2)):
+            with pytest.raises(ValueError, match="inputs_embeds hold 27 vectors .* mm_encoder_outputs"):
+                call(inputs_embeds=embeds, attention_mask=mask)
+        with pytest.raises(ValueError, match="inputs_embeds hold 27 vectors"):  # ids beside them say no more
+            model.generate(**batch, inputs_embeds=embeds, max_new_tokens=2)
+
+    def test_what_the_message_says_works(self):
+        model = tiny_model(agnostic(9), train_merger=True)
+        batch = prompts([1, 2], 9)
+        expected = model(**batch, pixel_values=pixels(3)).logits
+        given = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+        given |= {"attention_mask": batch["attention_mask"]}
+        encoded = {"image": model.encode_images(pixels(3))}
+        torch.testing.assert_close(model(**given, mm_encoder_outputs=encoded).logits, expected)
+        given["inputs_embeds"] = self.embeds(model, batch, pixels(3))
+        model(**given, tokens_are_placed=True)
+        model.generate(**given, tokens_are_placed=True, max_new_tokens=2)
+
+    def test_packed_tokens_and_other_vectors_that_nobody_attends_to_are_fine(self):
+        packed = tiny_model({**agnostic(9), "position_ids": "packed"}, train_merger=True)
+        batch = prompts([1], 9)
+        embeds = self.embeds(packed, batch, pixels(1))
+        by_hand = packed(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(by_hand, packed(**batch, pixel_values=pixels(1)).logits)
+        model = tiny_model(agnostic(9), train_merger=True)
+        with model.merger_bypassed():
+            model(inputs_embeds=embeds)
+        embeds = model.get_input_embeddings()(torch.full((1, 5), 7))
+        embeds[:, 0] = torch.nan
+        model(inputs_embeds=embeds, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_text_is_never_taken_for_features(self, dtype):
+        model = tiny_model(agnostic(9), train_merger=True).to(dtype)
+        vocabulary = torch.arange(model.config.text_config.vocab_size)
+        vocabulary = vocabulary[vocabulary != IMAGE_ID]
+        embedding = model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, args, output: 3 * output)  # as Gemma's, or LoRA on it
+        model(inputs_embeds=embedding(vocabulary)[None])
+        hook.remove()
+        with pytest.raises(ValueError, match="inputs_embeds hold"):
+            model(inputs_embeds=3 * embedding(vocabulary)[None])
+
+
 class TestOverriddenImageFeatures:
     """`get_image_features` is what everybody overrides or patches; all that looks at images has to hear it."""
 
