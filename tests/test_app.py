@@ -213,12 +213,12 @@ class TestRequests:
         yield f"http://127.0.0.1:{server.server_port}/internal.png", asked
         server.shutdown()
 
-    def ask(self, address: str, payload: dict) -> str:
-        """The last event of a question about `payload`."""
+    def ask(self, address: str, picture=None, question="What color is the star?", merger="question_aware", budget=16):
+        """The last event of a question about what the inputs are given."""
         api, session = f"{address}gradio_api", uuid.uuid4().hex
         functions = httpx.get(f"{address}config").json()["dependencies"]
         number = next(each["id"] for each in functions if each["api_name"].startswith("shown"))
-        body = {"data": [payload, "What color is the star?", "question_aware", 16], "fn_index": number}
+        body = {"data": [picture, question, merger, budget], "fn_index": number}
         httpx.post(f"{api}/queue/join", json={**body, "session_hash": session}).raise_for_status()
         with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", timeout=60) as events:
             return next(line for line in events.iter_lines() if "process_completed" in line)
@@ -232,6 +232,23 @@ class TestRequests:
         for path in (url, str(tmp_path / "private.png"), str(PICTURE)):
             event = self.ask(address, {"path": path, "is_stream": stream, **meta})
             assert '"success":false' in event and "visual tokens" not in event, path
+        assert not asked
+
+    @pytest.mark.parametrize("name", ["picture", "question", "merger", "budget"])
+    def test_no_input_makes_gradio_fetch_a_url(self, address, internal, name, monkeypatch):
+        """Its own guard lets addresses pass that it takes for public ones, and all where a proxy is set."""
+        url, asked = internal
+
+        async def download(url, *args, **kwargs):
+            asked.append(url)
+            return str(PICTURE)
+
+        monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+        with PICTURE.open("rb") as file:
+            (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": file}).json()
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = self.ask(address, **{"picture": picture, name: {"path": url, "meta": {"_type": "gradio.FileData"}}})
+        assert '"success":false' in event and "Only pictures that were uploaded" in event
         assert not asked
 
     def test_an_upload_is_answered(self, address):

@@ -1,11 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The browser app: one picture and question, answered with all visual tokens and with merged ones."""
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from gradio_client.utils import is_http_url_like
 from PIL import Image, UnidentifiedImageError
 
 from llava_merge import list_mergers
@@ -19,6 +22,7 @@ from llava_merge.visualization import draw_merging, draw_token_maps, thumbnail
 
 MAX_QUESTION_LENGTH = 1000  # characters
 MAX_MEGAPIXELS = 50
+ONLY_UPLOADS = "Only pictures that were uploaded here can be asked about."
 PICTURE_SIZE = 448  # of what is drawn, in pixels
 TITLE = "# llava_merge\nAsk about a picture, and see what is left of it when its visual tokens are merged."
 ABOUT_THE_BUNDLED = (
@@ -130,11 +134,33 @@ def stored_by_gradio(path: str | None) -> str | None:
     """The path of an upload, which a request may name as it likes.
 
     Raises:
-        gr.Error: It is a URL, which would be fetched from here, or a file that nobody uploaded.
+        gr.Error: It is a file that nobody uploaded, or a URL.
     """
     if path is not None and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
-        raise gr.Error("Only pictures that were uploaded here can be asked about.", duration=None)
+        raise gr.Error(ONLY_UPLOADS, duration=None)
     return path
+
+
+def fetch_nothing(page: gr.Blocks):
+    """Keeps Gradio from downloading what a request names, for any of its inputs, before a function is called.
+
+    Gradio guards against addresses inside, and only where no proxy is set.
+    """
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = functools.partial(
+            only_files, block.async_move_resource_to_block_cache
+        )
+
+
+async def only_files(move: Callable, url_or_file_path: str | Path | None) -> str | None:
+    """What `move` returns for a file.
+
+    Raises:
+        gr.Error: It is a URL.
+    """
+    if is_http_url_like(str(url_or_file_path)):
+        raise gr.Error(ONLY_UPLOADS, duration=None)
+    return await move(url_or_file_path)
 
 
 def answer_column(title: str, name: str) -> gr.Markdown:
@@ -202,4 +228,5 @@ def make_app(
         gr.on([merger.change, budget.change], merged, outputs=outputs[1:], trigger_mode="always_last", **call)
         scene.click(draw_other_scene, outputs=picture)
         picture.change(lambda: [None] * len(outputs), outputs=outputs)  # they are of the picture before
+    fetch_nothing(page)
     return page.queue(max_size=32)
