@@ -31,11 +31,20 @@ def naming_broken_files(path: str | os.PathLike, hub_kwargs: dict, variant: str 
     """Checks index and safetensors of `path` first, and names the checkpoint where one cannot be read inside.
 
     Raises:
-        ValueError: As `check_weight_files`.
+        ValueError: As `check_weight_files`; or there are no safetensors.
     """
     check_weight_files(path, hub_kwargs, variant)
     with refusing_broken_file(path):
-        yield
+        try:
+            yield
+        except OSError as error:
+            name = f"model.{variant}.safetensors" if variant else "model.safetensors"
+            if cached_file(path, name, **NOT_NEEDED, **hub_kwargs) is not None:
+                raise
+            raise ValueError(
+                f"{path} has no {name} that can be had ({error}). A pytorch_model.bin is a pickle, which is never "
+                f"opened here: save the checkpoint again as safetensors."
+            ) from error
 
 
 def check_weight_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None):

@@ -120,12 +120,17 @@ def check_adapter_is_safetensors(path: str, hub_kwargs: dict):
         )
 
 
-def check_merger_request(checkpoint: Checkpoint, merger: str | None, merger_config):
+def check_merger_request(checkpoint: Checkpoint, merger: str | None, merger_config, merger_revision: str | None):
     """Refuses `merger` and `merger_config` where they contradict each other or an adapter.
 
     Raises:
         ValueError: They do.
     """
+    if merger_revision is not None and merger is None:
+        raise ValueError(
+            f"merger_revision={merger_revision!r} without a merger. Pass merger=..., or revision=... for the "
+            f"checkpoint itself."
+        )
     base = checkpoint.adapter_base
     if merger is not None and merger_config is not None:
         raise ValueError(f"merger={merger!r} brings its own configuration; leave out either it or merger_config.")

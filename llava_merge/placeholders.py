@@ -100,10 +100,13 @@ def explain_placeholders(per_row: list[int], num_tokens: list[int], num_patches:
     found = f"{found} {each} tokens each, {sum(num_tokens)} in all:"
     if each and total != num_images * (num_patches or 0) and all(count % each == 0 for count in per_row):
         images = [count // each for count in per_row]
-        return (
+        found = (
             f"{found} the prompts are for {sum(images)} images (per row: {images}), and {num_images} are given. Pass "
             f"one image for each <image> of the prompts, in reading order."
         )
+        if total % num_images:
+            return found
+        found = f"{found} Or, with {total // num_images} tokens per image,"
     return (
         f"{found} the prompts were made for another number of tokens per image. Give the model what the processor "
         f"returned for `processor(..., num_merged_tokens=M)`; or make prompts with the model's own number: "

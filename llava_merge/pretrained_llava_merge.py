@@ -5,6 +5,7 @@ import copy
 import re
 from contextlib import contextmanager
 
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.utils import logging
@@ -25,7 +26,14 @@ from .loading import (
 )
 from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
-from .projector_files import check_no_adapters, make_projector, read_projector, replace_projectors
+from .projector_files import (
+    check_no_adapters,
+    make_projector,
+    merger_of_projector,
+    read_projector,
+    replace_projectors,
+    warn_if_another_merger_s,
+)
 from .question_marks import find_question_marks, read_questions_of_folder
 from .running_calls import counted
 from .saving import SavesAtOnce
@@ -120,7 +128,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         fetches_text_tower = names_text_tower(merger_config)
         if merger_config is None and not isinstance(config, PretrainedConfig):
             merger_config = checkpoint.adapter_merger
-        check_merger_request(checkpoint, merger, merger_config)
+        check_merger_request(checkpoint, merger, merger_config, merger_revision)
         if merger is not None and checkpoint.saved_merger is None:
             merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced
         if isinstance(config, PretrainedConfig):
@@ -214,22 +222,28 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             self.headless_model.question_tokenizer = processor.tokenizer
 
     @counted
-    def save_merger(self, save_directory: str, projector: bool = False):
+    def save_merger(self, save_directory: str, projector: bool | None = None):
         """Writes the merger alone, config.json and model.safetensors of a few MB, all at once or not at all.
 
         Args:
-            projector: Also write the projector, where it was trained with the merger; 42 MB in bf16 at 7B.
+            projector: Also write the projector, where it was trained with the merger; 42 MB in bf16 at 7B. Default
+                where it came with the merger.
 
         Raises:
-            ValueError: The projector is quantised, or has LoRA layers.
+            ValueError: The projector is quantised, or has LoRA layers; or the folder holds a whole model.
         """
-        merger, trained_with_it = self.headless_model.merger, self.headless_model.multi_modal_projector
-        merger.save_pretrained(save_directory, projector=trained_with_it if projector else None)
+        self.headless_model.merger.save_pretrained(save_directory, projector=self._projector_to_save(projector))
+
+    def _projector_to_save(self, wanted: bool | None) -> nn.Module | None:
+        projector = self.headless_model.multi_modal_projector
+        wanted = merger_of_projector(projector) is not None if wanted is None else wanted
+        return projector if wanted else None
 
     def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
         """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.
 
-        So it does with the projector that was trained with it, where the checkpoint has one.
+        So it does with the projector that was trained with it; where the checkpoint has none, the present one stays. Of
+        a Hub repo `revision` is the branch, tag or commit.
 
         Raises:
             ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
@@ -248,8 +262,10 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             self.config.set_merger_config(self._fit_merger_config(merger.config))
             self.config.merger_config.has_projector = False  # it is the model's now
             if projector is not None:
-                replace_projectors(self.headless_model, projector, self.dtype)
+                replace_projectors(self.headless_model, projector, self.dtype, str(path))
                 logger.info(f"{path} replaced the projector too, which was trained with its merger.")
+            else:
+                warn_if_another_merger_s(self.headless_model.multi_modal_projector)
             self._put_merger(merger)
 
     def set_merger(self, merger_config: MergerConfig | dict):
@@ -276,6 +292,7 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
         with self._no_call_beside("set_merger"):
             self.headless_model.find_text_tower(merger.config)
             self.config.set_merger_config(merger.config)
+            warn_if_another_merger_s(self.headless_model.multi_modal_projector)
             self._put_merger(merger)
 
     def _no_call_beside(self, change: str):
@@ -313,10 +330,9 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             check_adapter(peft_model_id, hub_arguments(kwargs))
         return super().load_adapter(peft_model_id, *args, **kwargs)
 
-    def push_merger_to_hub(self, repo_id: str, projector: bool = False, **kwargs):
+    def push_merger_to_hub(self, repo_id: str, projector: bool | None = None, **kwargs):
         """Pushes what [`save_merger`] writes; `model.load_merger(repo_id)` gets it back.
 
         The other arguments are those of [`TokenMerger.push_to_hub`].
         """
-        merger, trained_with_it = self.headless_model.merger, self.headless_model.multi_modal_projector
-        return merger.push_to_hub(repo_id, projector=trained_with_it if projector else None, **kwargs)
+        return self.headless_model.merger.push_to_hub(repo_id, projector=self._projector_to_save(projector), **kwargs)

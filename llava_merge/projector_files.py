@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .checkpoint_files import refusing_broken_file
 from .configuration_llava_merge import LlavaMergeConfig
 from .saving import PROJECTOR, offloaded_weights
 
+
+logger = logging.get_logger(__name__)
 
 LAYERS = ("linear_1", "linear_2")
 
@@ -100,12 +102,32 @@ def make_projector(weights: dict[str, Tensor], config: LlavaMergeConfig, path: s
     return projector
 
 
-def replace_projectors(model: nn.Module, projector: LlavaMultiModalProjector, dtype: torch.dtype):
-    """Puts copies of `projector` in the place of the model's, of which PEFT keeps two, one of them trained."""
+def replace_projectors(model: nn.Module, projector: LlavaMultiModalProjector, dtype: torch.dtype, path: str):
+    """Puts copies of `projector` in the place of the model's, of which PEFT keeps two, one of them trained.
+
+    Args:
+        path: The merger checkpoint that it came with.
+    """
     for name, old in list(model.named_modules()):
         if isinstance(old, LlavaMultiModalProjector):
             weight = old.linear_1.weight
             new = copy.deepcopy(projector).to("cpu" if weight.is_meta else weight.device)
             new = new.to(weight.dtype if weight.is_floating_point() else dtype).train(old.training)
+            new.came_with = path
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new.requires_grad_(weight.requires_grad))
+
+
+def merger_of_projector(projector: nn.Module) -> str | None:
+    """The merger checkpoint that `projector` came with, None where it is the LLaVA's own."""
+    return getattr(projector, "came_with", None)
+
+
+def warn_if_another_merger_s(projector: nn.Module):
+    """Warns where the `projector` came with a merger that was replaced, so that it belongs to neither of the two."""
+    path = merger_of_projector(projector)
+    if path is not None:
+        logger.warning(
+            f"The projector that came with the merger {path} stays in the model, and was not trained for the new "
+            f"merger. Load the model again for its own."
+        )

@@ -2,6 +2,7 @@
 """Saving of models: all at once, by one rank, with the file of a method of one's own."""
 
 import importlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from .compat import TRANSFORMERS_V5
-from .files import save_at_once
+from .files import CONFIG, save_at_once
 from .hub import push_arguments, push_card_if_missing, push_folder
 from .merging_base import method_file
 
@@ -32,6 +33,23 @@ def offloaded_weights(module: nn.Module) -> dict:
     return {"state_dict": importlib.import_module("accelerate.utils.modeling").get_state_dict_offloaded_model(module)}
 
 
+def refuse_other_kind(directory: Path, model_type: str):
+    """Refuses to replace a whole model by a merger, or a merger by a whole model: both are kept in model.safetensors.
+
+    Raises:
+        ValueError: So it would be.
+    """
+    try:
+        present = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if {present, model_type} == {"llava_merge", "llava_merger"}:
+        present, saved = ("merger", "model") if present == "llava_merger" else ("model", "merger")
+        raise ValueError(
+            f"{directory} holds a {present}, which the {saved} would replace. Save the {saved} into another folder."
+        )
+
+
 class SavesAtOnce:
     """Mixin whose `save_pretrained` leaves the old checkpoint or the new one, whatever happens."""
 
@@ -45,7 +63,8 @@ class SavesAtOnce:
         save in one commit, after they were saved; its arguments are those of `push_to_hub`.
 
         Raises:
-            ValueError: The method is defined in a script or notebook, so that no other process could load it.
+            ValueError: The method is defined in a script or notebook, so that no other process could load it; or the
+                folder holds a merger, and this is a whole model, or the other way round.
         """
         is_gathered_late = not TRANSFORMERS_V5 and self._tp_size is not None  # 4.57 waits for all ranks as it writes
         if kwargs.get("distributed_checkpoint") or is_gathered_late:  # every rank writes
@@ -55,6 +74,7 @@ class SavesAtOnce:
             if TRANSFORMERS_V5:  # takes part in gathering shards, and writes nothing; 4.57 would write weights
                 super().save_pretrained(save_directory, False, *args, **kwargs)
             return
+        refuse_other_kind(Path(save_directory), self.config.model_type)
         own_method = method_file(self.merging_config)
 
         def save(staged: Path):

@@ -620,6 +620,12 @@ class TestBadInput:
             ([0], 9, 1, r"per row: \[0\].*for 0 images \(per row: \[0\]\), and 1 are given. Pass one image"),
             ([1], NUM_PATCHES, 1, r"hold 36 .*9 tokens each.*another number of tokens per image.*num_merged_tokens=M"),
             ([1, 2], NUM_PATCHES, 3, "hold 108 .*another number of tokens per image"),
+            (
+                [1],
+                18,
+                1,
+                "hold 18 .*for 2 images .*one image for each <image>.*Or, with 18 tokens per image, the prompts",
+            ),
             ([1, 1], 4, 2, "hold 8 .*9 tokens each, 18 in all.*another number of tokens per image"),
         ],
     )

@@ -68,6 +68,37 @@ def test_a_save_without_it_removes_that_of_an_older_save(merger_config, tmp_path
         assert json.loads((tmp_path / "merger" / "config.json").read_text())["has_projector"] == expected
 
 
+def test_one_that_came_with_the_merger_is_saved_with_it(stock_dir, tmp_path):
+    trained(agnostic(9)).save_merger(tmp_path / "merger", projector=True)
+    model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path / "merger")
+    for projector, expected in ((None, True), (False, False), (None, True)):
+        model.save_merger(tmp_path / "again", projector=projector)
+        assert (tmp_path / "again" / PROJECTOR).exists() == expected
+    again = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path / "again")
+    assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
+
+
+def test_another_merger_warns_of_the_projector_that_stays(stock_dir, tmp_path, caplog):
+    trained(agnostic(9)).save_merger(tmp_path / "with", projector=True)
+    tiny_model(agnostic(9), train_merger=True).save_merger(tmp_path / "without")
+    model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path / "without")
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    changes = (
+        lambda: model.load_merger(tmp_path / "without"),
+        lambda: model.load_merger(tmp_path / "with"),
+        lambda: model.load_merger(tmp_path / "with"),
+        lambda: model.set_merger({"merger_type": "tome"}),
+        lambda: model.load_merger(tmp_path / "without"),
+    )
+    warned = []
+    for change in changes:
+        caplog.clear()
+        change()
+        warned.append("The projector that came with the merger" in caplog.text)
+    assert warned == [False, False, False, True, True]
+
+
 def test_loading_says_so(tmp_path, caplog):
     trained(agnostic(9)).save_merger(tmp_path / "merger", projector=True)
     transformers_logger = logging.getLogger("transformers")

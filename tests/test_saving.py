@@ -272,6 +272,18 @@ def test_a_training_free_merger_leaves_the_weights_of_others(tmp_path):
     assert TokenMerger.from_pretrained(tmp_path).config.merger_type == "average_pooling"
 
 
+def test_a_merger_and_a_whole_model_do_not_replace_each_other(tmp_path):
+    model = tiny_model(OLD, train_merger=True)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    model.save_merger(tmp_path / "merger")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="model holds a model, which the merger would replace"):
+        model.save_merger(tmp_path / "model")
+    with pytest.raises(ValueError, match="merger holds a merger, which the model would replace"):
+        model.save_pretrained(tmp_path / "merger")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_through_a_link_to_another_file_system(save, tmp_path):
     shared = Path("/dev/shm")
     if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:

@@ -243,8 +243,8 @@ def check_key(key: str, known, source: str):
 
 NOT_OF_A_STREAM = (
     "what the teacher answers is kept by the number of a sample, which a stream counts anew in each loading process. "
-    "Leave out losses.cache_teacher; with trained.parts='all', where it has to be kept, leave out losses.distillation; "
-    "or do not stream."
+    "Set losses.cache_teacher=false; with trained.parts='all', where it has to be kept, losses.distillation=0; or do "
+    "not stream."
 )
 
 
