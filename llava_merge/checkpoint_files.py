@@ -3,12 +3,15 @@
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+
+MISSING = 1 << 27  # weights that a checkpoint may lack, besides as many as it has, before they are refused
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -24,6 +27,31 @@ def hub_arguments(kwargs: dict) -> dict:
 def for_other_repo(hub_kwargs: dict) -> dict:
     """The Hub arguments that also hold for a second repo: token and cache, but not the revision of the first."""
     return {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+
+
+class BoundsMissingWeights:
+    """Mixin of a model: weights that a checkpoint lacks are made only where they are not more than those it has.
+
+    Else a small file whose config.json names large sizes could ask for all memory.
+    """
+
+    _may_be_missing: str = r"(?!)"  # pattern of weights that the caller knows to be missing
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):  # of transformers 5
+        self._check_size_of(missing_keys)
+        return super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _move_missing_keys_from_meta_to_cpu(self, missing_keys, *args, **kwargs):  # of 4.57
+        self._check_size_of(missing_keys)
+        return super()._move_missing_keys_from_meta_to_cpu(missing_keys, *args, **kwargs)
+
+    def _check_size_of(self, missing_keys):
+        known, weights = re.compile(self._may_be_missing), dict(self.named_parameters())
+        missing = [key for key in missing_keys if key in weights and not known.search(key)]
+        num_missing = sum(weights[key].numel() for key in missing)
+        num_present = sum(weight.numel() for weight in weights.values()) - num_missing
+        if num_missing > num_present + MISSING:
+            refuse_missing_weights(self.config.name_or_path or "The checkpoint", missing)
 
 
 @contextmanager
@@ -48,16 +76,23 @@ def naming_broken_files(path: str | os.PathLike, hub_kwargs: dict, variant: str 
 
 
 def check_weight_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None):
-    """Reads the index at `path`, a directory or Hub repo, and the headers of its safetensors where it is local.
+    """Reads the headers of the weights at `path`, a directory or Hub repo, as far as they are on this machine.
+
+    As in transformers, the index counts where there is no whole file, and other files are nobody's business.
 
     Raises:
-        ValueError: A file is truncated or corrupted, or the index names what is no safetensors file beside it.
+        ValueError: A file is truncated or corrupted, or the index names what is no safetensors file below it.
     """
-    index = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
-    index_file = cached_file(path, index, **NOT_NEEDED, **hub_kwargs)
-    if index_file is not None:
-        read_index(Path(index_file))
-    check_safetensors_files(Path(path) / (hub_kwargs.get("subfolder") or ""))
+    variant = f".{variant}" if variant else ""
+    whole = cached_file(path, f"model{variant}.safetensors", **NOT_NEEDED, **hub_kwargs)
+    if whole is not None:
+        check_safetensors_file(whole)
+        return
+    index = cached_file(path, f"model.safetensors.index{variant}.json", **NOT_NEEDED, **hub_kwargs)
+    if index is not None:
+        shards = {Path(index).parent / name for name in read_index(Path(index)).values()}
+        for shard in sorted(filter(Path.is_file, shards)):
+            check_safetensors_file(shard)
 
 
 def check_safetensors_files(directory: str | os.PathLike):
@@ -67,20 +102,29 @@ def check_safetensors_files(directory: str | os.PathLike):
         ValueError: A file is truncated or corrupted; it is named.
     """
     for path in sorted(Path(directory).glob("*.safetensors")):
-        with refusing_broken_file(path), safe_open(path, framework="pt"):
-            pass
+        check_safetensors_file(path)
+
+
+def check_safetensors_file(path: str | os.PathLike):
+    """Opens the header of a safetensors file.
+
+    Raises:
+        ValueError: It is truncated or corrupted; it is named.
+    """
+    with refusing_broken_file(path), safe_open(path, framework="pt"):
+        pass
 
 
 def read_index(path: Path) -> dict[str, str]:
     """The file that each weight is in, as the index of a sharded checkpoint has it.
 
     Raises:
-        ValueError: It is no index, or names what is no safetensors file beside it.
+        ValueError: It is no index, or names what is no safetensors file beside or below it.
     """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {*weight_map.values()}
-        outside = sorted(name for name in names if Path(name).name != name or "\\" in name)
+        outside = sorted(name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no index of weights ({error!r}). Download or save the checkpoint again."
@@ -88,7 +132,7 @@ def read_index(path: Path) -> dict[str, str]:
     wrong = outside or sorted(name for name in names if not name.endswith(".safetensors"))
     if wrong:
         raise ValueError(
-            f"{path} names {wrong[0]!r} as a file of weights: only safetensors in the same folder are read. Do not use "
+            f"{path} names {wrong[0]!r} as a file of weights: only safetensors in its folder are read. Do not use "
             f"this checkpoint, or save it again."
         )
     return weight_map

@@ -5,7 +5,7 @@ import copy
 import inspect
 import re
 
-from transformers import GenerationConfig, LlavaConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, LlavaConfig, PretrainedConfig
 
 from .compat import add_sub_config
 from .placeholders import is_whole_number
@@ -24,7 +24,11 @@ BUDGET = ("num_merged_tokens", "merge_ratio")
 TRAINED_WITH = ("init", "num_heads", "internal_dim", "question_aware", "query_grid", "feature_layers")
 # Read from a file, these make some releases of transformers fetch and run a kernel of the Hub (CVE-2026-4372).
 ATTENTION_CODE = re.compile(r"_*(attn|experts)_implementation(_internal)?")
+NOT_OF_A_FILE = re.compile(rf"{ATTENTION_CODE.pattern}|transformers_weights|num_labels|id2label|label2id")
+LAYERS = re.compile(r"(\w+_)?layers?|depth")
+MOST_LAYERS = 1024  # as a number, or in a list
 LARGEST = 1 << 17  # of any size of a merger, so that a hostile configuration cannot ask for all memory
+LARGEST_MATRIX = 1 << 28  # elements
 QUESTION_MARKS = ("question_start_token_ids", "question_end_token_ids")
 DEFAULT_MERGER_TYPE = "fixed_pooling"
 QUESTION_METHODS = ("cdpruner", "gumbel_topk_question", "mmtok", "quecc")  # which are so unless told otherwise
@@ -37,16 +41,17 @@ def default_feature_layers(num_layers: int) -> list[int]:
     return sorted({num_layers // 2, 2 * num_layers // 3, max(0, num_layers - 2), num_layers - 1})
 
 
-def without_attention_code(fields):
-    """The `fields` that a config.json has, at any depth, without those that choose an attention implementation.
+def as_data(fields):
+    """The `fields` of a config.json, at any depth, without those that choose code, or files, for the caller.
 
-    Which one runs is for the caller to say, as `attn_implementation` of `from_pretrained`.
+    Which attention runs, and which weights are read, is for the caller to say. Labels are for classifiers, and may be
+    any number.
 
     Raises:
-        ValueError: One names a repository of kernels, which would be fetched and run.
+        ValueError: One names a repository that would be fetched, or asks for layers without end.
     """
     if isinstance(fields, list):
-        return [without_attention_code(field) for field in fields]
+        return [as_data(field) for field in fields]
     if not isinstance(fields, dict):
         return fields
     for name in filter(ATTENTION_CODE.fullmatch, map(str, fields)):
@@ -56,9 +61,25 @@ def without_attention_code(fields):
                 f"config.json has {name}={fields[name]!r}, a repository whose code would run. Remove it; if you trust "
                 f"that code, pass attn_implementation to from_pretrained."
             )
-    return {
-        name: without_attention_code(field) for name, field in fields.items() if not ATTENTION_CODE.fullmatch(str(name))
-    }
+    if fetches_backbone(fields.get("model_type")):
+        raise ValueError(
+            f"config.json has a part of model_type={fields['model_type']!r}, which may fetch a backbone from the Hub. "
+            f"Use a LLaVA whose tower is whole, such as CLIP or SigLIP."
+        )
+    for name in filter(LAYERS.fullmatch, map(str, fields)):
+        number = len(fields[name]) if isinstance(fields[name], list) else fields[name]
+        if isinstance(number, int) and number > MOST_LAYERS:
+            raise ValueError(f"config.json asks for {number} layers as {name}; no model has more than {MOST_LAYERS}.")
+    return {name: as_data(field) for name, field in fields.items() if not NOT_OF_A_FILE.fullmatch(str(name))}
+
+
+def fetches_backbone(model_type: str | None) -> bool:
+    """Whether models of a type are built around another model, which transformers or timm would fetch."""
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    if config_class is None:
+        return False
+    takes = {*inspect.signature(config_class.__init__).parameters, *dir(config_class)}
+    return model_type.startswith("timm") or not takes.isdisjoint(("backbone", "backbone_config", "use_timm_backbone"))
 
 
 def is_number(value) -> bool:
@@ -208,6 +229,15 @@ class MergerConfig(PretrainedConfig):
         for name, size in sizes.items():
             if not (is_whole_number(size) and size <= LARGEST) and not (size is None and name in OPTIONAL):
                 raise ValueError(f"{name}={size!r}: has to be a whole number from 1 to {LARGEST}.")
+        of_matrices = {
+            name: size for name, size in sizes.items() if size and name not in ("num_merged_tokens", "num_heads")
+        }
+        (rows, height), (columns, width) = sorted(of_matrices.items(), key=lambda item: item[1])[-2:]
+        if height * width > LARGEST_MATRIX:
+            raise ValueError(
+                f"{rows}={height} and {columns}={width}: a matrix of both has more than {LARGEST_MATRIX} elements. "
+                f"Make one of them smaller."
+            )
         for name, kind in (
             ("merger_type", str),
             ("question_aware", bool),
@@ -296,7 +326,7 @@ class MergerConfig(PretrainedConfig):
         Raises:
             ValueError: It names code that would be fetched and run, or a value is out of range.
         """
-        return super().from_dict(without_attention_code(config_dict), **kwargs)
+        return super().from_dict(as_data(config_dict), **kwargs)
 
     def to_dict(self) -> dict:
         """All fields, as JSON has them."""
@@ -380,7 +410,7 @@ class LlavaMergeConfig(LlavaConfig):
         Raises:
             ValueError: As `from_pretrained`, or it names code that would be fetched and run.
         """
-        fields = stock_or_own_fields(without_attention_code(config_dict))
+        fields = stock_or_own_fields(as_data(config_dict))
         saved = fields.get("merger_config")
         if isinstance(saved, dict):
             saved = as_saved_by_this_release(saved)

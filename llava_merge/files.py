@@ -4,8 +4,9 @@
 import os
 import re
 import shutil
+import threading
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers.utils import logging
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_saving = threading.RLock()
 STAGED = ".saving-"  # prefix of a folder that is being written
 CONFIG = "config.json"
 WEIGHTS = (
@@ -62,7 +64,7 @@ def save_at_once(save, directory: str | os.PathLike, optional: tuple[str, ...] =
 
     A new folder appears with one rename. In one that exists, config.json leaves before the first file is replaced and
     comes last, so that a folder loads as the old checkpoint or the new one, or says that it has no config.json. A save
-    that fails before leaves the old checkpoint.
+    that fails leaves the old checkpoint. Threads wait for each other; processes put their files over those of others.
 
     Args:
         optional: Files that are part of the checkpoint where they are written; else an older one is removed.
@@ -71,20 +73,23 @@ def save_at_once(save, directory: str | os.PathLike, optional: tuple[str, ...] =
         The files that were written, by their path in `directory`.
 
     Raises:
-        ValueError: `directory` is a file, or holds a link that leads out of it where a file is to be written.
+        ValueError: `directory` is a file, or holds a folder, or a link that leads out of it, where a file is to be
+            written.
     """
     directory = Path(os.path.realpath(directory))
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a checkpoint is saved as a folder. Give another path.")
-    is_new = not directory.exists()
-    parent = directory.parent if is_new else directory
-    parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(parent, f".{directory.name}-" if is_new else STAGED) as staged:
-        save(staged)
-        files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-        if is_new:
-            os.rename(staged, directory)
-        else:
+    with _saving:  # two threads at once would put files into one folder by turns
+        is_new = not directory.exists()
+        parent = directory.parent if is_new else directory
+        parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(parent, f".{directory.name}-" if is_new else STAGED) as staged:
+            save(staged)
+            files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+            with suppress(OSError):  # where another process was faster
+                if is_new:
+                    os.rename(staged, directory)
+                    return files
             move_files(staged, directory, files, optional)
     return files
 
@@ -103,25 +108,49 @@ def staging_folder(parent: Path, prefix: str):
 
 
 def move_files(staged: Path, directory: Path, files: list[str], optional: tuple[str, ...] = ()):
-    """Puts the `files` of a whole checkpoint into their places, and removes weights of the one that it replaces."""
+    """Puts the `files` of a whole checkpoint into their places, and removes weights of the one that it replaces.
+
+    What is replaced or removed is kept in `staged` till all is done, and put back where something fails.
+
+    Raises:
+        ValueError: A folder is in the place of a file, or a link leads out of `directory`.
+    """
     for name in files:
         if not (directory / name).parent.resolve().is_relative_to(directory):
             raise ValueError(f"{(directory / name).parent} is a link that leads out of {directory}. Remove it.")
-    old_config, hidden = directory / CONFIG, staged / f"{CONFIG}.old"
-    hides, moved = CONFIG in files and os.path.lexists(old_config), False
-    if hides:
-        os.replace(old_config, hidden)
+        if (directory / name).is_dir() and not (directory / name).is_symlink():
+            raise ValueError(f"{directory / name} is a folder, and a file is to be saved there. Remove it.")
+    stale = replaced_weights(files, os.listdir(directory), optional)
+    first = [CONFIG] if CONFIG in files else []  # so that nobody loads what is half replaced
+    kept, put = staged / "replaced", []
     try:
-        for name in sorted(files, key=CONFIG.__eq__):
-            if name == CONFIG:
-                for stale in replaced_weights(files, os.listdir(directory), optional):
-                    os.unlink(directory / stale)
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged / name, directory / name)
-            moved = True
-    finally:
-        if hides and not moved:
-            os.replace(hidden, old_config)
+        for name in first + stale + [name for name in files if name != CONFIG]:
+            keep(directory / name, kept / name)
+            if name not in first + stale:
+                put_file(staged / name, directory / name)
+                put.append(name)
+        for name in first:
+            put_file(staged / name, directory / name)
+    except BaseException:
+        for name in put:
+            (directory / name).unlink(missing_ok=True)
+        old = [path.relative_to(kept).as_posix() for path in kept.rglob("*") if not path.is_dir() or path.is_symlink()]
+        for name in sorted(old, key=CONFIG.__eq__):
+            os.replace(kept / name, directory / name)
+        raise
+
+
+def keep(path: Path, kept: Path):
+    """Moves a file away, if it is there still: another process may replace the same."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        os.replace(path, kept)
+
+
+def put_file(staged: Path, path: Path):
+    """Moves a file to its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(staged, path)
 
 
 def replaced_weights(written: list[str], present: list[str], optional: tuple[str, ...] = ()) -> list[str]:

@@ -129,6 +129,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     Args:
         config: A [`LlavaMergeConfig`].
         fresh_merger: Whether a checkpoint that is loaded has no weights of the merger, so that nobody need be warned.
+        allow_missing_weights: Whether a checkpoint that is loaded may lack any weights.
     """
 
     _checkpoint_conversion_mapping = {"language_model.model": "language_model", "^model.merger": "merger"}
@@ -136,9 +137,9 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     _parts = ("vision_tower", "merger", "multi_modal_projector", "language_model")
     _auto_class = "AutoModel"
 
-    def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
+    def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False, allow_missing_weights: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
-        self._prepare_loading(fresh_merger)
+        self._prepare_loading(fresh_merger, allow_missing_weights)
         self.running_calls = RunningCalls()
         self.text_tower: TextTower | None = None  # no module: it is neither trained nor saved
         self.question_tokenizer = None  # for the text tower, which reads questions as text
@@ -684,6 +685,7 @@ class LlavaMergeForConditionalGeneration(
     Args:
         config: A [`LlavaMergeConfig`].
         fresh_merger: Whether a checkpoint that is loaded has no weights of the merger, so that nobody need be warned.
+        allow_missing_weights: Whether a checkpoint that is loaded may lack any weights.
 
     Example:
         >>> base = "llava-hf/llava-1.5-7b-hf"
@@ -700,9 +702,9 @@ class LlavaMergeForConditionalGeneration(
     _parts = ("model", "lm_head")
     _auto_class = "AutoModelForImageTextToText"
 
-    def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False):
+    def __init__(self, config: LlavaMergeConfig, fresh_merger: bool = False, allow_missing_weights: bool = False):
         LlavaPreTrainedModel.__init__(self, config)
-        self._prepare_loading(fresh_merger)
+        self._prepare_loading(fresh_merger, allow_missing_weights)
         self.model = LlavaMergeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()

@@ -13,7 +13,13 @@ from transformers.utils import logging
 
 # Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
 # file when it loads a folder with trust_remote_code.
-from .checkpoint_files import check_shapes, hub_arguments, naming_broken_files, refuse_missing_weights
+from .checkpoint_files import (
+    BoundsMissingWeights,
+    check_shapes,
+    hub_arguments,
+    naming_broken_files,
+    refuse_missing_weights,
+)
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .files import CONFIG
@@ -64,7 +70,7 @@ from .text_tower import TextTower  # noqa: F401
 logger = logging.get_logger(__name__)
 
 
-class TokenMerger(SavesAtOnce, PreTrainedModel):
+class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
     """Merges the N visual tokens of each image into M: a merging method as a model that saves and loads by itself.
 
     Args:

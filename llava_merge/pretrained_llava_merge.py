@@ -11,7 +11,7 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.utils import logging
 
 from .bypass import bypassing
-from .checkpoint_files import for_other_repo, hub_arguments, naming_broken_files
+from .checkpoint_files import BoundsMissingWeights, for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
 from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig
 from .hub import MODEL
@@ -63,7 +63,7 @@ def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:
     return merger
 
 
-class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
+class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrainedModel):
     """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
 
     config_class = LlavaMergeConfig
@@ -71,10 +71,13 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
     _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
     _parts: tuple[str, ...] = ()
 
-    def _prepare_loading(self, fresh_merger: bool):
+    def _prepare_loading(self, fresh_merger: bool, allow_missing_weights: bool):
         """What loading shall leave alone: called between the initialisation of transformers' class and the parts'."""
         if fresh_merger:
-            self._keys_to_ignore_on_load_missing = [r"(^|\.)merger\."]
+            self._may_be_missing = r"(^|\.)merger\."
+            self._keys_to_ignore_on_load_missing = [self._may_be_missing]
+        if allow_missing_weights:
+            self._may_be_missing = ""
         if (
             "quantization_config" in vars(self.config)
             and not find_merging_method(self.config.merger_config).training_free
@@ -140,7 +143,8 @@ class LlavaMergePreTrainedModel(SavesAtOnce, LlavaPreTrainedModel):
             kwargs["device_map"] = usable_device_map(kwargs["device_map"], cls._parts)
         fresh_merger = not checkpoint.has_weights_of(merger_config)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "fresh_merger": fresh_merger}
+        kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        kwargs |= {"fresh_merger": fresh_merger, "allow_missing_weights": allow_missing_weights}
         with naming_broken_files(path, hub_kwargs, kwargs.get("variant")):
             model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
         if fresh_merger and merger is None:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .compat import TRANSFORMERS_V5
 from .files import CONFIG, save_at_once
 from .hub import push_arguments, push_card_if_missing, push_folder
 from .merging_base import method_file
 
+
+logger = logging.get_logger(__name__)
 
 PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
 
@@ -73,6 +76,10 @@ class SavesAtOnce:
         if not (is_main_process and is_first_rank()):
             if TRANSFORMERS_V5:  # takes part in gathering shards, and writes nothing; 4.57 would write weights
                 super().save_pretrained(save_directory, False, *args, **kwargs)
+            elif is_main_process:
+                logger.warning_once(
+                    f"Of several ranks the first one saves, so nothing was written to {save_directory} by this one."
+                )
             return
         refuse_other_kind(Path(save_directory), self.config.model_type)
         own_method = method_file(self.merging_config)

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from .checkpoint_files import naming_broken_files, refuse_missing_weights
-from .configuration_llava_merge import without_attention_code
+from .configuration_llava_merge import as_data
 from .merge_extras import projected_relevance, projected_word_relevance
 from .merging_base import READ_FOR_QUESTION, full_precision
 from .question_turns import Question
@@ -50,7 +50,7 @@ class TextTower:
         hub_kwargs = hub_kwargs or {}
         try:
             fields, _ = CLIPConfig.get_config_dict(name, **hub_kwargs)
-            config = CLIPConfig.from_dict(without_attention_code(fields))
+            config = CLIPConfig.from_dict(as_data(fields))
             config.vision_config.num_hidden_layers = 0
             with naming_broken_files(name, hub_kwargs):
                 clip, info = CLIPWithoutVision.from_pretrained(

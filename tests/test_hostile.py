@@ -9,18 +9,22 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import agnostic, aware, make_processor, tiny_model, tiny_stock
+from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, MergerConfig
 from llava_merge.cli import app
+from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.configuration_llava_merge import AUTO_MAP
 
 
@@ -135,6 +139,44 @@ def field(**fields):
     return change
 
 
+def part_field(part: str, **fields):
+    def change(folder: Path, victim: Path):
+        edit(folder / "config.json", lambda config: config.setdefault(part, {}).update(fields))
+
+    return change
+
+
+def weights_named(name: str):
+    """A config.json may say which files transformers reads."""
+
+    def change(folder: Path, victim: Path):
+        torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+        index = dict.fromkeys(load_file(folder / "model.safetensors"), "adapter_model.bin")
+        (folder / "other.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "model.safetensors").rename(folder / "x.safetensors")
+        edit(folder / "config.json", lambda config: config.update(transformers_weights=name))
+
+    return change
+
+
+def missing(pattern: str, *changes, sharded=False):
+    """Weights that are missing are made by whoever loads, in the sizes that config.json names."""
+
+    def change(folder: Path, victim: Path):
+        file = folder / "model.safetensors"
+        weights = {key: tensor for key, tensor in load_file(file).items() if not re.search(pattern, key)}
+        weights = weights or {"x": torch.zeros(1)}
+        save_file(weights, file, metadata={"format": "pt"})
+        if sharded:
+            file.rename(folder / "shard.safetensors")
+            index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.safetensors")}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for each in changes:
+            each(folder, victim)
+
+    return change
+
+
 def merger_field(**fields):
     def change(folder: Path, victim: Path):
         edit(folder / "config.json", lambda config: merger_fields(config).update(fields))
@@ -171,6 +213,19 @@ CHANGES = {
     "kernel dict": field(attn_implementation={"text_config": "evil/kernel"}),
     "kernel wrapped": field(_attn_implementation="sdpa|evil/kernel"),
     "weights elsewhere": field(transformers_weights="../victim/model.safetensors"),
+    "weights named": weights_named("other.safetensors.index.json"),
+    "pickle named": weights_named("adapter_model.bin"),
+    "backbone": part_field("vision_config", model_type="conditional_detr", d_model=32, backbone="evil/repo"),
+    "backbone of timm": part_field("vision_config", model_type="timm_wrapper", architecture="hf-hub:evil/repo"),
+    "vocabulary": missing("lm_head|embed_tokens", part_field("text_config", vocab_size=10**9)),
+    "wide and missing": missing("merger", merger_field(internal_dim=1 << 17, query_grid=[1 << 17, 1])),
+    "wide and sharded": missing(".", merger_field(internal_dim=1 << 17, query_grid=[1 << 17, 1]), sharded=True),
+    "labels": field(num_labels=10**9),
+    "labels of text": part_field("text_config", num_labels=10**9),
+    "layers of text": part_field("text_config", num_hidden_layers=10**9),
+    "layers of the tower": part_field("vision_config", num_hidden_layers=10**9),
+    "layers of features": merger_field(feature_layers=[1] * 10**6),
+    "layer of features": field(vision_feature_layer=[1] * 10**6),
     "name": field(_name_or_path="../victim", name_or_path="evil/repo"),
     "tower of text": merger_field(merger_type="cdpruner", question_aware=True, text_tower="evil/clip", query_grid=None),
     "map of queries": merger_field(query_grid=[10**6, 10**6]),
@@ -230,6 +285,8 @@ def test_no_folder_writes_outside_opens_a_pickle_runs_code_or_asks_the_network(c
 
 
 def test_no_folder_takes_the_machines_memory(cases):
+    if not TRANSFORMERS_V5:  # 4.57 asks for the memory of each weight, which it then does not use
+        cases = cases[0], [row for row in cases[1] if "vocabulary" not in row["case"]]
     words = ("MemoryError", "not enough memory", "can't allocate", "Unable to allocate", "maximum recursion")
     assert not [row for row in cases[1] if any(word in row["result"] for word in words)]
 
@@ -238,14 +295,15 @@ def test_no_folder_takes_the_machines_memory(cases):
     "change, message",
     [
         ("pickles", "truncated or not a safetensors file"),
-        ("index outside", "only safetensors in the same folder are read"),
-        ("index absolute", "only safetensors in the same folder are read"),
-        ("index backslash", "only safetensors in the same folder are read"),
-        ("index pickle", "only safetensors in the same folder are read"),
+        ("index outside", "only safetensors in its folder are read"),
+        ("index absolute", "only safetensors in its folder are read"),
+        ("index backslash", "only safetensors in its folder are read"),
+        ("index pickle", "only safetensors in its folder are read"),
         ("kernels", "whose code would run"),
         ("map of queries", "has to be a whole number from 1 to"),
         ("many tokens", "has to be a whole number from 1 to"),
         ("seed", "seed=1000"),
+        ("wide and sharded", "a matrix of both has more than"),
         ("method", "merger_type='../victim' does not exist"),
     ],
 )
@@ -254,6 +312,28 @@ def test_what_is_hostile_is_refused_by_name(cases, change, message):
     for kind in ("merger", "model"):
         assert results[f"case {kind} {change}"].startswith("ValueError"), results[f"case {kind} {change}"]
         assert message in results[f"case {kind} {change}"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("weights named", "has no model.safetensors that can be had"),
+        ("pickle named", "has no model.safetensors that can be had"),
+        ("backbone", "may fetch a backbone from the Hub"),
+        ("backbone of timm", "may fetch a backbone from the Hub"),
+        pytest.param(
+            *("vocabulary", "lacks weights of this model"),
+            marks=pytest.mark.skipif(not TRANSFORMERS_V5, reason="4.57 asks for the memory of each weight before"),
+        ),
+        ("layers of text", "asks for 1000000000 layers"),
+        ("layers of the tower", "asks for 1000000000 layers"),
+        ("layers of features", "asks for 1000000 layers"),
+        ("layer of features", "asks for 1000000 layers"),
+    ],
+)
+def test_what_a_hostile_model_asks_for_is_refused_by_name(cases, change, message):
+    (row,) = [row for row in cases[1] if row["case"] == f"case model {change}" and row["attempt"] == "model"]
+    assert row["result"].startswith("ValueError") and message in row["result"], row["result"]
 
 
 def test_the_watch_sees(tmp_path):

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import tqdm.auto
 import transformers
-from conftest import agnostic, aware, pixels, prompts, tiny_model
+from conftest import agnostic, aware, make_processor, pixels, prompts, tiny_model
 from hub_server import HubServer
 from safetensors.torch import load, load_file
 
 import llava_merge.saving
-from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, TokenMerger
+from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.files import STAGED, replaced_weights, save_at_once
 from llava_merge.saving import PROJECTOR
@@ -94,8 +95,8 @@ def checkpoints(save, tmp_path):
 
 
 def test_killed_at_every_move(save, checkpoints, tmp_path):
-    """The process dies at the n-th file operation of the save, for every n there is."""
-    for moves in range(100):
+    """The process dies at the n-th file operation of the save: of the first, and of every seventh."""
+    for moves in (*range(14), *range(14, 400, 7)):
         shutil.rmtree(tmp_path / "target", ignore_errors=True)
         shutil.copytree(tmp_path / "old", tmp_path / "target")
 
@@ -119,7 +120,7 @@ def test_killed_at_every_move(save, checkpoints, tmp_path):
         assert is_one_of(tmp_path / "target", checkpoints[1:])
         if os.waitstatus_to_exitcode(status) == 0:
             break
-    assert 3 < moves < 99
+    assert 3 < moves < 399
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -173,21 +174,84 @@ def test_a_save_into_a_folder_leaves_that_of_another_process(tmp_path):
     assert (tmp_path / f"{STAGED}{'a' * 32}").is_dir() and content(tmp_path)[0] == 4
 
 
-def test_a_save_whose_first_rename_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    save_merger(OLD, tmp_path)
-    real = os.replace
+def test_a_save_that_fails_at_any_move_leaves_the_old_checkpoint(save, checkpoints, tmp_path, monkeypatch):
+    """Also where a file is open elsewhere, or the disk full, after half of the files are in their places."""
+    target, real = tmp_path / "target", os.replace
+    shutil.copytree(tmp_path / "old", target)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    for number in range(400):
+        calls = iter(range(1000))
 
-    def refuse(source, target):
-        if Path(target).name == "model.safetensors":
-            raise PermissionError("open elsewhere")
-        real(source, target)
+        def refuse(source, to, number=number, calls=calls):
+            if next(calls) == number:
+                raise PermissionError("open elsewhere")
+            real(source, to)
 
-    with monkeypatch.context() as context:
-        context.setattr(os, "replace", refuse)
-        context.setattr("llava_merge.files.sorted", lambda names, key=None: ["model.safetensors"], raising=False)
-        with pytest.raises(PermissionError):
-            save_merger(NEW, tmp_path)
-    assert content(tmp_path)[0] == 9 and not [*tmp_path.glob(".*")]
+        with monkeypatch.context() as context:
+            context.setattr(os, "replace", refuse)
+            try:
+                save(NEW, target)
+                break
+            except PermissionError:
+                pass
+        assert before == {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}, number
+    assert 3 < number < 399 and is_one_of(target, checkpoints[1:])
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    save_model(OLD, tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").mkdir()
+    (tmp_path / "generation_config.json" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="generation_config.json is a folder, and a file is to be saved there"):
+        save_model(NEW, tmp_path)
+    assert (tmp_path / "generation_config.json" / "mine").read_text() == "mine"
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("folders", ["new", "existing", "one each"])
+def test_threads_save_side_by_side(folders, tmp_path):
+    model, processor = (
+        tiny_model(OLD, train_merger=True),
+        make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9),
+    )
+    for round in range(5):
+        barrier, root = threading.Barrier(3), tmp_path / str(round)
+        targets = [root / (f"target {thread}" if folders == "one each" else "target") for thread in range(3)]
+        if folders == "existing":
+            model.save_pretrained(targets[0])
+
+        def work(target, barrier=barrier):
+            barrier.wait()
+            processor.save_pretrained(target)
+            model.save_pretrained(target)
+
+        with ThreadPoolExecutor(3) as pool:
+            [*pool.map(work, targets)]  # raises what one of them raised
+        for target in targets:
+            assert content(target)[0] == 9 and LlavaMergeProcessor.from_pretrained(target).num_merged_tokens == 9
+        assert not [*root.glob("**/.*")]
+
+
+def test_processes_save_side_by_side(tmp_path):
+    """Each rank of a launch saves the processor, say: stock transformers lets them."""
+    model, processor = (
+        tiny_model(OLD, train_merger=True),
+        make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9),
+    )
+    for round in range(5):
+
+        def work(target=tmp_path / str(round)):
+            try:
+                processor.save_pretrained(target)
+                model.save_pretrained(target)
+            except BaseException:
+                os._exit(1)
+
+        children = [in_a_process(work) for _ in range(3)]
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+        assert content(tmp_path / str(round))[0] == 9
+        assert LlavaMergeProcessor.from_pretrained(tmp_path / str(round)).num_merged_tokens == 9
 
 
 def test_other_files_stay_and_old_shards_go(tmp_path):
