@@ -3,6 +3,7 @@
 
 import os
 import re
+import string
 from itertools import dropwhile
 
 from transformers.utils import logging
@@ -138,11 +139,21 @@ def ids_of_marks(processor, marks: dict[str, tuple[str, ...]], whole: bool = Fal
         name = mark.strip()
         space = mark[len(mark.rstrip()) :]
         behind = ["", "\n", *(space + more for more in ("", "\n", "\n\n", "\n\n\n", image))]
+        behind += [] if space or whole else joined_to(tokenizer, name[-1:])
         for text in before if name else ():
             found += [ids_in_text(tokenizer, text, name, after) for after in behind]
             found += [ids_in_text(tokenizer, text, name + space, after) for after in ("", image) if whole]
     known = [ids for ids in found if ids and tokenizer.unk_token_id not in ids]
     return [ids for index, ids in enumerate(known) if ids not in known[:index]]
+
+
+def joined_to(tokenizer, last: str) -> list[str]:
+    """What may stand behind the `last` character of a mark in one token with it, as an answer that begins with "("."""
+    return [
+        token[1:]
+        for token in tokenizer.get_vocab()
+        if len(token) > 1 and token[0] == last and {*token} <= {*string.punctuation}
+    ]
 
 
 def ids_in_text(tokenizer, before: str, mark: str, after: str) -> list[int]:

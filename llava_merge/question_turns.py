@@ -7,6 +7,7 @@ turn saw it, can all keep. Its question is what the user wrote in it: no placeho
 nothing that stands before its first mark of a question, such as a system prompt.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -226,12 +227,14 @@ def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Ten
     length, longest = ids.shape[1], max([1, *map(len, sequences)])
     padded = torch.nn.functional.pad(ids, (0, longest - 1), value=-2)
     positions, begins = torch.arange(length, device=ids.device), torch.zeros_like(ids, dtype=torch.bool)
-    ends = torch.zeros_like(ids)
-    for sequence in sequences:  # a few, of a few ids, which as numbers need not go to the device
-        found = torch.ones_like(begins)
-        for offset, id in enumerate(sequence):
+    ends, last_ids = torch.zeros_like(ids), defaultdict(list)
+    for *first, last in sequences:
+        last_ids[tuple(first)].append(last)
+    for first, last in last_ids.items():  # a few, of a few ids, which as numbers need not go to the device
+        found = is_one_of(padded[:, len(first) : len(first) + length], last)
+        for offset, id in enumerate(first):
             found = found & (padded[:, offset : offset + length] == id)
-        begins, ends = begins | found, torch.maximum(ends, found * (positions + len(sequence)))
+        begins, ends = begins | found, torch.maximum(ends, found * (positions + len(first) + 1))
     return begins, ends.cummax(dim=1).values > positions
 
 

@@ -8,6 +8,7 @@ LLAVA_MERGE_TOKENIZERS names a folder that `.ci/get_tokenizers` made.
 import functools
 import json
 import os
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -339,7 +340,7 @@ class TestEveryTemplate:
         read = questions(model, processor, encode(processor, chat))
         assert [text.strip() for text in read] == expected
 
-    @pytest.mark.parametrize("beginning", [*BEGINNINGS, "eos", "bos"])
+    @pytest.mark.parametrize("beginning", [*BEGINNINGS, "eos", "bos", *string.punctuation, "](#", "]).", "<p>"])
     def test_an_answer_that_begins_with_anything_is_not_read(self, family, real, beginning):
         model, processor = make_model(family, real), make_processor(family, real)
         tokenizer = processor.tokenizer
@@ -471,7 +472,8 @@ def test_a_prompt_by_hand_without_the_system_prompt_that_the_template_always_wri
 
 def test_a_template_with_nothing_before_questions():
     template = "{% for m in messages %}" + BODY + "{{ ' ->' if m.role == 'user' else '</s>' }}{% endfor %}"
-    assert marks_of(template) == {"question_start_token_ids": set(), "question_end_token_ids": {"->"}}
+    ends = {"->", "->>"}  # an answer that begins with ">" shares a token with it
+    assert marks_of(template) == {"question_start_token_ids": set(), "question_end_token_ids": ends}
 
 
 def test_a_mark_that_a_question_touches():
