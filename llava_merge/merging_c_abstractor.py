@@ -64,7 +64,7 @@ class CAbstractor(MergingMethod):
         self.output_proj = nn.Linear(dim, config.vision_dim)
 
     def reset_parameters(self):
-        nn.init.trunc_normal_(self.places, std=0.02)
+        nn.init.normal_(self.places, std=0.02)
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         patches = self.input_proj(features + stretch_map(self.places, context.grid)).unflatten(1, context.grid)

@@ -52,7 +52,7 @@ class MQT(MergingMethod):
         self.output_proj = nn.Linear(dim, config.vision_dim)
 
     def reset_parameters(self):
-        nn.init.trunc_normal_(self.queries, std=0.02)
+        nn.init.normal_(self.queries, std=0.02)
 
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         if context.num_tokens > len(self.queries):

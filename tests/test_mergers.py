@@ -481,6 +481,13 @@ class TestKeptGeometry:
         fake()
         assert torch.equal(merger(**batch).merged_features, expected)
 
+    @pytest.mark.parametrize("name", [method.name for method in list_mergers()])
+    def test_every_merger_can_be_made_of_fake_tensors(self, name):
+        num_merged_tokens = None if name == "none" else 9
+        with FakeTensorMode():
+            merger = TokenMerger(MergerConfig(merger_type=name, num_merged_tokens=num_merged_tokens))
+        assert all(isinstance(parameter.data, FakeTensor) for parameter in merger.parameters())
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_it_is_of_float32_whatever_the_default_is(self, dtype):
         """Which from_pretrained changes while it builds a model."""
