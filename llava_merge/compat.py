@@ -4,6 +4,8 @@
 Differences inside `generate` are in compat_generation.py, that of the processor in compat_processing.py.
 """
 
+import re
+
 import torch
 import transformers
 from packaging.version import Version
@@ -34,6 +36,10 @@ MERGER_IN_MODULE_LISTS = r"(.*\.)?merger" if TRANSFORMERS_V5 else "merger"
 
 # 5.22 replaced the class attribute sub_configs by sub_configs_defaults. Remove when 5.22 is the oldest 5.x.
 HAS_SUB_CONFIG_SPECS = TRANSFORMERS_VERSION >= Version("5.22")
+
+# 5.23 gives images to the chunks of a prompt that `prefill_chunk_size` asks for.
+# Remove when 5.23 is the oldest supported release.
+CHUNKS_LACK_IMAGES = TRANSFORMERS_VERSION < Version("5.23")
 
 # 5.23 lets output_hidden_states name the hidden states to keep; before, True keeps all of them.
 # Remove when 5.23 is the oldest supported release.
@@ -93,13 +99,21 @@ def register_llava_key_mapping(model_type: str, for_generation: str, headless: s
 
 
 def usable_device_map(device_map, parts: tuple[str, ...]):
-    """`device_map`, with the parts by name where 4.57 would take "disk" for a device that tensors can be on.
+    """`device_map`, with the merger beside the projector where it names only the parts of a stock LLaVA.
 
-    Remove when 4.57 is no longer supported.
+    On 4.57 with the parts by name, where it would take "disk" for a device that tensors can be on. Remove that when
+    4.57 is no longer supported.
     """
     if not TRANSFORMERS_V5 and device_map == {"": "disk"}:
         return dict.fromkeys(parts, "disk")
-    return device_map
+    if not isinstance(device_map, dict):
+        return device_map
+    beside = {
+        name.replace("multi_modal_projector", "merger"): device
+        for name, device in device_map.items()
+        if re.fullmatch(r"(model\.)?multi_modal_projector", str(name))
+    }
+    return beside | device_map
 
 
 def cache_mask_sizes(cache, past, length: int, device) -> tuple[int, int]:

@@ -303,13 +303,15 @@ class MergerConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers, of a merger checkpoint.
+        """As in transformers, of a merger checkpoint, or of the merger of a model.
 
         Raises:
             ValueError: It is a checkpoint of something else.
         """
         fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = fields.get("model_type")
+        if found == LlavaMergeConfig.model_type and isinstance(fields.get("merger_config"), dict):
+            fields, found = fields["merger_config"], cls.model_type
         if found != cls.model_type:
             of_another = f"is a checkpoint of {found!r}, not of a merger"
             what = of_another if found else "has no config.json of a model"
@@ -384,9 +386,11 @@ class LlavaMergeConfig(LlavaConfig):
 
     model_type = "llava_merge"
 
-    def __init__(self, merger_config: MergerConfig | dict | None = None, **kwargs):
+    def __init__(
+        self, vision_config=None, text_config=None, *, merger_config: MergerConfig | dict | None = None, **kwargs
+    ):
         self.merger_config = None
-        super().__init__(**kwargs)
+        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
         self.set_merger_config(merger_config if merger_config is not None else {})
         self.auto_map = dict(AUTO_MAP)  # never what a checkpoint says, which a push would hand on
 

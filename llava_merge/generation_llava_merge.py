@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .compat import FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5
+from .compat import CHUNKS_LACK_IMAGES, FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
 from .layout_cache import keep_layout
 from .merge_extras import TowerFeatures
@@ -62,7 +62,17 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         return input_ids, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
-        """As in transformers, at which time the length of the answer is known: warns if its positions are too many."""
+        """As in transformers, at which time the length of the answer is known: warns if its positions are too many.
+
+        Raises:
+            ValueError: A prompt with images is to be read in chunks, to which this release gives no images.
+        """
+        has_images = any(model_kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        if CHUNKS_LACK_IMAGES and has_images and getattr(generation_config, "prefill_chunk_size", None) is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: transformers {TRANSFORMERS_VERSION} gives "
+                f"no images to the chunks of a prompt. Leave it out, or use transformers 5.23 or newer."
+            )
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         layout, mask = model_kwargs.get("token_layout"), model_kwargs.get("attention_mask")
         num_tokens = 0 if layout is None else max(generation_config.max_length, layout.num_tokens)

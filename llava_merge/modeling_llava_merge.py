@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """LLaVA with a merger between vision tower and projector, without and with its head."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -99,9 +100,19 @@ TOWER_ARGUMENTS = (
 )
 
 
-def device_of(weight: Tensor, features: Tensor) -> torch.device:
-    """Where `features` meet a module with this `weight`; to an offloaded one they need not go, it comes to them."""
+def device_of(module: nn.Module, features: Tensor) -> torch.device:
+    """Where `features` meet a `module`; to an offloaded one they need not go, it comes to them."""
+    weight = next(module.parameters(), features)
     return features.device if weight.is_meta else weight.device
+
+
+def drop_unused_layers(tower: nn.Module, state_dict: dict, prefix: str, *args):
+    """Lets `load_state_dict` of a tower take the weights of a whole one, whose last layers were not built."""
+    built = tower.config.num_hidden_layers
+    for key in list(state_dict):
+        layer = re.search(r"\.layers\.(\d+)\.", key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if layer is not None and int(layer[1]) >= built:
+            del state_dict[key]
 
 
 def nothing_of(parts: list[nn.Module], like: Tensor) -> Tensor:
@@ -144,6 +155,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         self.text_tower: TextTower | None = None  # no module: it is neither trained nor saved
         self.question_tokenizer = None  # for the text tower, which reads questions as text
         self.vision_tower = AutoModel.from_config(config.used_vision_config)
+        if config.used_vision_config is not config.vision_config:
+            self.vision_tower.register_load_state_dict_pre_hook(drop_unused_layers)
         self.merger = TokenMerger(config.merger_config)
         if is_run_by_vllm(config):
             check_backend(config, {*self.merger.state_dict()})
@@ -222,7 +235,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             )
         tower = self.find_text_tower(self.config.merger_config)
         if tower is None:
-            device = device_of(self.multi_modal_projector.linear_1.weight, features)
+            device = device_of(self.multi_modal_projector, features)
             features, question = features.to(device), question.to(device)
         read = read_for_question(
             requires, features, question, self.multi_modal_projector, tower, self.question_tokenizer
@@ -367,9 +380,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             if return_source:
                 source = torch.eye(num_patches, device=features.device).expand(num_images, -1, -1)
             return MergeOutput(merged_features=features, source=source, positions=places, sizes=sizes)
-        weight = next(self.merger.parameters(), features)
         # the budget of this config: PEFT copies the merger with a config of its own
-        features_there = features.to(device_of(weight, features))
+        features_there = features.to(device_of(self.merger, features))
         output = self.merger(features_there, question, budget, grid, return_source=return_source, extras=extras)
         output.merged_features = output.merged_features.to(features.dtype)
         return output
@@ -421,7 +433,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
 
     def _project(self, merged_features: Tensor) -> Tensor:
         """Projected features (I, M, hidden) of merged ones (I, M, vision_dim)."""
-        device = device_of(self.multi_modal_projector.linear_1.weight, merged_features)
+        device = device_of(self.multi_modal_projector, merged_features)
         return self.multi_modal_projector(merged_features.to(device))
 
     def _merge_and_project(self, features, outputs, image_shape, question, budgets, extras) -> EncodedImages:

@@ -2,9 +2,9 @@
 """Loading and saving, and changing of the merger, for LLaVA with and without its head."""
 
 import copy
-import re
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
@@ -27,7 +27,7 @@ from .loading import (
 from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import (
-    check_no_adapters,
+    check_replaceable,
     make_projector,
     merger_of_projector,
     read_projector,
@@ -172,8 +172,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs):
         """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""
-        unused = re.compile(unused_layers_pattern(self.config))
-        renamed = {self._name_in_model(key): tensor for key, tensor in state_dict.items() if not unused.search(key)}
+        renamed = {self._name_in_model(key): tensor for key, tensor in state_dict.items()}
         return super().load_state_dict(renamed, *args, **kwargs)
 
     def _name_in_model(self, key: str) -> str:
@@ -257,7 +256,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         merger = TokenMerger.from_pretrained(path, **{"dtype": self.dtype, **kwargs})
         projector = None
         if merger.config.has_projector:
-            check_no_adapters(self.headless_model.multi_modal_projector)
+            check_replaceable(self.headless_model.multi_modal_projector)
             weights = read_projector(path, hub_arguments(kwargs))
             projector = make_projector(weights, self.config, path)
         tower_kwargs = for_other_repo(hub_arguments(kwargs)) | {"local_files_only": True}
@@ -315,8 +314,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
 
     def _put_merger(self, merger: TokenMerger):
         """Puts `merger`, which `self.config` is of already, in the place of the present one."""
-        device = self.headless_model.multi_modal_projector.linear_1.weight.device
-        merger = merger.to("cpu" if device.type == "meta" else device)
+        weight = next(self.headless_model.multi_modal_projector.parameters(), torch.empty(0))
+        merger = merger.to("cpu" if weight.is_meta else weight.device)
         for name, old in list(self.headless_model.named_modules()):
             if isinstance(old, TokenMerger):  # PEFT has two, one of them trained
                 parent, _, child = name.rpartition(".")

@@ -41,8 +41,13 @@ def check_plain(projector: nn.Module):
     """Refuses a projector that has other weights than those of two linear layers.
 
     Raises:
-        ValueError: It is quantised, or has LoRA layers.
+        ValueError: It is quantised, or has LoRA layers, or is no projector of LLaVA.
     """
+    if not all(hasattr(projector, layer) for layer in LAYERS):
+        raise ValueError(
+            f"multi_modal_projector is a {type(projector).__name__}, whose weights cannot be saved with a merger. "
+            f"Leave the projector out, or save the whole model."
+        )
     for layer in LAYERS:
         kind = type(getattr(projector, layer))
         if kind is not nn.Linear:
@@ -53,12 +58,17 @@ def check_plain(projector: nn.Module):
             )
 
 
-def check_no_adapters(projector: nn.Module):
-    """Refuses to replace a projector that has LoRA layers, which would be lost.
+def check_replaceable(projector: nn.Module):
+    """Refuses to replace a projector that has LoRA layers, which would be lost, or that is none of LLaVA.
 
     Raises:
-        ValueError: It has.
+        ValueError: So it is.
     """
+    if not any(isinstance(module, LlavaMultiModalProjector) for module in projector.modules()):
+        raise ValueError(
+            f"multi_modal_projector is a {type(projector).__name__}, which the projector of a merger does not replace. "
+            f"Load the merger before you put in your own."
+        )
     adapted = [name for name, _ in projector.named_modules() if name.endswith(".base_layer")]
     if adapted:
         raise ValueError(
@@ -110,7 +120,7 @@ def replace_projectors(model: nn.Module, projector: LlavaMultiModalProjector, dt
     """
     for name, old in list(model.named_modules()):
         if isinstance(old, LlavaMultiModalProjector):
-            weight = old.linear_1.weight
+            weight = next(old.parameters())
             new = copy.deepcopy(projector).to("cpu" if weight.is_meta else weight.device)
             new = new.to(weight.dtype if weight.is_floating_point() else dtype).train(old.training)
             new.came_with = path

@@ -81,6 +81,11 @@ class SavesAtOnce:
                     f"Of several ranks the first one saves, so nothing was written to {save_directory} by this one."
                 )
             return
+        if not TRANSFORMERS_V5 and kwargs.get("safe_serialization") is False:  # 5 writes nothing else
+            raise ValueError(
+                "safe_serialization=False would write a pickle, which is never opened here. Leave it out; in "
+                "TrainingArguments save_safetensors=False."
+            )
         refuse_other_kind(Path(save_directory), self.config.model_type)
         own_method = method_file(self.merging_config)
 

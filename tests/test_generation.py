@@ -151,6 +151,15 @@ def test_a_chat_goes_on_with_the_images_of_all_turns_or_of_the_new_one(model, gi
     assert torch.equal(ids, generate(model, whole, images[:1])[:, second.shape[1] :])
 
 
+@pytest.mark.skipif(PREFILLS_IMAGES_IN_CHUNKS, reason="chunks are given their images")
+def test_chunked_prefill_is_refused_where_chunks_lack_their_images(model):
+    batch, images = prompts([1, 2], 9), pixels(3)
+    with pytest.raises(ValueError, match="prefill_chunk_size=7: .* gives no images to the chunks"):
+        generate(model, batch, images, prefill_chunk_size=7)
+    text = prompts([0], 9, text=12)
+    assert torch.equal(generate(model, text, None, prefill_chunk_size=7), generate(model, text, None))
+
+
 @pytest.mark.skipif(not PREFILLS_IMAGES_IN_CHUNKS, reason="stock answers such chunks wrong or refuses them")
 def test_chunked_prefill_gives_the_same_ids(model):
     batch, images = prompts([2], 9), pixels(2)

@@ -1,4 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+import copy
 import json
 import logging
 import shutil
@@ -36,7 +37,7 @@ from llava_merge import (
     MergerConfig,
     TokenMerger,
 )
-from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS
+from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
 
 
 pytestmark = pytest.mark.core
@@ -567,3 +568,51 @@ def test_weights_of_a_fresh_model_are_initialised(stock_dir):
         for name, parameter in model.model.merger.named_parameters():
             assert parameter.isfinite().all() and parameter.abs().max() < 10, name
         assert 0.01 < model.model.merger.method.pool_queries.std() < 0.03
+
+
+def test_the_configuration_of_a_model_s_merger_is_read_from_the_model_s_folder(tmp_path):
+    """As CLIPVisionConfig reads that of a CLIP."""
+    model = tiny_model(aware(), train_merger=True)
+    model.save_pretrained(tmp_path)
+    assert MergerConfig.from_pretrained(tmp_path).to_dict() == model.config.merger_config.to_dict()
+    with pytest.raises(ValueError, match="is a checkpoint of 'llava_merge', not of a merger"):
+        TokenMerger.from_pretrained(tmp_path)
+
+
+def test_weights_of_a_whole_tower_go_into_one_without_its_last_layers():
+    model, stock = tiny_model(agnostic()), tiny_stock()
+    tower = stock.model.vision_tower
+    weights = {name: weight + 1 for name, weight in tower.state_dict().items()}
+    assert len(weights) > len(model.model.vision_tower.state_dict())
+    model.model.vision_tower.load_state_dict(weights)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.model.vision_tower.state_dict().items())
+    copy.deepcopy(model).model.vision_tower.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.model.vision_tower.load_state_dict({**weights, "other": torch.ones(1)})
+
+
+def test_a_configuration_by_position():
+    stock = tiny_stock().config
+    config = LlavaMergeConfig(stock.vision_config, stock.text_config)
+    assert config.vision_config.to_dict() == stock.vision_config.to_dict()
+    assert config.text_config.to_dict() == stock.text_config.to_dict()
+
+
+@pytest.mark.parametrize("merger", [None, "cpu"])
+def test_a_device_map_of_a_llava_s_parts(tmp_path, merger):
+    model = tiny_model(agnostic(), train_merger=True)
+    model.save_pretrained(tmp_path)
+    parts = dict.fromkeys(
+        ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"), "cpu"
+    )
+    parts |= {} if merger is None else {"model.merger": merger}
+    loaded = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, device_map=parts)
+    assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
+@pytest.mark.skipif(TRANSFORMERS_V5, reason="writes safetensors alone")
+def test_pickles_are_not_written(tmp_path):
+    for save in (tiny_model(agnostic()).save_pretrained, tiny_model(agnostic()).model.merger.save_pretrained):
+        with pytest.raises(ValueError, match="safe_serialization=False would write a pickle"):
+            save(tmp_path / "saved", safe_serialization=False)
+    assert not (tmp_path / "saved").exists()

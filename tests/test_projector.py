@@ -10,6 +10,7 @@ import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model, tiny_stock, used_weights
 from hub_server import HubServer, run_python
 from safetensors.torch import load, load_file, save_file
+from torch import nn
 
 from llava_merge import LlavaMergeForConditionalGeneration, TokenMerger
 from llava_merge.saving import PROJECTOR
@@ -235,3 +236,37 @@ LlavaMergeForConditionalGeneration.from_pretrained({str(tmp_path / "stock")!r}, 
         back = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "back")
         stock = used_weights(tiny_stock())["model.multi_modal_projector.linear_1.weight"]
         assert torch.equal(back.model.multi_modal_projector.linear_1.weight, stock)
+
+
+class Packed(nn.Module):
+    """A quantised layer, whose weight has another name."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.qweight, self.bias = nn.Parameter(layer.weight.detach()), layer.bias
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.qweight, self.bias)
+
+
+@pytest.mark.parametrize("merger", ["fixed_pooling", "cdpruner", "mmtok", "average_pooling"])
+@pytest.mark.parametrize("kind", ["another", "packed", "without weights"])
+def test_any_module_may_be_the_projector(kind, merger, tmp_path):
+    model = tiny_model({**(aware(9) if merger in ("cdpruner", "mmtok") else agnostic(9)), "merger_type": merger})
+    projector = model.model.multi_modal_projector
+    if kind == "packed":
+        expected = model(**BATCH).logits
+        projector.linear_1 = Packed(projector.linear_1)
+        torch.testing.assert_close(model(**BATCH).logits, expected)
+    else:
+        another = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
+        model.model.multi_modal_projector = another if kind == "another" else nn.ZeroPad1d((0, 32))
+        assert torch.isfinite(model(**BATCH).logits).all()
+        model.generate(**BATCH, max_new_tokens=2)
+    model.set_merger({"merger_type": "strided"})
+    with pytest.raises(ValueError, match="multi_modal_projector"):
+        model.save_merger(tmp_path / "mine", projector=True)
+    trained(agnostic(9)).save_merger(tmp_path / "merger", projector=True)
+    if kind != "packed":
+        with pytest.raises(ValueError, match="does not replace"):
+            model.load_merger(tmp_path / "merger")
