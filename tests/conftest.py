@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,11 @@ def prompts(image_counts: list[int], tokens_per_image: int, pad: str = "left", s
     ]
     input_ids = torch.tensor(padded)
     return {"input_ids": input_ids, "attention_mask": (input_ids != PAD_ID).long()}
+
+
+def listen_to_ctrl_c():
+    """`preexec_fn` of a child that is sent SIGINT: a shell that starts pytest in the background may ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def answered(batch: dict, num_words: int = 2, seed: int = 0) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import agnostic, make_processor, tiny_model
+from conftest import agnostic, listen_to_ctrl_c, make_processor, tiny_model
 from hub_server import HubServer, run_python
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
@@ -63,7 +63,7 @@ class TestJson:
 class TestCtrlC:
     def test_an_evaluation_ends_and_goes_on(self, tmp_path):
         arguments = ("evaluate", "--limit", 2, "--merger", "tome", "--num-merged-tokens", 16, "--batch-size", 2)
-        running = llava_merge(*arguments, "--output", tmp_path)
+        running = llava_merge(*arguments, "--output", tmp_path, preexec_fn=listen_to_ctrl_c)
         answers, start = tmp_path / "answers.jsonl", time.monotonic()
         while not (answers.exists() and answers.read_text().count("\n") > 2):
             assert running.poll() is None and time.monotonic() - start < 240

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import agnostic, aware, make_processor, pixels, prompts, tiny_model, tiny_stock
+from conftest import agnostic, aware, listen_to_ctrl_c, make_processor, pixels, prompts, tiny_model, tiny_stock
 from hub_server import HubServer, run_python
 from safetensors.torch import load_file, save_file
 from test_hub import BLOCK_PACKAGE
@@ -248,7 +248,11 @@ app()
             str(tmp_path / "out"),
         ]
         running = subprocess.Popen(
-            [sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", slow, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         assert running.stdout.readline() == "written\n"
         assert any(path.name.startswith(".out") for path in tmp_path.iterdir())
