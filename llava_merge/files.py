@@ -42,6 +42,23 @@ def refuse_output_in_input(output: Path, *inputs: str | Path | None):
             )
 
 
+def refuse_link_outside(folder: Path, file: Path):
+    """Refuses a file of a `folder` that is a link out of it, since its content would be copied or published.
+
+    In a snapshot of the Hub's cache, a link may lead into the `blobs` of the same repo, where its files are.
+
+    Raises:
+        ValueError: So it is.
+    """
+    root, target = folder.resolve(), file.resolve()
+    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (root, *blobs)):
+        raise ValueError(
+            f"{file} is a link to {target}, outside of the folder, which would be published. Copy the file if it "
+            f"belongs here, or remove the link."
+        )
+
+
 @contextmanager
 def renamed_when_whole(path: Path):
     """The path to write a file at, of the same extension, which becomes `path` afterwards where nothing is raised."""

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
-from llava_merge.files import replaced_weights
+from llava_merge.files import refuse_link_outside, replaced_weights
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
 from llava_merge.saving import PROJECTOR
@@ -59,7 +59,7 @@ class SavedFolder:
         raise ValueError(f"{path} holds a {model_type!r}, not a merger or a LLaVA with one.")
 
     def files(self) -> list[str]:
-        """What is pushed, without the card, by its path in the folder: no pickles, hidden files or training states.
+        """What is pushed, by its path in the folder: no pickles, hidden files or training states.
 
         Raises:
             ValueError: A file is a link that leads out of the folder.
@@ -68,16 +68,11 @@ class SavedFolder:
         pushed = [
             name
             for name in files
-            if name.as_posix() != CARD
-            and not any(part.startswith((".", "checkpoint-", "__pycache__", "runs")) for part in name.parts)
+            if not any(part.startswith((".", "checkpoint-", "__pycache__", "runs")) for part in name.parts)
             and not any(fnmatch(name.name, pattern) for pattern in NOT_PUSHED)
         ]
         for name in pushed:
-            if not files[name].resolve().is_relative_to(self.path.resolve()):
-                raise ValueError(
-                    f"{files[name]} is a link to {files[name].resolve()}, outside of the folder, which would be "
-                    f"published. Copy the file if it belongs here, or remove the link."
-                )
+            refuse_link_outside(self.path, files[name])
         return [name.as_posix() for name in pushed]
 
 
@@ -104,10 +99,11 @@ def push_directory(
         token: Of the Hub; default the one that was logged in with.
 
     Raises:
-        ValueError: The folder holds nothing that can be pushed, or the report has no such merger.
+        ValueError: The folder holds nothing that can be pushed, or a link out of it, or the report has no such merger.
     """
     saved, api = SavedFolder.read(Path(directory)), HfApi(token=token)
-    if report is not None:  # before anything is made on the Hub
+    files = saved.files()  # before anything is made on the Hub
+    if report is not None:
         merger = find_merger_of_report(report, merger)
     if not create_pr:
         repo_id = prepare_repo(api, repo_id, private, revision)
@@ -115,12 +111,11 @@ def push_directory(
     card = find_card(saved, repo_id, CARD in there, api, None if create_pr else revision)
     if report is not None:
         add_evaluation(card, report, merger)
-    files = saved.files()
     stale = replaced_weights(files, there, (PROJECTOR,) if saved.kind == MERGER else ())
     return api.create_commit(
         repo_id,
         [
-            *(CommitOperationAdd(name, saved.path / name) for name in files),
+            *(CommitOperationAdd(name, saved.path / name) for name in files if name != CARD),
             CommitOperationAdd(CARD, str(card).encode()),
             *(CommitOperationDelete(name) for name in stale),
         ],

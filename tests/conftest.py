@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -233,3 +234,13 @@ def said_of_positions(monkeypatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def as_snapshot(folder: Path, repo: Path) -> Path:
+    """A copy of a folder as the Hub's cache keeps it: a snapshot of links to the files, which are in `blobs`."""
+    shutil.copytree(folder, repo / "blobs")
+    for blob in [path for path in (repo / "blobs").rglob("*") if path.is_file()]:
+        link = repo / "snapshots" / "0123abc" / blob.relative_to(repo / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return repo / "snapshots" / "0123abc"

@@ -3,13 +3,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import agnostic, aware, listen_to_ctrl_c, make_processor, pixels, prompts, tiny_model, tiny_stock
+from conftest import (
+    agnostic,
+    as_snapshot,
+    aware,
+    listen_to_ctrl_c,
+    make_processor,
+    pixels,
+    prompts,
+    tiny_model,
+    tiny_stock,
+)
 from hub_server import HubServer, run_python
 from safetensors.torch import load_file, save_file
 from test_hub import BLOCK_PACKAGE
@@ -159,7 +170,26 @@ def test_what_is_written_again_replaces_the_old_one(base, trained, tmp_path):
     assert before == {path: path.read_bytes() for path in base.iterdir()}  # links are replaced, not written through
 
 
+def test_a_base_may_be_a_snapshot_of_the_hubs_cache(base, trained, tmp_path):
+    snapshot = as_snapshot(base, tmp_path / "models--org--base")
+    convert(str(snapshot), tmp_path / "out", str(trained), 9)
+    assert_equal(load(tmp_path / "out"), load(base, merger=str(trained)))
+
+
 class TestRefused:
+    @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "additional_chat_templates"])
+    def test_a_base_with_a_link_out_of_it(self, name, base, tmp_path):
+        """What it leads to would be an ordinary file of the output, and be published with it."""
+        shutil.copytree(base, tmp_path / "cloned")
+        (tmp_path / "private").mkdir()
+        secret = tmp_path / "private" / "secret.jinja"
+        secret.write_text("secret")
+        (tmp_path / "cloned" / name).unlink(missing_ok=True)
+        (tmp_path / "cloned" / name).symlink_to(secret.parent if "." not in name else secret)
+        with pytest.raises(ValueError, match=f"{name}.* is a link to .*secret.jinja, outside of the folder"):
+            convert(str(tmp_path / "cloned"), tmp_path / "out", "tome", 9)
+        assert not (tmp_path / "out").exists()
+
     def test_a_model_that_has_a_merger(self, tmp_path):
         tiny_model(agnostic()).save_pretrained(tmp_path / "base")
         with pytest.raises(ValueError, match="has a merger already. Give the stock LLaVA"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import aware, make_processor, pixels, prompts, tiny_model
+from conftest import as_snapshot, aware, make_processor, pixels, prompts, tiny_model
 from hub_server import HubServer, run_python
 from safetensors.torch import load, load_file, save_file
 
@@ -334,14 +334,26 @@ push_directory(Path({str(saved[0])!r}), "org/full", revision="next")
     assert b"# Theirs" in pushed["README.md"] and server.repos["org/full"] == theirs
 
 
-def test_a_link_out_of_the_folder_is_not_published(saved, tmp_path):
-    from llava_merge.pushing import SavedFolder
+@pytest.mark.parametrize("name", ["notes.txt", "README.md"])
+def test_a_link_out_of_the_folder_is_not_published(name, saved, tmp_path):
+    from llava_merge.pushing import SavedFolder, push_directory
 
     shutil.copytree(saved[0], tmp_path / "cloned")
     (tmp_path / "id_rsa").write_text("secret")
-    (tmp_path / "cloned" / "notes.txt").symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(ValueError, match="notes.txt is a link to .*id_rsa, outside of the folder"):
-        SavedFolder.read(tmp_path / "cloned").files()
-    (tmp_path / "cloned" / "notes.txt").unlink()
-    (tmp_path / "cloned" / "weights.txt").symlink_to(tmp_path / "cloned" / "config.json")
-    assert "weights.txt" in SavedFolder.read(tmp_path / "cloned").files()
+    (tmp_path / "cloned" / name).symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*id_rsa, outside of the folder"):
+        push_directory(tmp_path / "cloned", "org/no")  # before the Hub is asked, which is out of reach
+    (tmp_path / "cloned" / name).unlink()
+    (tmp_path / "cloned" / name).symlink_to(tmp_path / "cloned" / "config.json")
+    assert name in SavedFolder.read(tmp_path / "cloned").files()
+
+
+def test_links_of_a_snapshot_lead_into_the_blobs_of_its_repo(saved, tmp_path):
+    from llava_merge.pushing import SavedFolder
+
+    snapshot = as_snapshot(saved[0], tmp_path / "models--org--x")
+    assert "config.json" in SavedFolder.read(snapshot).files()
+    as_snapshot(saved[0], tmp_path / "models--org--other")
+    (snapshot / "notes.txt").symlink_to(tmp_path / "models--org--other" / "blobs" / "config.json")
+    with pytest.raises(ValueError, match="notes.txt is a link to .*outside of the folder"):
+        SavedFolder.read(snapshot).files()

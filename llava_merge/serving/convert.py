@@ -12,13 +12,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
 from llava_merge.evaluation.candidates import checkpoints_of, parse_candidate, put_merger
-from llava_merge.files import refuse_output_in_input, save_at_once
+from llava_merge.files import refuse_link_outside, refuse_output_in_input, save_at_once
 from llava_merge.merging_base import method_file
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of what is downloaded: no pickles, no code
+READ = (*PATTERNS, "*/*.jinja")  # of a base: files whose content may get into the output
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -68,11 +69,13 @@ def find_base(base: str, revision: str | None) -> Path:
     """The folder of a LLaVA, downloaded where it is on the Hub.
 
     Raises:
-        ValueError: A file of it is broken.
+        ValueError: A file of it is broken, or a link that leads out of it.
     """
     directory = Path(base)
     if not directory.is_dir():
         directory = Path(snapshot_download(base, revision=revision, allow_patterns=list(PATTERNS)))
+    for file in (file for pattern in READ for file in directory.glob(pattern)):
+        refuse_link_outside(directory, file)
     check_safetensors_files(directory)
     return directory
 
