@@ -170,6 +170,30 @@ def test_what_is_written_again_replaces_the_old_one(base, trained, tmp_path):
     assert before == {path: path.read_bytes() for path in base.iterdir()}  # links are replaced, not written through
 
 
+@pytest.mark.parametrize("config", [{}, {"transformers_weights": INDEX}, {"transformers_weights": "other.safetensors"}])
+def test_it_takes_the_weights_that_from_pretrained_takes(config, base, trained, tmp_path):
+    """Of a folder that holds several: model.safetensors before an index, and before both what config.json names."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    for name, scale in (("model", 2), ("other", 3)):
+        stock = tiny_stock()
+        with torch.no_grad():
+            stock.lm_head.weight.mul_(scale)
+        stock.save_pretrained(tmp_path / name)
+        shutil.copy(tmp_path / name / "model.safetensors", folder / f"{name}.safetensors")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
+    convert(str(folder), tmp_path / "out", str(trained), 9)
+    assert_equal(load(tmp_path / "out"), load(folder, merger=str(trained)))
+
+
+def test_an_index_that_was_left_over_is_not_read(base, tmp_path):
+    tiny_stock().save_pretrained(tmp_path / "base")
+    make_processor().save_pretrained(tmp_path / "base")
+    shutil.copy(base / INDEX, tmp_path / "base")  # of shards that are gone
+    convert(str(tmp_path / "base"), tmp_path / "out", "tome", 9)
+    assert load(tmp_path / "out").config.merger_config.merger_type == "tome"
+
+
 def test_a_base_may_be_a_snapshot_of_the_hubs_cache(base, trained, tmp_path):
     snapshot = as_snapshot(base, tmp_path / "models--org--base")
     convert(str(snapshot), tmp_path / "out", str(trained), 9)
@@ -216,6 +240,20 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             convert(str(base), tmp_path / "out", merger, num_merged_tokens)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", ["../other/model.safetensors", "model.bin", 5])
+    def test_weights_that_are_no_safetensors_of_the_folder(self, name, base, tmp_path):
+        shutil.copytree(base, tmp_path / "base")
+        fields = json.loads((base / "config.json").read_text())
+        (tmp_path / "base" / "config.json").write_text(json.dumps({**fields, "transformers_weights": name}))
+        with pytest.raises(ValueError, match=f"transformers_weights={name!r} in its config.json: has to be"):
+            convert(str(tmp_path / "base"), tmp_path / "out", "tome", 9)
+
+    def test_an_adapter(self, base, tmp_path):
+        shutil.copytree(base, tmp_path / "base")
+        (tmp_path / "base" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        with pytest.raises(ValueError, match="holds an adapter, which convert would leave out. Merge it"):
+            convert(str(tmp_path / "base"), tmp_path / "out", "tome", 9)
 
     def test_a_base_that_lacks_weights(self, base, tmp_path):
         tiny_stock().save_pretrained(tmp_path / "base")

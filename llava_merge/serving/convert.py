@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import find_adapter_config_file
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
@@ -48,7 +49,7 @@ def convert(
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     check_servable(model.config)
-    files = weight_files(directory)
+    files = weight_files(directory, getattr(model.config, "transformers_weights", None))
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)
 
@@ -69,13 +70,18 @@ def find_base(base: str, revision: str | None) -> Path:
     """The folder of a LLaVA, downloaded where it is on the Hub.
 
     Raises:
-        ValueError: A file of it is broken, or a link that leads out of it.
+        ValueError: A file of it is broken, or a link that leads out of it, or it is an adapter.
     """
     directory = Path(base)
     if not directory.is_dir():
         directory = Path(snapshot_download(base, revision=revision, allow_patterns=list(PATTERNS)))
     for file in (file for pattern in READ for file in directory.glob(pattern)):
         refuse_link_outside(directory, file)
+    if find_adapter_config_file(str(directory)) is not None:
+        raise ValueError(
+            f"{base} holds an adapter, which convert would leave out. Merge it into its LLaVA, with merge_and_unload() "
+            f"of PEFT, save that, and convert it."
+        )
     check_safetensors_files(directory)
     return directory
 
