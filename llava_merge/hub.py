@@ -9,6 +9,7 @@ from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 
 
 SEVEN_B = "llava-hf/llava-1.5-7b-hf"  # in snippets
+PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 TAG = "token-merging"  # "merge" means merged weights on the Hub
 
 CARD_TEMPLATE = """---
@@ -67,8 +68,18 @@ USAGE = {MERGER: MERGER_USAGE, MODEL: MODEL_USAGE, ADAPTER: ADAPTER_USAGE}
 
 def push_arguments(kwargs: dict) -> dict:
     """Takes out of the `kwargs` of `save_pretrained` those that say what is pushed where."""
-    names = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {name: kwargs.pop(name) for name in ("repo_id", *PUSH_OPTIONS) if name in kwargs}
+
+
+def check_push_options(given: dict, known: tuple[str, ...] = PUSH_OPTIONS):
+    """Refuses options of a push that it does not have, before anything is made on the Hub.
+
+    Raises:
+        ValueError: There is one.
+    """
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r}: a push takes {', '.join(known)}. Leave it out.")
 
 
 def prepare_repo(api: HfApi, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:

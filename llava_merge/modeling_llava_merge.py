@@ -2,6 +2,7 @@
 """LLaVA with a merger between vision tower and projector, without and with its head."""
 
 import re
+import inspect
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .files import save_at_once  # noqa: F401
 from .generation_llava_merge import images_to_merge
 from .graph_generation import GeneratesFromGraphs
-from .hub import MODEL, push_card_if_missing
+from .hub import MODEL, check_push_options, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .joint_projections import joint_projections  # noqa: F401
 from .layer_replacement import replaced  # noqa: F401
@@ -796,6 +797,12 @@ class LlavaMergeForConditionalGeneration(
         return super().forward(labels=labels, answer_mask=answer_mask, **ours, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
-        """As in transformers, with the code; a repo without a model card gets one."""
+        """As in transformers, with the code; a repo without a model card gets one.
+
+        Raises:
+            ValueError: An argument is none of transformers'.
+        """
+        names = inspect.signature(super().push_to_hub).parameters
+        check_push_options(kwargs, tuple(name for name in names if name not in ("repo_id", "deprecated_kwargs")))
         push_card_if_missing(self.config, repo_id, MODEL, kwargs)
         return super().push_to_hub(repo_id, **kwargs)

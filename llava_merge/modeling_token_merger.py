@@ -23,7 +23,7 @@ from .checkpoint_files import (
 from .compat import TRANSFORMERS_VERSION  # noqa: F401
 from .configuration_llava_merge import MergerConfig
 from .files import CONFIG
-from .hub import MERGER, push_card_if_missing, push_folder
+from .hub import MERGER, check_push_options, push_card_if_missing, push_folder
 from .merge_extras import MergeExtras
 from .merging_attention import check_heads  # noqa: F401
 from .merging_average_pooling import AveragePooling  # noqa: F401
@@ -296,7 +296,11 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
             projector: The projector that was trained with it, to be pushed too.
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, as in
                 transformers.
+
+        Raises:
+            ValueError: There are others.
         """
+        check_push_options(kwargs)
         push_card_if_missing(self.config, repo_id, MERGER, kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, projector=projector)

@@ -10,23 +10,27 @@ from transformers.image_utils import load_image
 from llava_merge.files import renamed_when_whole
 
 
+TIMEOUT = 60  # seconds that a server may be silent
+
+
 def open_picture(source: str | os.PathLike) -> Image.Image:
     """A picture, a file or URL, in RGB and upright: as its EXIF orientation says.
 
     Raises:
-        ValueError: There is none, or it is broken, or larger than Pillow opens; it is named.
+        ValueError: There is none, or it is broken, cannot be downloaded, or is larger than Pillow opens; it is named.
     """
     source = os.fspath(source)
     if "://" not in source and not os.path.isfile(source):
         raise ValueError(f"{source}: there is no such file. Give the path of a picture, or a URL.")
     try:
-        return load_image(source)
+        return load_image(source, timeout=TIMEOUT)
     except UnidentifiedImageError as error:
         raise ValueError(f"{source} is not a picture.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{source} is too large to be opened safely; scale it down first. ({error})") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{source} is not a picture that can be opened: {error}") from error
+    except Exception as error:  # of Pillow's formats, and of the client that downloads, which have no class in common
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{source} is not a picture that can be opened: {reason}") from error
 
 
 def save_picture(picture: Image.Image, path: Path):

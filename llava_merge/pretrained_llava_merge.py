@@ -336,6 +336,6 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
     def push_merger_to_hub(self, repo_id: str, projector: bool | None = None, **kwargs):
         """Pushes what [`save_merger`] writes; `model.load_merger(repo_id)` gets it back.
 
-        The other arguments are those of [`TokenMerger.push_to_hub`].
+        The other arguments, and the errors, are those of [`TokenMerger.push_to_hub`].
         """
         return self.headless_model.merger.push_to_hub(repo_id, projector=self._projector_to_save(projector), **kwargs)

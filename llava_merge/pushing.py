@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
-from llava_merge.files import refuse_link_outside, replaced_weights
+from llava_merge.files import CONFIG, refuse_link_outside, replaced_weights
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
 from llava_merge.saving import PROJECTOR
@@ -47,7 +47,10 @@ class SavedFolder:
         if not path.is_dir():
             raise ValueError(f"{path}: there is no such folder. Save a model or merger first, with save_pretrained.")
         check_safetensors_files(path)
-        if find_adapter_config_file(str(path)) is not None:
+        is_adapter = find_adapter_config_file(str(path)) is not None
+        if not is_adapter and not (path / CONFIG).is_file():
+            raise ValueError(f"{path} has no {CONFIG}. Give the folder of a merger, a LLaVA with one, or an adapter.")
+        if is_adapter:
             checkpoint = read_checkpoint(str(path), {})
             if checkpoint.adapter_merger is None:
                 raise ValueError(f"{path} is an adapter without a merger; push it with PEFT.")
@@ -56,7 +59,8 @@ class SavedFolder:
         for kind, config in ((MERGER, MergerConfig), (MODEL, LlavaMergeConfig)):
             if model_type == config.model_type:
                 return cls(path, kind, config.from_pretrained(path))
-        raise ValueError(f"{path} holds a {model_type!r}, not a merger or a LLaVA with one.")
+        what = f"holds a {model_type!r}" if model_type else f"has a {CONFIG} without a model_type"
+        raise ValueError(f"{path} {what}, not a merger or a LLaVA with one. Give the folder of one.")
 
     def files(self) -> list[str]:
         """What is pushed, by its path in the folder: no pickles, hidden files or training states.

@@ -3,8 +3,10 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeProcessor, list_mergers
 from llava_merge.cli import app
+from llava_merge.cli.common import one_line_errors
 from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.cards import add_evaluation
 from llava_merge.evaluation.report import read_evaluation
@@ -95,6 +98,53 @@ def test_a_missing_extra_is_named(monkeypatch):
     assert done.exit_code == 2 and done.stderr == "Error: This needs gradio: pip install 'llava-merge[app]'\n"
 
 
+class TestNetwork:
+    """What fails on the way is one line, exit code 2, also with --json."""
+
+    def fetch(self, answer: bytes, tmp_path):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            threading.Thread(target=self.serve, args=(server, answer), daemon=True).start()
+            url = f"http://127.0.0.1:{server.getsockname()[1]}/x.png"
+            output = str(tmp_path / "demo.png")
+            return url, CliRunner().invoke(app, ["demo", "--image", url, "--json", "--output", output])
+
+    def serve(self, server, answer):
+        asked, _ = server.accept()
+        with asked:
+            asked.recv(1 << 16)
+            asked.sendall(answer)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n\x89PNG",
+            b"HTTP/1.1 302 Found\r\nLocation: gopher://x\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno",
+        ],
+    )
+    def test_a_picture_whose_download_breaks_off(self, answer, tmp_path):
+        url, done = self.fetch(answer, tmp_path)
+        assert done.exit_code == 2 and done.stderr.startswith(f"Error: {url} is not a picture"), done.stderr
+        assert done.stderr.count("\n") == 1 and not done.stdout
+
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.png", "http://a..b/x.png", "ftp://127.0.0.1/x.png"])
+    def test_a_picture_that_cannot_be_reached(self, url):
+        done = CliRunner().invoke(app, ["demo", "--image", url, "--json"])
+        assert done.exit_code == 2 and done.stderr.startswith(f"Error: {url} is not a picture"), done.stderr
+
+    def test_a_hub_that_cannot_be_reached(self, tmp_path):
+        with HubServer() as server:
+            environment = {**server.environment(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+        done = llava_merge("push", find_merger("agnostic"), "org/no", env=environment)
+        _, errors = done.communicate(timeout=240)
+        assert done.returncode == 2 and errors.startswith("Error: ") and errors.count("\n") == 1, errors
+
+    def test_an_error_without_words(self):
+        with pytest.raises(typer.Exit), one_line_errors():
+            raise TimeoutError
+
+
 class TestPush:
     @pytest.fixture
     def server(self):
@@ -145,6 +195,7 @@ for name, content in (("model-00001-of-00002.safetensors", b"x"), ("README.md", 
         ("arguments", "message"),
         [
             (("/nowhere/at/all",), "/nowhere/at/all: there is no such folder"),
+            ((RESULTS,), f"{RESULTS} has no config.json. Give the folder of a merger"),
             ((MODEL_DIR,), "holds a 'llava', not a merger or a LLaVA with one"),
             ((find_merger("agnostic"), "--report", MODEL_DIR / "config.json"), "is no report.json of an evaluation"),
             (

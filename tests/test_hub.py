@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_snapshot, aware, make_processor, pixels, prompts, tiny_model
+from conftest import agnostic, as_snapshot, aware, make_processor, pixels, prompts, tiny_model
 from hub_server import HubServer, run_python
 from safetensors.torch import load, load_file, save_file
 
@@ -357,3 +357,11 @@ def test_links_of_a_snapshot_lead_into_the_blobs_of_its_repo(saved, tmp_path):
     (snapshot / "notes.txt").symlink_to(tmp_path / "models--org--other" / "blobs" / "config.json")
     with pytest.raises(ValueError, match="notes.txt is a link to .*outside of the folder"):
         SavedFolder.read(snapshot).files()
+
+
+@pytest.mark.parametrize("push", ["push_to_hub", "push_merger_to_hub"])
+def test_a_push_with_an_unknown_option_is_refused_before_the_hub_is_asked(push, monkeypatch):
+    """Before, the repo was made, and got its card."""
+    monkeypatch.setattr("llava_merge.hub.HfApi", None)
+    with pytest.raises(ValueError, match="foo=1: a push takes .*commit_message, .*Leave it out"):
+        getattr(tiny_model(agnostic()), push)("org/no", foo=1)

@@ -112,10 +112,10 @@ class TestRefused:
         "name, content, message",
         [
             ("gone.json", None, "'.*gone.json' cannot be read: No such file"),
-            ("gone.jsonl", None, "'.*gone.jsonl' cannot be read: there is no such file"),
+            ("gone.jsonl", None, "'.*gone.jsonl' cannot be read: there is no such file. Give"),
             ("bad.json", "[", "'.*bad.json' is no JSON"),
             ("map.json", "{}", "'.*map.json' holds no list of samples"),
-            ("no/such-dataset", None, "'no/such-dataset' cannot be read"),
+            ("no/such-dataset", None, "'no/such-dataset' cannot be read: .*[^.][.] Give a .json"),
         ],
     )
     def test_a_file_that_cannot_be_read(self, name, content, message, folder, monkeypatch):

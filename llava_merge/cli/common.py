@@ -59,10 +59,19 @@ def one_line_errors(extra: str | None = None):
             raise
         fail(f"This needs {error.name}: pip install 'llava-merge[{extra}]'", error)
     except (OSError, ValueError) as error:
-        fail(str(error).splitlines()[0], error)
+        fail(str(error), error)
+    except Exception as error:
+        if not is_network_error(error):
+            raise
+        fail(f"The Hub or a server could not be reached, or broke off: {error}", error)
+
+
+def is_network_error(error: Exception) -> bool:
+    """Whether httpx raised it, by whatever name transformers 5 has that: its errors are no OSErrors, as others' are."""
+    return type(error).__module__.startswith("httpx")
 
 
 def fail(message: str, error: Exception):
-    """Ends the command with a line of error and exit code 2."""
-    typer.echo(f"Error: {message}", err=True)
+    """Ends the command with the first line of a message, or the error's name where it has none, and exit code 2."""
+    typer.echo(f"Error: {message.partition(chr(10))[0] or type(error).__name__}", err=True)
     raise typer.Exit(2) from error

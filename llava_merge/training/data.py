@@ -156,9 +156,10 @@ def read_dataset(
         else:
             rows = load_dataset(path, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"data: {path!r} cannot be read: {str(error).splitlines()[0]} Give a .json, .jsonl or .parquet file, a "
-            f"folder of them, or a dataset on the Hub with its split."
+            f"data: {path!r} cannot be read: {reason}. Give a .json, .jsonl or .parquet file, a folder of them, or a "
+            f"dataset on the Hub with its split."
         ) from error
     kind = ChatStream if streaming else ChatDataset
     return kind(without_decoding(rows), path, folder, on_broken_image)
