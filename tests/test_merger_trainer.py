@@ -279,6 +279,25 @@ class TestTeacher:
         uncached.train()
         assert found["eval_loss"] == pytest.approx(uncached.evaluate()["eval_loss"], rel=1e-2)
 
+    @pytest.mark.parametrize("given", [{}, {"losses": {"cache_teacher": True}}, {"parts": "all"}])
+    def test_sets_by_name_are_evaluated_as_each_alone(self, given, tmp_path):
+        """As transformers' Trainer takes them; their samples have the same numbers."""
+        sets = {name: ChatDataset(chosen, name) for name, chosen in (("first", rows()[:4]), ("last", rows()[4:]))}
+        fields = {"max_steps": 2, "budgets": [9, 4], **given}
+        trainer = trainer_of(tmp_path, **fields, eval_dataset=sets)
+        trainer.train()
+        found = trainer.evaluate()
+        for name, dataset in sets.items():
+            alone = trainer_of(tmp_path, **fields, eval_dataset=dataset)
+            alone.train()
+            expected = {key: value for key, value in alone.evaluate().items() if key.endswith("loss")}
+            assert expected.keys() == {"eval_9_loss", "eval_4_loss", "eval_loss"}
+            for asked in (found, trainer.evaluate(sets), trainer.evaluate()):
+                assert {key: asked[key.replace("eval", f"eval_{name}")] for key in expected} == pytest.approx(expected)
+            for again in (trainer.evaluate(dataset), trainer.evaluate(name)):
+                assert again["eval_loss"] == pytest.approx(expected["eval_loss"])
+        assert logged(trainer, "eval_last_loss") and "eval_loss" not in found
+
     def test_another_set_has_answers_of_its_own(self, tmp_path):
         others = ChatDataset(rows()[2:] + rows()[:2], "rows")
         fields = {"max_steps": 2, "eval_dataset": ChatDataset(rows(), "rows"), "parts": "merger"}
@@ -300,7 +319,7 @@ class TestTeacher:
     @pytest.mark.parametrize("given", [{"losses": {"cache_teacher": True}}, {"parts": "all"}])
     def test_its_answers_to_a_stream_are_not_kept(self, tmp_path, given):
         """Whose samples are numbered by each loading process, so that one would get the answers of another."""
-        with pytest.raises(ValueError, match="is a stream: .* Leave out losses.cache_teacher"):
+        with pytest.raises(ValueError, match="is a stream: .* Set losses.cache_teacher=false"):
             trainer_of(tmp_path, max_steps=2, train_dataset=ChatStream(rows(), "rows", tmp_path), **given)
 
     def test_where_everything_trains_it_answers_before(self, tmp_path):

@@ -2,6 +2,7 @@
 """transformers' Trainer for mergers."""
 
 import os
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class MergerTrainer(Trainer):
         self.keeps_teacher_logits = self.loss_settings.cache_teacher or self.teacher_changes
         if self.keeps_teacher_logits and isinstance(kwargs.get("train_dataset"), IterableDataset):
             raise ValueError(f"train_dataset is a stream: {NOT_OF_A_STREAM}")
-        self.caches = {True: LogitsCache(), False: LogitsCache()}  # of training and of validation
+        self.caches = defaultdict(LogitsCache)  # of training under True, of validation by the name of the set
+        self.eval_cache: LogitsCache | None = None  # of the set that is being evaluated
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
         self.sums: dict[str, Tensor] = {}
         super().__init__(model=prepare_parts(model, self.trained), args=args, **kwargs)
@@ -103,6 +105,11 @@ class MergerTrainer(Trainer):
     def saves_parts(self) -> bool:
         """Whether checkpoints hold the merger and projector alone."""
         return self.trained.parts in ("merger", "merger_projector")
+
+    @property
+    def eval_sets(self) -> dict:
+        """The sets of validation by name; None is that of a single one."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
 
     @property
     def merger(self) -> nn.Module:
@@ -173,7 +180,7 @@ class MergerTrainer(Trainer):
         if weights.cross_entropy:
             sums["cross_entropy"] = losses.answer_cross_entropy(logits, targets)
         if weights.distillation:
-            wanted = self._teacher_logits(model, inputs, self.caches[model.training])
+            wanted = self._teacher_logits(model, inputs, self.caches[True] if model.training else self.eval_cache)
             sums["distillation"] = losses.distillation(logits, wanted, weights.temperature)
         if weights.reconstruction:
             lost = losses.reconstruction(*seen) / len(seen[0]) if seen else 0 * logits.sum()
@@ -202,14 +209,14 @@ class MergerTrainer(Trainer):
             for handle in handles:
                 handle.remove()
 
-    def _teacher_logits(self, model, inputs: dict, cache: LogitsCache) -> Tensor:
+    def _teacher_logits(self, model, inputs: dict, cache: LogitsCache | None) -> Tensor:
         """(A, vocabulary): what the model as it was answers with all visual tokens, from the cache if it is there."""
-        sample_ids = inputs["sample_ids"]
-        if self.keeps_teacher_logits and cache.has(sample_ids):
+        sample_ids, keeps = inputs["sample_ids"], self.keeps_teacher_logits and cache is not None
+        if keeps and cache.has(sample_ids):
             return cache.get(sample_ids, sample_ids.device)
         with self.teacher.answering(self.accelerator.unwrap_model(self.model)):
             logits = answer_logits(model, inputs, **images_of(inputs))
-        if self.keeps_teacher_logits:
+        if keeps:
             cache.put(sample_ids, logits, (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).tolist())
             return cache.get(sample_ids, sample_ids.device)  # rounded, as it will be next time
         return logits
@@ -217,7 +224,8 @@ class MergerTrainer(Trainer):
     def _fill_caches(self):
         """Asks the teacher about every sample, on every rank, before its weights change."""
         self.model.to(self.args.device).eval()
-        for dataset, cache in ((self.train_dataset, self.caches[True]), (self.eval_dataset, self.caches[False])):
+        validation = [(dataset, self.caches[name]) for name, dataset in self.eval_sets.items()]
+        for dataset, cache in ((self.train_dataset, self.caches[True]), *validation):
             for inputs in DataLoader(dataset or (), self.args.eval_batch_size, collate_fn=self.data_collator):
                 with self.compute_loss_context_manager():
                     self._teacher_logits(self.model, self._prepare_inputs(inputs), cache)
@@ -241,29 +249,43 @@ class MergerTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and accuracy at each validation budget, `eval_64_loss` and so on; `eval_loss` is the mean loss.
 
+        Of sets in a dict, each has its losses under its name, `eval_NAME_64_loss` and `eval_NAME_loss`.
+
         Raises:
-            ValueError: It is another set than that of the trainer, whose teacher has been trained since.
+            ValueError: It is another set than those of the trainer, whose teacher has been trained since.
         """
-        metrics, cache = {}, self.caches[False]
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:  # its samples have the same numbers
-            if self.teacher_changes and self.state.global_step:
-                raise ValueError(
-                    "eval_dataset is not that of the trainer: trained.parts='all' has changed the teacher, which could "
-                    "only be asked about these samples before. Give it to the trainer, or set losses.distillation to 0."
-                )
-            self.caches[False] = LogitsCache()
-        try:
-            for budget in self.validation_budgets:
-                self.eval_budget = budget
-                metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{budget}")
-        finally:
-            self.caches[False] = cache
-        found = [metrics[f"{metric_key_prefix}_{budget}_loss"] for budget in self.validation_budgets]
-        ours = {f"{metric_key_prefix}_loss": sum(found) / len(found)}
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.eval_dataset[given] if isinstance(given, str) else given
+        named = {f"_{name}": dataset for name, dataset in given.items()} if isinstance(given, dict) else {"": given}
+        metrics, ours = {}, {}
+        for name, dataset in named.items():
+            prefix = f"{metric_key_prefix}{name}"
+            metrics |= self._losses_of_set(dataset, ignore_keys, prefix)
+            found = [metrics[f"{prefix}_{budget}_loss"] for budget in self.validation_budgets]
+            ours[f"{prefix}_loss"] = sum(found) / len(found)
         if self.scorer is not None:
             ours |= self._accuracies(metric_key_prefix)
         self.log(ours)
         return metrics | ours
+
+    def _losses_of_set(self, dataset, ignore_keys, prefix: str) -> dict[str, float]:
+        """What transformers' `evaluate` returns of a set, at each validation budget."""
+        own_names = [name for name, own in self.eval_sets.items() if own is dataset]
+        if not own_names and self.teacher_changes and self.state.global_step:
+            raise ValueError(
+                "eval_dataset is not that of the trainer: trained.parts='all' has changed the teacher, which could "
+                "only be asked about these samples before. Give it to the trainer, or set losses.distillation to 0."
+            )
+        name = own_names[0] if own_names else None
+        self.eval_cache = self.caches[name] if own_names else LogitsCache()  # samples of all have the same numbers
+        metrics = {}
+        try:
+            for budget in self.validation_budgets:
+                self.eval_budget = budget
+                metrics |= super().evaluate(dataset if name is None else name, ignore_keys, f"{prefix}_{budget}")
+        finally:
+            self.eval_cache = None
+        return metrics
 
     def _accuracies(self, prefix: str) -> dict[str, float]:
         """Share of right answers at each validation budget, and with all visual tokens."""
