@@ -20,7 +20,7 @@ from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of what is downloaded: no pickles, no code
-READ = (*PATTERNS, "*/*.jinja")  # of a base: files whose content may get into the output
+READ = (*PATTERNS, "*/*.jinja")  # of a base: files whose content may get into the output, besides shards below
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -49,7 +49,7 @@ def convert(
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     check_servable(model.config)
-    files = weight_files(directory, getattr(model.config, "transformers_weights", None))
+    files = weight_files(directory)
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)
 

@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_merge.checkpoint_files import read_index
+from llava_merge.files import refuse_link_outside
 
 
 CHUNK = 1 << 24  # bytes copied at once
@@ -27,27 +27,20 @@ def read_header(path: Path) -> tuple[dict, int]:
         return json.loads(file.read(length)), 8 + length
 
 
-def weight_files(directory: Path, named: str | None = None) -> list[Path]:
-    """The safetensors of a checkpoint, in order: those that `from_pretrained` takes.
-
-    Args:
-        named: File or index that config.json names, as `transformers_weights`; else model.safetensors comes first.
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors of a checkpoint, in order: those that `from_pretrained` takes, model.safetensors before an index.
 
     Raises:
-        ValueError: There is none, or one that is named is not there, or not in this folder.
+        ValueError: There is none, or one that the index names is not there, or not in this folder.
     """
-    if named is not None and not re.fullmatch(r"[^/\\]+\.safetensors(\.index\.json)?", str(named)):
-        raise ValueError(
-            f"{directory} has transformers_weights={named!r} in its config.json: has to be a .safetensors file in the "
-            f"folder, or an index of some. Save the checkpoint again."
-        )
-    is_sharded = not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file()
-    name = named or (INDEX if is_sharded else WEIGHTS)
-    is_index = name.endswith(".index.json") and (directory / name).is_file()
-    names = sorted({*read_index(directory / name).values()}) if is_index else [name]
+    index, names = directory / INDEX, [WEIGHTS]
+    if index.is_file() and not (directory / WEIGHTS).is_file():
+        names = sorted({*read_index(index).values()})
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(f"{directory} lacks {', '.join(missing[:3])}: a checkpoint with safetensors is needed.")
+    for name in names:
+        refuse_link_outside(directory, directory / name)
     return [directory / name for name in names]
 
 
