@@ -7,6 +7,7 @@ import shutil
 import threading
 import uuid
 from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import logging
@@ -39,6 +40,26 @@ def refuse_output_in_input(output: Path, *inputs: str | Path | None):
         if source is not None and (target.is_relative_to(source) or source.is_relative_to(target)):
             raise ValueError(
                 f"{output}, which is to be written, is, holds or lies in {given}, which is read. Give another path."
+            )
+
+
+def refuse_replaced_files(output: str | Path, written: tuple[str, ...], files: Iterable):
+    """Refuses to replace files that are read, such as those of a dataset, which may lie where results are written.
+
+    Args:
+        output: Folder that will be written into.
+        written: Patterns of the files in there that are written or removed.
+        files: That are read. What is no path of a file does no harm; looked at only where a file could be replaced.
+
+    Raises:
+        ValueError: One of the `files` is there in the `output` and fits one of the patterns.
+    """
+    replaced = {path.resolve() for pattern in written for path in Path(output).glob(pattern)}
+    for file in files if replaced else ():
+        if isinstance(file, str | os.PathLike) and os.path.isfile(file) and Path(file).resolve() in replaced:
+            raise ValueError(
+                f"{file} is read, and would be replaced by what is written into {output}. Give another output, or "
+                f"rename the file."
             )
 
 

@@ -2,9 +2,11 @@
 """Tiny random LLaVAs, built offline. Weights are scaled up so that every picture and question changes the output."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
+import string
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -234,6 +238,31 @@ def said_of_positions(monkeypatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+LONGEST = 10  # tokens of a segment of CLIP's, with start and end
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A random CLIP with the vision width of `tiny_model`, in the files of those on the Hub."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*string.ascii_lowercase, "?", ":"]
+    vocab = {token: index for index, token in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **names}))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    ids = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": len(vocab), "max_position_embeddings": LONGEST, **ids},
+        vision_config={**sizes, "image_size": 84, "patch_size": 14},
+        projection_dim=24,
+    )
+    scale_up(CLIPModel(config)).save_pretrained(folder)
+    return str(folder)
 
 
 def as_snapshot(folder: Path, repo: Path) -> Path:

@@ -16,7 +16,7 @@ from llava_merge import LlavaMergeProcessor, TokenMerger
 from llava_merge.cli import app
 from llava_merge.configuration_llava_merge import QUESTION_MARKS
 from llava_merge.demo import MODEL_DIR
-from llava_merge.demo.scenes import HARD_QUESTION_TYPES
+from llava_merge.demo.scenes import HARD_QUESTION_TYPES, draw_scene, scene_of
 from llava_merge.evaluation import run as run_module
 from llava_merge.evaluation.candidates import make_candidates, parse_candidate
 from llava_merge.evaluation.data import PictureQuestion, demo_questions, fingerprint, read_questions
@@ -296,7 +296,7 @@ class TestQuestions:
 
 def settings(**fields) -> EvaluationSettings:
     fields = {"limit": 1, "mergers": ["tome"], "budgets": [16, 4], "batch_size": 2, "max_new_tokens": 8, **fields}
-    return EvaluationSettings(model=str(MODEL_DIR), data="demo", **fields)
+    return EvaluationSettings(**{"model": str(MODEL_DIR), "data": "demo", **fields})
 
 
 def without_times(results: dict) -> dict:
@@ -534,6 +534,48 @@ class TestCommand:
         done = CliRunner().invoke(app, ["evaluate", *arguments])
         assert done.exit_code == 2 and done.output.strip().startswith(message) and len(done.output.splitlines()) == 1
         assert not list(tmp_path.iterdir())
+
+
+class TestInputs:
+    """What is read is not replaced; what lies beside it is nobody's business."""
+
+    def rows_in(self, folder: Path, data: str, picture: str) -> str:
+        draw_scene(scene_of("test", 0)[0]).save(folder / picture)
+        row = {"question": "What color is the star?", "image": picture, "answer": "red"}
+        (folder / data).write_text(json.dumps([row] if data.endswith(".json") else row) + "\n")
+        return str(folder / data)
+
+    @pytest.mark.parametrize(
+        ("data", "picture", "read"),
+        [("report.json", "a.png", "report.json"), ("rows.json", "scores.png", "scores.png")]
+        + [("answers.jsonl", "a.png", "answers.jsonl"), ("answers.jsonl", "a.png", "")],
+    )
+    def test_a_file_that_is_read_is_not_replaced(self, data, picture, read, tmp_path):
+        """Also where data is a folder, of which the datasets library takes the files."""
+        path = self.rows_in(tmp_path, data, picture)
+        if not read:
+            (tmp_path / "a.png").rename(tmp_path.parent / "a.png")  # which would be taken for data
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        given = settings(data=path if read else str(tmp_path), split="train", image_folder=None, mergers=["tome"])
+        with pytest.raises(ValueError, match=f"{read or data} is read, and would be replaced by what is written into"):
+            evaluate(given, tmp_path)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    def test_a_link_to_what_is_written_is_not_replaced_either(self, tmp_path):
+        path = self.rows_in(tmp_path, "report.json", "a.png")
+        (tmp_path / "rows.json").symlink_to(path)
+        with pytest.raises(ValueError, match="rows.json is read, and would be replaced"):
+            evaluate(settings(data=str(tmp_path / "rows.json"), mergers=["tome"]), tmp_path)
+
+    def test_results_may_lie_beside_the_data_and_earlier_reports(self, tmp_path):
+        given = settings(data=self.rows_in(tmp_path, "rows.json", "a.png"), mergers=["tome"], budgets=[16])
+        evaluate(given, tmp_path / "first")
+        before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        for _ in range(2):  # it goes on with its own
+            evaluate(given, tmp_path, against=[tmp_path / "first" / "report.json"])
+        assert before.items() <= {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}.items()
+        with pytest.raises(ValueError, match="report.json is read, and would be replaced"):
+            evaluate(given, tmp_path / "first", against=[tmp_path / "first" / "report.json"])
 
 
 def test_a_saved_merger_is_evaluated_with_its_own_places(tmp_path):

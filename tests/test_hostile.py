@@ -26,6 +26,7 @@ from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, Ll
 from llava_merge.cli import app
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.configuration_llava_merge import AUTO_MAP
+from llava_merge.demo import MERGERS, MODEL_DIR, PICTURE, find_merger
 
 
 pytestmark = [pytest.mark.core, pytest.mark.skipif(sys.platform == "win32", reason="memory is limited as on POSIX")]
@@ -443,3 +444,39 @@ data: {{train: nowhere.jsonl}}
 training: {{output_dir: {output}}}
 """)
     return settings
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("named", ["by a field", "by a merger"])
+@pytest.mark.parametrize("command", ["convert", "evaluate", "benchmark", "train", "demo"])
+def test_no_command_replaces_a_text_tower(base, clip_folder, command, named, tmp_path):
+    clip, merger = shutil.copytree(clip_folder, tmp_path / "clip"), tmp_path / "merger"
+    tiny_model({**aware(9), "merger_type": "cdpruner", "text_tower": str(clip)}).save_merger(merger)
+    name = f"cdpruner:text_tower={clip}" if named == "by a field" else str(merger)
+    output = clip / "demo.png" if command == "demo" else clip
+    arguments = {
+        "convert": [base, "--num-merged-tokens", 9, "--merger", name, "--out", output],
+        "evaluate": ["demo", "--model", base, "--num-merged-tokens", 9, "--merger", name, "--output", output],
+        "benchmark": [base, "--num-merged-tokens", 9, "--merger", name, "--output", output],
+        "demo": ["--model", base, "--num-merged-tokens", 9, "--merger", name, "--output", output],
+        "train": [tmp_path / "settings.yaml"],
+    }[command]
+    conversations = [{"from": "human", "value": "what color ?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"conversations": conversations}]))
+    mllm = {"model": str(base), **({"merger": str(merger)} if named == "by a merger" else {})}
+    method = {} if named == "by a merger" else {"merger_type": "cdpruner", "text_tower": str(clip)}
+    settings = {"backbone_settings": {"mllm_settings": mllm}, "data": {"train": str(tmp_path / "train.json")}}
+    settings |= {"method_settings": method, "training": {"output_dir": str(output), "use_cpu": True}}
+    (tmp_path / "settings.yaml").write_text(json.dumps({**settings, "budgets": {"train": [9]}}))
+    before = {path: path.read_bytes() for path in clip.iterdir()}
+    done = CliRunner().invoke(app, [command, *map(str, arguments)])
+    assert done.exit_code == 2 and f"holds or lies in {clip}, which is read" in done.stderr, done.output
+    assert {path: path.read_bytes() for path in clip.iterdir()} == before
+
+
+@pytest.mark.newest
+def test_the_demo_does_not_replace_what_it_shows_by_default(monkeypatch):
+    monkeypatch.setattr("llava_merge.pictures.save_picture", lambda *arguments: None)
+    for output in (PICTURE, MODEL_DIR / "demo.png", Path(find_merger(MERGERS[0])) / "demo.png"):
+        done = CliRunner().invoke(app, ["demo", "--output", str(output)])
+        assert done.exit_code == 2 and "is, holds or lies in" in done.stderr, done.output

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset, ChatStream
 from llava_merge.training.parts import set_modes
-from llava_merge.training.run import load_model, make_trainer, read_datasets, train
+from llava_merge.training.run import WRITTEN, load_model, make_trainer, read_datasets, train
 from llava_merge.training.settings import (
     LossSettings,
     Settings,
@@ -601,6 +602,59 @@ METHODS = [
     {"merger_type": "resampler"},
     {"merger_type": "average_pooling"},
 ]
+
+
+@pytest.mark.newest
+class TestInputs:
+    """What a run reads it does not replace; other files may lie in its folder."""
+
+    @pytest.mark.parametrize("parts", ["merger", "merger_projector", "merger_lora", "all"])
+    def test_all_that_is_written_is_known(self, parts, llava_folder, tmp_path):
+        training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        plain = settings_for(llava_folder, tmp_path, METHODS[0], parts, budgets={"train": [9]}, training=training)
+        train(settings_of(plain))
+        known = {path for pattern in WRITTEN for path in tmp_path.glob(pattern)}
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} <= known
+
+    @pytest.mark.parametrize(
+        "read", ["metrics.json", "checkpoint-1/data/rows.json", "curves.png", "config.json", "adapter_config.json"]
+    )
+    def test_a_file_that_is_read_is_not_replaced(self, read, llava_folder, tmp_path):
+        """Data, a picture of it, the settings themselves, or settings of DeepSpeed."""
+        run, made = tmp_path / "run", json.loads((llava_folder / "train.json").read_text())
+        (run / read).parent.mkdir(parents=True)
+        data, config, training = tmp_path / "rows.json", tmp_path / "settings.yaml", {}
+        if read in ("metrics.json", "checkpoint-1/data/rows.json"):
+            data = run / read
+        elif read == "curves.png":
+            shutil.copy(llava_folder / "0.png", run / read)
+            made[0]["image"] = str(run / read)
+        elif read == "config.json":
+            config = run / read
+        else:
+            training = {"accelerator_config": str(run / read)}
+            (run / read).write_text("{}")
+        data.write_text(json.dumps(made))
+        sections = {"data": {"train": str(data), "image_folder": str(llava_folder)}, "training": training}
+        config.write_text(json.dumps(settings_for(llava_folder, run, METHODS[0], **sections)))
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        done = CliRunner().invoke(app, ["train", str(config)])
+        assert done.exit_code == 2 and f"{run / read} is read, and would be replaced" in done.stderr, done.output
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    def test_data_and_settings_may_lie_in_the_folder_and_training_goes_on(self, llava_folder, tmp_path):
+        run, config = tmp_path / "run", tmp_path / "run" / "settings.yaml"
+        shutil.copytree(llava_folder, run)
+        (run / "llava").rename(tmp_path / "llava")
+        training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        plain = settings_for(tmp_path, run, METHODS[0], training=training, data={"train": str(run / "train.json")})
+        config.write_text(json.dumps(plain))
+        before = {path: path.read_bytes() for path in run.iterdir()}
+        for steps in (2, 3):
+            done = CliRunner().invoke(app, ["train", str(config), "--resume", "--set", f"training.max_steps={steps}"])
+            assert done.exit_code == 0, done.output
+        assert (run / "checkpoint-3").is_dir()
+        assert before.items() <= {path: path.read_bytes() for path in run.iterdir() if path.is_file()}.items()
 
 
 @pytest.mark.newest

@@ -3,12 +3,11 @@
 
 import json
 import shutil
-import string
 
 import pytest
 import torch
-from conftest import WORDS, aware, make_processor, pixels, prompts, scale_up, tiny_model
-from transformers import CLIPConfig, CLIPModel
+from conftest import END, LONGEST, START, WORDS, aware, make_processor, pixels, prompts, tiny_model
+from transformers import CLIPModel
 
 from llava_merge import LlavaMergeForConditionalGeneration, Question
 from llava_merge.text_tower import TextTower
@@ -16,29 +15,7 @@ from llava_merge.text_tower import TextTower
 
 pytestmark = pytest.mark.core
 
-M, N, LONGEST = 9, 36, 10  # tokens of a segment, with start and end
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A random CLIP with the vision width of `tiny_model`, in the files of those on the Hub."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [*string.ascii_lowercase, "?", ":"]
-    vocab = {token: index for index, token in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **names}))
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
-    ids = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
-    config = CLIPConfig(
-        text_config={**sizes, "vocab_size": len(vocab), "max_position_embeddings": LONGEST, **ids},
-        vision_config={**sizes, "image_size": 84, "patch_size": 14},
-        projection_dim=24,
-    )
-    scale_up(CLIPModel(config)).save_pretrained(folder)
-    return str(folder)
+M, N = 9, 36
 
 
 @pytest.fixture

@@ -18,7 +18,14 @@ from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model, tok
 from llava_merge.benchmark.report import make_tables
 from llava_merge.benchmark.timing import time_generate
 from llava_merge.demo import MERGERS, MODEL_DIR
-from llava_merge.evaluation.candidates import UNMERGED, Candidate, checkpoints_of, parse_candidate, put_merger
+from llava_merge.evaluation.candidates import (
+    UNMERGED,
+    Candidate,
+    checkpoints_of,
+    parse_candidate,
+    put_merger,
+    text_towers_of,
+)
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
 from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
@@ -70,12 +77,14 @@ def benchmark(settings: BenchmarkSettings, output: Path, command: str | None = N
         The report: `protocol`, `results` by batch size and cell.
 
     Raises:
-        ValueError: A setting cannot be used.
+        ValueError: A setting cannot be used, or `output` is, holds or lies in a checkpoint that is read.
     """
     check_settings(settings)
     refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers))
     model = make_model(settings.model, getattr(torch, settings.dtype), settings.device, settings.attn_implementation)
-    cells = make_cells(make_mergers(model, settings), settings.budgets)
+    mergers = make_mergers(model, settings)
+    refuse_output_in_input(output, *text_towers_of(model, mergers))
+    cells = make_cells(mergers, settings.budgets)
     report = {"command": command, "protocol": describe_run(settings, model), "results": {}, "throughput": None}
     for size in settings.batch_sizes:
         report["results"][str(size)] = measure_cells(model, cells, size, settings)

@@ -40,17 +40,17 @@ def demo(
 
     from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
-    from llava_merge.evaluation.candidates import checkpoints_of
+    from llava_merge.evaluation.candidates import checkpoints_of, text_towers_of
     from llava_merge.files import refuse_output_in_input
     from llava_merge.pictures import open_picture, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
-    refuse_output_in_input(output, image, model, *checkpoints_of(merger or []))
     questions, mergers = question or list(QUESTIONS), merger or [None]
     if model is None and merger is None:
         mergers, num_merged_tokens = [MERGERS[0]], NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
+    refuse_output_in_input(output, image or PICTURE, model or MODEL_DIR, *checkpoints_of(filter(None, mergers)))
     picture = open_picture(image or PICTURE)
     comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
     columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
@@ -62,6 +62,7 @@ def demo(
         if name in mergers:
             caption = f"{name or comparison.name}, {comparison.num_merged_tokens} tokens"
             drawn[caption] = comparison.picture(picture, questions[0])
+    refuse_output_in_input(output, *text_towers_of(comparison.model, comparison.candidates.values()))
     save_picture(side_by_side([*drawn.values()], [*drawn]), output)
     if as_json:
         answers = {name or "none": [asdict(answer) for answer in given] for name, given in columns.items()}

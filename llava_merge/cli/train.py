@@ -27,5 +27,5 @@ def train(
     from llava_merge.training.run import train as run
     from llava_merge.training.settings import load_settings
 
-    run(load_settings(config, set or []), resume)
+    run(load_settings(config, set or []), resume, config)
     PartialState().destroy_process_group()  # its threads may abort a process that ends with one

@@ -4,6 +4,7 @@
 import copy
 import json
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,15 @@ def parse_candidate(text: str) -> tuple[str, dict]:
     return name, fields
 
 
-def checkpoints_of(mergers: list[str] | None) -> list[str]:
-    """The folders and Hub repos among the `mergers`, without the methods."""
+def checkpoints_of(mergers: Iterable[str] | None) -> list[str]:
+    """The folders and Hub repos among the `mergers`, without the methods and "own"."""
     names = [find_merger(parse_candidate(text)[0]) for text in mergers or ()]
-    return [name for name in names if name not in {method.name for method in list_mergers()}]
+    return [name for name in names if name not in {OWN, *(method.name for method in list_mergers())}]
+
+
+def text_towers_of(model: LlavaMergeForConditionalGeneration, candidates: Iterable[Candidate] = ()) -> list[str | None]:
+    """The folder or Hub repo of the text tower of the model's merger, and of each candidate; None where it has none."""
+    return [config.text_tower for config in (model.config.merger_config, *(each.config for each in candidates))]
 
 
 def read_value(text: str):

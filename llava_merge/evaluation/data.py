@@ -18,7 +18,7 @@ from llava_merge.demo.scenes import (
     draw_scene,
     scene_of,
 )
-from llava_merge.training.data import read_dataset, sample_name
+from llava_merge.training.data import files_of_dataset, read_dataset, sample_name
 from llava_merge.training.samples import located, open_image, read_sample, split_text, text_of
 
 
@@ -95,6 +95,13 @@ def read_questions(
     if unanswered and len(unanswered) < len(questions):
         raise ValueError(f"{unanswered[0]}: it has no answer, but others have. Give answers to all or to none.")
     return [with_prompt(question, prompt) for question in questions]
+
+
+def files_of_questions(path: str, questions: list[PictureQuestion]) -> Iterator:
+    """What the `questions` of [`read_questions`] are read from, and their pictures, whatever they are."""
+    yield from () if path in (DEMO, HARD_DEMO) else files_of_dataset(path)
+    for question in questions:
+        yield from question.images
 
 
 def read_question(row: dict, name: str, image_folder: Path) -> PictureQuestion:

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,8 +15,15 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor,
 from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS, own_merger_fields
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
-from llava_merge.evaluation.candidates import OWN, UNMERGED, Candidate, checkpoints_of, make_candidates
-from llava_merge.evaluation.data import PictureQuestion, read_questions
+from llava_merge.evaluation.candidates import (
+    OWN,
+    UNMERGED,
+    Candidate,
+    checkpoints_of,
+    make_candidates,
+    text_towers_of,
+)
+from llava_merge.evaluation.data import PictureQuestion, files_of_questions, read_questions
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
 from llava_merge.evaluation.protocol import EvaluationSettings, check_same_protocol, describe_protocol
@@ -29,12 +37,13 @@ from llava_merge.evaluation.report import (
     protocol_in_words,
     read_evaluation,
 )
-from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
+from llava_merge.files import refuse_output_in_input, refuse_replaced_files, renamed_when_whole, write_whole
 from llava_merge.loading import read_checkpoint
 
 
 logger = logging.get_logger(__name__)
 
+WRITTEN = ("answers.jsonl", "report.json", "report.md", "scores.png")
 DTYPES = ("float32", "bfloat16", "float16")
 FLIP_SIZES = (1, 8, 32)  # batches in which the same questions are asked
 
@@ -60,17 +69,18 @@ def evaluate(
         The report: `protocol`, `results` by merger and budget, `flips`, `choice`, `warnings`.
 
     Raises:
-        ValueError: A setting, file or question cannot be used, a report is of another protocol, or `output` is or holds
-            what is read.
+        ValueError: A setting, file or question cannot be used, a report is of another protocol, `output` is, holds or
+            lies in a checkpoint that is read, or what is written would replace a file that is read.
     """
     check_settings(settings)
-    refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers), *(against or ()))
+    refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers))
     questions = read_questions(settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt)
+    refuse_replaced_files(output, WRITTEN, chain(against or (), files_of_questions(settings.data, questions)))
     model, processor = load_model(settings)
     places = {"position_ids": settings.position_ids, "attention_mass": settings.attention_mass}
-    candidates = make_candidates(
-        model, processor, settings.mergers or default_mergers(settings.model), places, settings.seed
-    )
+    mergers = settings.mergers or default_mergers(settings.model)
+    candidates = make_candidates(model, processor, mergers, places, settings.seed)
+    refuse_output_in_input(output, *checkpoints_of(mergers), *text_towers_of(model, candidates))
     budgets = settings.budgets or default_budgets(model.config.num_patches)
     check_budgets(budgets, model.config.num_patches)
     grid = Grid(model, processor, make_cells(candidates, budgets), settings.max_new_tokens)

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
-from llava_merge.evaluation.candidates import checkpoints_of, parse_candidate, put_merger
+from llava_merge.evaluation.candidates import checkpoints_of, parse_candidate, put_merger, text_towers_of
 from llava_merge.files import refuse_link_outside, refuse_output_in_input, save_at_once
 from llava_merge.merging_base import method_file
 from llava_merge.serving.requests import check_servable
@@ -48,6 +48,7 @@ def convert(
     refuse_output_in_input(output, base, *checkpoints_of([merger]))
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
+    refuse_output_in_input(output, directory, *text_towers_of(model))
     check_servable(model.config)
     files = weight_files(directory)
     own = name_as_saved(model, files)

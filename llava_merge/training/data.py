@@ -72,6 +72,11 @@ class ChatDataset(Dataset):
         for index in tqdm(range(len(self)), "checking samples", disable=not progress, mininterval=1):
             self.sample(index)
 
+    def images(self) -> Iterator:
+        """The pictures of all samples, not opened."""
+        for index in range(len(self)):
+            yield from self.sample(index).images
+
     def first(self, count: int) -> "ChatDataset":
         """The first `count` samples, or all where there are fewer."""
         rows = [self.rows[index] for index in range(min(count, len(self)))]
@@ -163,6 +168,15 @@ def read_dataset(
         ) from error
     kind = ChatStream if streaming else ChatDataset
     return kind(without_decoding(rows), path, folder, on_broken_image)
+
+
+def files_of_dataset(path: str) -> list[str]:
+    """The files that [`read_dataset`] reads: `path`, or those of a folder that the datasets library takes."""
+    if not Path(path).is_dir():
+        return [path]
+    from datasets import load_dataset_builder  # slow to import
+
+    return [file for files in (load_dataset_builder(path).config.data_files or {}).values() for file in files]
 
 
 def read_json(file: Path) -> list[dict]:

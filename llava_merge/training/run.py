@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.configuration_llava_merge import BUDGET
-from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
+from llava_merge.evaluation.candidates import text_towers_of
+from llava_merge.files import refuse_output_in_input, refuse_replaced_files, renamed_when_whole, write_whole
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint
 from llava_merge.training.collator import MergerCollator
-from llava_merge.training.data import ChatDataset, ChatStream, read_dataset
+from llava_merge.training.data import ChatDataset, ChatStream, files_of_dataset, read_dataset
 from llava_merge.training.parts import describe_parts
 from llava_merge.training.settings import Settings, training_arguments
 from llava_merge.training.trainer import MergerTrainer
@@ -28,20 +30,28 @@ from llava_merge.training.validation import AnswerScorer
 
 logger = logging.get_logger(__name__)
 
+WRITTEN = (  # into output_dir, or removed from there, with what tokenizers and processors save
+    *("config.json", "generation_config.json", "adapter_config.json", "merger_config.json", "metrics.json"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.*", "additional_chat_templates/*"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "curves.png", "README.md", "checkpoint-*/**/*"),
+)
 WITH_QUESTION = {"question_aware": True}
 
 
-def train(settings: Settings, resume: bool = False) -> dict[str, float]:
+def train(settings: Settings, resume: bool = False, config: Path | None = None) -> dict[str, float]:
     """Trains a merger and writes it, its card, curves and metrics to `training.output_dir`.
 
     Args:
         resume: Go on from the last checkpoint in there that is whole, if there is one.
+        config: The file that the settings are from, which is not replaced.
 
     Returns:
         The metrics.
 
     Raises:
-        ValueError: A setting, a file or a sample cannot be used; it is named. Nothing has been trained then.
+        ValueError: A setting, a file or a sample cannot be used, or would be replaced by what is written; it is named.
+            Nothing has been trained then.
     """
     args, mllm = training_arguments(settings), settings.backbone_settings.mllm_settings
     refuse_output_in_input(args.output_dir, mllm.model, mllm.merger)
@@ -49,7 +59,9 @@ def train(settings: Settings, resume: bool = False) -> dict[str, float]:
     budgets = settings.budgets
     schedule = BudgetSchedule(budgets.train, budgets.curriculum, args.seed) if budgets.train else None
     datasets = read_datasets(settings, args)
+    refuse_replaced_files(args.output_dir, WRITTEN, files_of_run(settings, config, datasets))
     loaded = load_model(settings, args, schedule)
+    refuse_output_in_input(args.output_dir, *text_towers_of(loaded[0]))
     trainer = make_trainer(settings, args, schedule, loaded, *datasets)
     if args.should_save:
         logger.info(describe_parts(trainer.model))
@@ -89,6 +101,18 @@ def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatData
     ).first(data.num_validation)
     validation.check(progress=is_main)
     return train_set, validation
+
+
+def files_of_run(
+    settings: Settings, config: Path | None, datasets: Iterable[ChatDataset | ChatStream | None]
+) -> Iterator:
+    """What a run reads besides checkpoints, but for the pictures of a stream, which come later."""
+    yield config
+    yield from settings.training.values()  # may name files of DeepSpeed, FSDP or accelerate
+    for path in filter(None, (settings.data.train, settings.data.validation)):
+        yield from files_of_dataset(path)
+    for dataset in datasets:
+        yield from dataset.images() if isinstance(dataset, ChatDataset) else ()
 
 
 def load_model(
