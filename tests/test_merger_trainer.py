@@ -884,7 +884,7 @@ class TestProcesses:
 def test_the_command_ends_its_process_group(tmp_path):
     """torchrun stops all processes where one aborts, and a group that is left open can make it do so when it ends."""
 
-    def in_a_group(settings, resume):
+    def in_a_group(settings, resume, config):
         store = f"file://{tmp_path / 'store'}"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
 
