@@ -6,8 +6,8 @@ import re
 import shutil
 import threading
 import uuid
-from contextlib import contextmanager, suppress
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers.utils import logging

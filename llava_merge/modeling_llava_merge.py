@@ -1,8 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """LLaVA with a merger between vision tower and projector, without and with its head."""
 
-import re
 import inspect
+import re
 from dataclasses import replace
 
 import torch
