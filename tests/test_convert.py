@@ -195,6 +195,16 @@ def test_a_base_may_be_a_snapshot_of_the_hubs_cache(base, trained, tmp_path):
     assert_equal(load(tmp_path / "out"), load(base, merger=str(trained)))
 
 
+def test_weights_may_be_links_to_another_folder(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        file.rename(tmp_path / "elsewhere" / file.name)
+        file.symlink_to(tmp_path / "elsewhere" / file.name)
+    convert(str(tmp_path / "base"), tmp_path / "out", "tome", 9)
+    assert_equal(load(tmp_path / "out"), load(base, merger_config={"merger_type": "tome", "num_merged_tokens": 9}))
+
+
 class TestRefused:
     @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "additional_chat_templates"])
     def test_a_base_with_a_link_out_of_it(self, name, base, tmp_path):

@@ -84,6 +84,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "pathlib",
         "re",
         "shutil",
+        "string",
         "tempfile",
         "threading",
         "uuid",
