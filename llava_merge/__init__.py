@@ -1,7 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """LLaVA with fewer visual tokens: merged in CLIP space, before the projector."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
 from .compat import AutoModelForVision2Seq, register_multimodal_model
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
@@ -27,6 +27,7 @@ AutoConfig.register("llava_merger", MergerConfig, exist_ok=True)
 AutoModel.register(LlavaMergeConfig, LlavaMergeModel, exist_ok=True)
 AutoModel.register(MergerConfig, TokenMerger, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaMergeConfig, LlavaMergeForConditionalGeneration, exist_ok=True)
+AutoModelForPreTraining.register(LlavaMergeConfig, LlavaMergeForConditionalGeneration, exist_ok=True)
 register_multimodal_model(LlavaMergeConfig, LlavaMergeForConditionalGeneration)
 AutoProcessor.register(LlavaMergeConfig, LlavaMergeProcessor, exist_ok=True)
 

@@ -9,12 +9,14 @@ from transformers import CONFIG_MAPPING, GenerationConfig, LlavaConfig, Pretrain
 
 from .compat import add_sub_config
 from .placeholders import is_whole_number
+from .registries import ModelType, register_names
 
 
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_merge.LlavaMergeConfig",
     "AutoModel": "modeling_llava_merge.LlavaMergeModel",
     "AutoModelForImageTextToText": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
 WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "tower_dim", "internal_dim", "num_heads")
@@ -384,7 +386,7 @@ class LlavaMergeConfig(LlavaConfig):
         ValueError: The merger's widths are not those of the model, or its budget does not fit the image.
     """
 
-    model_type = "llava_merge"
+    model_type = ModelType("llava_merge")
 
     def __init__(
         self, vision_config=None, text_config=None, *, merger_config: MergerConfig | dict | None = None, **kwargs
@@ -648,3 +650,6 @@ def check_merger_fields(fields: dict):
     if unknown:
         _, *own, _ = inspect.signature(MergerConfig.__init__).parameters
         raise ValueError(f"merger_config has no field {', '.join(unknown)}; its fields are {', '.join(own)}.")
+
+
+register_names(LlavaMergeConfig.model_type, "LlavaMergeForConditionalGeneration", "LlavaMergeModel")

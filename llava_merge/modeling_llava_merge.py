@@ -78,6 +78,7 @@ from .projector_files import save_projector  # noqa: F401
 from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
 from .question_turns import Prompt, Question
+from .registries import register_names  # noqa: F401
 from .resized_pictures import ResizesPictures
 from .running_calls import RunningCalls, counted
 from .saving import SavesAtOnce  # noqa: F401

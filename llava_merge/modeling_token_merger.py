@@ -63,6 +63,7 @@ from .merging_vispruner import VisPruner  # noqa: F401
 from .placeholders import is_whole_number  # noqa: F401
 from .projector_files import save_projector
 from .question_turns import Question
+from .registries import register_names  # noqa: F401
 from .saving import PROJECTOR, SavesAtOnce, offloaded_weights
 from .text_tower import TextTower  # noqa: F401
 

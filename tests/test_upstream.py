@@ -297,6 +297,7 @@ IMPORTED = {
     "transformers.image_utils.make_flat_list_of_images": "how many images a processor is given",
     "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
+    "transformers.models.auto.modeling_auto": "names of models, by which pipelines, trainers and servers go",
     "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast": "logits from graphs",
     "transformers.models.llava.modeling_llava.LlavaMultiModalProjector": "the projector",
     "transformers.models.llava.modeling_llava.LlavaPreTrainedModel": "the base of both models",
