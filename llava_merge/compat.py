@@ -9,7 +9,7 @@ import re
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
@@ -136,3 +136,18 @@ def image_features_result(outputs, return_dict: bool):
     if not TRANSFORMERS_V5:
         return outputs.pooler_output
     return outputs if return_dict else outputs.to_tuple()
+
+
+def record_before_replicas(tower: PreTrainedModel):
+    """Puts the hooks that record hidden states on 5.x into `tower`, before DataParallel makes replicas of it.
+
+    Each replica would put them in itself, into the same dictionaries, and every state would be recorded several times.
+    Remove when transformers tells replicas apart, and with 4.57.
+    """
+    if not TRANSFORMERS_V5:
+        return
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    for part in tower.modules():
+        if isinstance(part, PreTrainedModel):
+            maybe_install_capturing_hooks(part)

@@ -4,6 +4,7 @@
 import copy
 import inspect
 import re
+from operator import index
 
 from transformers import CONFIG_MAPPING, GenerationConfig, LlavaConfig, PretrainedConfig
 
@@ -456,13 +457,13 @@ class LlavaMergeConfig(LlavaConfig):
     def patch_grid(self, image_shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of images of `image_shape`, height and width in pixels."""
         height, width = self.patch_shape
-        return image_shape[0] // height, image_shape[1] // width
+        return index(image_shape[0]) // height, index(image_shape[1]) // width  # of a picture that is traced, tensors
 
     def feature_layers(self, layer: int | list[int] | None = None) -> list[int]:
         """Hidden states of the tower that `layer` means, default `vision_feature_layer`, counted from the front."""
         layer = self.vision_feature_layer if layer is None else layer
         num_states = self.vision_config.num_hidden_layers + 1
-        return [index + num_states if index < 0 else index for index in ([layer] if isinstance(layer, int) else layer)]
+        return [state + num_states if state < 0 else state for state in ([layer] if isinstance(layer, int) else layer)]
 
     def merger_layers(self) -> list[int]:
         """Hidden states of the tower that the merger reads besides the features, counted from the front."""

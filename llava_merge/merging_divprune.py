@@ -21,10 +21,11 @@ def max_min_picks(features: Tensor, num_tokens: int) -> Tensor:
     The first is the patch whose nearest neighbour is farthest, each other the one farthest from all before.
     """
     distance = 1 - cosine_similarity(features, features)  # (I, N, N)
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    to_chosen = distance.amin(dim=1)
+    patches = torch.arange(distance.shape[1], device=distance.device)
+    is_itself = patches == patches[:, None]
+    to_chosen = distance.masked_fill(is_itself, torch.inf).amin(dim=1)
     picks = [to_chosen.argmax(dim=1, keepdim=True)]
-    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # no patch is picked twice: nothing is below
+    distance = distance.masked_fill(is_itself, -torch.inf)  # no patch is picked twice: nothing is below
     to_chosen = torch.full_like(to_chosen, torch.inf)
     for _ in range(num_tokens - 1):
         to_chosen = to_chosen.minimum(gather_patches(distance, picks[-1])[:, 0])

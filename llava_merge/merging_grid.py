@@ -195,7 +195,9 @@ def slot_places(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
         return torch.arange(num_slots, device=device)
     (row, num_rows), (column, length) = slot_positions(num_slots, device)
     rows, columns = nearest_interval(row, num_rows, grid[0]), nearest_interval(column, length, grid[1])
-    return (rows * grid[1] + columns).cummax(0).values  # slots in more rows than the grid has share some
+    places, slots = rows * grid[1] + columns, torch.arange(num_slots, device=device)
+    # slots in more rows than the grid has share some; ONNX has no cummax
+    return torch.where(slots <= slots[:, None], places, 0).amax(dim=1)
 
 
 def nearest_interval(index: Tensor, count: Tensor | int, num_patches: int) -> Tensor:

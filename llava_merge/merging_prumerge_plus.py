@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """PruMerge+: patches that CLS attends to and evenly spread ones, each with what is like it."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def prumerge_plus(
         faithful: Whether a token is the sum of its patches, as in the released code, where the division is commented
             out, or their mean. `source` holds shares that sum to 1.
     """
-    num_patches, num_important = features.shape[1], max(1, round(num_tokens * important_ratio))
+    num_patches, num_important = index(features.shape[1]), max(1, round(num_tokens * important_ratio))
     if num_tokens == num_patches:  # nothing is lost that would have to be added
         return keep_patches(features, top_patches(cls_attention, num_patches), return_source)
     important = top_patches(cls_attention, num_important)

@@ -28,7 +28,8 @@ def in_raster_order(indices: Tensor, num_patches: int) -> Tensor:
 
 def are_among(indices: Tensor, num_patches: int) -> Tensor:
     """Whether each patch is one of the `indices` (I, M): (I, N) bool."""
-    return torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+    nothing = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
+    return nothing.scatter(1, indices, torch.ones_like(indices, dtype=torch.bool))  # torch.jit.trace takes no number
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -40,13 +41,13 @@ def largest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     least = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, ties = scores > least, scores == least
-    return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    return above | (ties & (ties.long().cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
 
 
 def places_of(mask: Tensor, count: int) -> Tensor:
     """Where `mask` (I, N) is True, which is `count` times in each row, in order: (I, count) int64."""
-    numbers = torch.arange(1, count + 1, device=mask.device).repeat(len(mask), 1)
-    places = torch.searchsorted(mask.cumsum(dim=1), numbers)
+    numbers = torch.arange(1, count + 1, device=mask.device)
+    places = (mask.long().cumsum(dim=1)[:, None] < numbers[:, None]).sum(dim=2)  # ONNX has no searchsorted
     return places.clamp(max=mask.shape[1] - 1)  # scores of NaN are no reason to read what is no patch
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import largest, members, order_of
+from .merging_selection import gather_patches, largest, members, order_of
 
 
 def tome(features: Tensor, grid: tuple[int, int], num_tokens: int, return_source: bool = False) -> MergeOutput:
@@ -28,11 +28,10 @@ def tome(features: Tensor, grid: tuple[int, int], num_tokens: int, return_source
         shares = torch.eye(num_left, device=features.device).expand(len(features), -1, -1)
     places = mean_places(shares, grid)
     order = order_of(places)
-    places, order = places.gather(1, order), order[:, :, None]
-    shares = shares.take_along_dim(order, dim=1)
+    places, shares = places.gather(1, order), gather_patches(shares, order)
     sizes = shares.sum(dim=-1)
     source = shares / sizes[:, :, None] if return_source else None
-    return MergeOutput(merged.take_along_dim(order, dim=1).to(features.dtype), source, places, sizes)
+    return MergeOutput(gather_patches(merged, order).to(features.dtype), source, places, sizes)
 
 
 def match(tokens: Tensor, num_merged: int) -> Tensor:
@@ -43,7 +42,7 @@ def match(tokens: Tensor, num_merged: int) -> Tensor:
     leaves = largest(similarity, num_merged)
     stays = torch.ones(num_images, count, dtype=torch.bool, device=tokens.device)
     stays[:, ::2] = ~leaves
-    number = stays.cumsum(dim=1) - 1
+    number = stays.long().cumsum(dim=1) - 1
     number[:, ::2] = number[:, 1::2].gather(1, partner).where(leaves, number[:, ::2])
     return number
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
 from .merging_selection import (
+    gather_patches,
     keep_patches,
     nearest_members,
     one_hot,
@@ -59,7 +60,7 @@ def visionzip(
     anchors = kept.gather(1, order)
     mean_of_assigned = assigned / count.clamp(min=1)
     weights = torch.cat((one_hot(dominant, num_patches), own + mean_of_assigned), dim=1)
-    weights = weights.take_along_dim(order[:, :, None], dim=1)
+    weights = gather_patches(weights, order)
     merged, source = weighted_mean(features, weights, as_sum=faithful)
     sizes = torch.cat((torch.ones_like(dominant, dtype=torch.float32), 1 + count[:, :, 0]), dim=1).gather(1, order)
     return MergeOutput(merged, source if return_source else None, anchors, sizes)

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from .merging_base import MergeContext, MergeOutput, MergingMethod, register_merging_method
-from .merging_selection import cosine_similarity, in_raster_order, keep_patches, other_patches, top_patches
+from .merging_selection import (
+    cosine_similarity,
+    gather_patches,
+    in_raster_order,
+    keep_patches,
+    other_patches,
+    top_patches,
+)
 
 
 REMOVED_PER_ROUND = 8
@@ -44,10 +51,10 @@ def remove_duplicates(similarity: Tensor, alive: Tensor, num_tokens: int) -> Ten
         return alive[:, :0]
     while (count := alive.shape[1]) > num_tokens:
         first, second = alive[:, ::2], alive[:, 1::2]
-        rows = similarity.take_along_dim(first[:, :, None], dim=1)  # (I, first side, N)
-        nearest = rows.take_along_dim(second[:, None], dim=2).amax(dim=-1)
+        rows = gather_patches(similarity, first)  # (I, first side, N)
+        nearest = rows.gather(2, second[:, None].expand(-1, rows.shape[1], -1)).amax(dim=-1)
         num_left = first.shape[1] - min(REMOVED_PER_ROUND, first.shape[1], count - num_tokens)
-        least_alike = nearest.argsort(dim=1, stable=True)[:, :num_left]
+        least_alike = top_patches(-nearest, num_left)
         alive = torch.cat((first.gather(1, least_alike), second), dim=1).sort(dim=1).values
     return alive
 

@@ -21,6 +21,7 @@ from .compat import (
     OUTPUT_OF_IMAGES,
     hidden_states_to_keep,
     image_features_result,
+    record_before_replicas,
     register_llava_key_mapping,
 )
 from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
@@ -87,6 +88,7 @@ from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401
 from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache
 from .vllm_backend import check_backend, is_run_by_vllm
+from .weights import weights_of
 
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
@@ -104,7 +106,7 @@ TOWER_ARGUMENTS = (
 
 def device_of(module: nn.Module, features: Tensor) -> torch.device:
     """Where `features` meet a `module`; to an offloaded one they need not go, it comes to them."""
-    weight = next(module.parameters(), features)
+    weight = next(weights_of(module), features)
     return features.device if weight.is_meta else weight.device
 
 
@@ -122,8 +124,8 @@ def nothing_of(parts: list[nn.Module], like: Tensor) -> Tensor:
 
     A backward pass needs something to train in it, and DistributedDataParallel every parameter on every rank.
     """
-    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    return sum((parameter.flatten()[:0].sum().to(like) for parameter in trained), start=like.new_zeros(()))
+    trained = [weight for part in parts for weight in weights_of(part) if weight.requires_grad]
+    return sum((weight.flatten()[:0].sum().to(like) for weight in trained), start=like.new_zeros(()))
 
 
 def tower_options(vision_feature_layer, vision_feature_select_strategy) -> dict:
@@ -170,6 +172,10 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     def headless_model(self) -> "LlavaMergeModel":
         """This model itself."""
         return self
+
+    def _replicate_for_data_parallel(self):
+        record_before_replicas(self.vision_tower)
+        return super()._replicate_for_data_parallel()
 
     @property
     def required_extras(self) -> frozenset[str]:
@@ -660,7 +666,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     def _join_image_parts(self, arguments: dict):
         """Puts a trained merger and projector into the graph of a batch without images, with weight 0."""
         parts = [self.merger, self.multi_modal_projector]
-        is_trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        is_trained = any(weight.requires_grad for part in parts for weight in weights_of(part))
         if not is_trained or arguments.get("input_ids") is None and arguments.get("inputs_embeds") is None:
             return
         if arguments.get("inputs_embeds") is None:

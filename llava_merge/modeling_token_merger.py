@@ -2,6 +2,7 @@
 """A merger as a model of its own, with its checkpoints."""
 
 import json
+from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -66,6 +67,7 @@ from .question_turns import Question
 from .registries import register_names  # noqa: F401
 from .saving import PROJECTOR, SavesAtOnce, offloaded_weights
 from .text_tower import TextTower  # noqa: F401
+from .weights import weights_of
 
 
 logger = logging.get_logger(__name__)
@@ -123,6 +125,16 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; a method without merges where the features are, and says the CPU."""
+        return next(weights_of(self), torch.empty(0, device="cpu")).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights; a method without merges in that of the features, and says torch's default."""
+        return next(weights_of(self), torch.empty(0, device="cpu")).dtype
+
     def forward(
         self,
         features: Tensor,
@@ -154,14 +166,14 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
                 f"{self.config.vision_dim}), the output of the vision tower before the projector."
             )
         with full_precision(features.device):
-            features = features.to(next(self.parameters(), features).dtype)
+            features = features.to(next(weights_of(self), features).dtype)
             return self._merge(features, question, num_tokens, grid, return_source, extras)
 
     def _merge(self, features, question, num_tokens, grid, return_source, extras) -> MergeOutput:
         if question is not None:
             question = self._check_question(features, question) if self.config.question_aware else None
         extras = self._check_required(features, extras)
-        num_patches = features.shape[1]
+        num_patches = index(features.shape[1])  # while it is traced, a tensor
         num_tokens = self._num_tokens(num_patches, num_tokens)
         geometry = None
         if self.method.needs_grid:

@@ -77,7 +77,7 @@ class Prompt:
             before = torch.arange(len(num_tokens), device=count.device) * num_tokens[0]
         else:
             before = torch.tensor([0, *accumulate(num_tokens[:-1])], device=count.device)
-        return torch.searchsorted(count, before + 1).clamp(max=len(count) - 1)
+        return torch.searchsorted(count, before + 1).clamp(max=count.shape[0] - 1)
 
 
 @dataclass
@@ -219,7 +219,7 @@ def question_of_images(embeds: Tensor, turns: Turns, images: Tensor, ids: Tensor
 def in_turns_with(mask: Tensor, number: Tensor) -> Tensor:
     """Which tokens are in a turn, by `number` (B, L), that holds a True of `mask` (B, L): (B, L) bool."""
     turns = number.flatten()
-    return turns.new_zeros(len(turns) + 1).index_add(0, turns, mask.flatten().long())[number] > 0
+    return turns.new_zeros(turns.shape[0] + 1).index_add(0, turns, mask.flatten().long())[number] > 0
 
 
 def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ def find_sequences(ids: Tensor, sequences: list[list[int]]) -> tuple[Tensor, Ten
         for offset, id in enumerate(first):
             found = found & (padded[:, offset : offset + length] == id)
         begins, ends = begins | found, torch.maximum(ends, found * (positions + len(first) + 1))
-    return begins, ends.cummax(dim=1).values > positions
+    return begins, ends.cummax(dim=1)[0] > positions
 
 
 def is_one_of(ids: Tensor, wanted: list[int]) -> Tensor:
@@ -254,7 +254,7 @@ def shift_right(mask: Tensor) -> Tensor:
 def last_index(mask: Tensor) -> Tensor:
     """Index of the latest True up to each token of a mask (B, L), -1 where there is none."""
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return positions.where(mask, -1).cummax(dim=1).values
+    return positions.where(mask, -1).cummax(dim=1)[0]
 
 
 def restarts(position_ids: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Encoding images where the budget is the tower's: it sees smaller pictures, of which it makes M tokens."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -38,7 +40,7 @@ class ResizesPictures:
             if budget != ALL_TOKENS:
                 pixels = resize_pictures(pixels, budget, self.config.patch_shape)
             projected = self._project(self._run_tower(pixels, **options)[0])  # (I, M, hidden)
-            num_images, num_tokens = projected.shape[:2]
+            num_images, num_tokens = len(projected), index(projected.shape[1])  # while it is traced, a tensor
             places = slot_geometry(grid, num_tokens, projected.device).places
             sizes = torch.full((num_images, num_tokens), grid[0] * grid[1] / num_tokens, device=projected.device)
             return projected, places.expand(num_images, -1), sizes

@@ -14,7 +14,7 @@ from torch import Tensor
 from .merging_grid import slot_places
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenLayout:
     """Of T tokens in each of B rows; the last of the T + 1 columns stands for all tokens behind them.
 
@@ -157,7 +157,7 @@ def layout_of_images(
     skipped = pad_left(skip[number].where(image_mask, 0).cumsum(1))
     if samples is not None:
         is_start = torch.nn.functional.pad(samples.diff(dim=1) != 0, (1, 1))
-        skipped = skipped - skipped.where(is_start, 0).cummax(dim=1).values
+        skipped = skipped - skipped.where(is_start, 0).cummax(dim=1)[0]
     return TokenLayout(
         skipped,
         pad_right(offset[number].where(image_mask, 0)),
@@ -273,7 +273,7 @@ def biased_causal_mask(
     if samples is not None:
         is_seen = is_seen & (samples[:, :, None] == samples[:, key.clamp(max=num_queries - 1)][:, None])
     bias = layout.bias[:, layout.columns(first_key, num_keys)][:, None]  # (B, 1, num_keys)
-    return torch.where(is_seen, bias, torch.finfo(dtype).min).to(dtype)[:, None]
+    return torch.where(is_seen, bias.to(dtype), torch.finfo(dtype).min)[:, None]
 
 
 def biased_mask(mask: Tensor, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
@@ -281,5 +281,5 @@ def biased_mask(mask: Tensor, layout: TokenLayout, dtype: torch.dtype) -> Tensor
     bias = layout.bias[:, layout.columns(0, mask.shape[-1])][:, None, None]
     lowest = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias, lowest).to(dtype)
-    return (mask + bias).clamp(min=lowest).to(dtype)
+        return torch.where(mask, bias.to(dtype), lowest)
+    return (mask + bias).to(dtype).clamp(min=lowest)

@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Puts merged tokens where their patches were, and lets them weigh what these weighed. The sums: token_layout.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -198,10 +199,18 @@ class PlacesTokens:
             ),
         )
 
-    def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).
+    @property
+    def get_rope_index(self) -> Callable:
+        """[`rope_index`], which vLLM's Transformers backend asks for as of models with M-RoPE.
 
-        vLLM's Transformers backend asks for it, as of models with M-RoPE.
+        Exporters ask for it too where there is one, but give other arguments and hand the positions to the forward.
+        """
+        if not is_run_by_vllm(self.config):
+            raise AttributeError("get_rope_index is for vLLM's Transformers backend alone.")
+        return self.rope_index
+
+    def rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (3, 1, L), three times the same, of a prompt (1, L), and how far text behind it has moved, (1, 1).
 
         Args:
             mm_token_type_ids: (1, L), 1 at merged tokens.
@@ -297,8 +306,9 @@ class PlacesTokens:
                 f"attention_mass with a {type(attention_mask).__name__} as attention_mask: a bias can be added to "
                 f"a tensor (batch, tokens) or (batch, 1, queries, keys) only. Pass the 2-D mask of the processor."
             )
+        dtype = self.get_input_embeddings().weight.dtype  # a replica of DataParallel has no dtype
         if attention_mask is not None and attention_mask.ndim == 4:
-            return biased_mask(attention_mask, layout, self.dtype)
+            return biased_mask(attention_mask, layout, dtype)
         keys = (length, 0) if cache is None else cache_mask_sizes(cache, past, length, layout.bias.device)
         window = sliding_window_of(self.config.text_config)
-        return biased_causal_mask(layout, past, length, keys, self.dtype, attention_mask, window, samples)
+        return biased_causal_mask(layout, past, length, keys, dtype, attention_mask, window, samples)

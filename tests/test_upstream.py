@@ -76,6 +76,12 @@ RELIED_ON = [
         parameters=("state_dict",),
     ),
     Reliance(MergerConfig, "to_dict", "what is saved comes from it", mentions=("self.to_dict(",), where="to_diff_dict"),
+    Reliance(
+        HEADLESS,
+        "_replicate_for_data_parallel",
+        "replicas are shallow copies, whose dictionaries of hooks are the model's",
+        mentions=("self.__dict__.copy()",),
+    ),
     Reliance(HEADLESS, "__init__", "the parts it builds, in this order", mentions=("vision_tower", "post_init")),
     Reliance(HEAD, "__init__", "the parts it builds, in this order", mentions=("self.model", "self.lm_head")),
     Reliance(
@@ -310,12 +316,14 @@ IMPORTED = {
     "transformers.utils.find_adapter_config_file": "the base model of an adapter",
     "transformers.utils.generic.can_return_tuple": "return_dict=False",
     "transformers.utils.logging": "logging",
+    "transformers.utils.output_capturing.maybe_install_capturing_hooks": "hidden states of replicas on 5.x",
 }
 NOT_IN = {
     "transformers.configuration_utils.SubConfigSpec": "<5.22",
     "transformers.conversion_mapping.get_checkpoint_conversion_mapping": V4,
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": V4,
     "transformers.models.llava.processing_llava.LlavaProcessorKwargs": V5,
+    "transformers.utils.output_capturing.maybe_install_capturing_hooks": V4,
 }
 
 
