@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from transformers import BatchFeature, LlavaProcessor
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .compat import TRANSFORMERS_V5
 from .files import write_whole
@@ -27,6 +29,7 @@ else:
     PIPELINE = "transformers.pipelines.image_text_to_text"
 
 
+Texts = TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput]  # by these a processor is known
 UNKNOWN_LENGTH = 10**9  # tokenizers that do not know how much their model takes name more
 
 
@@ -34,10 +37,11 @@ class MergedPlaceholderProcessor(LlavaProcessor):
     """LlavaProcessor that writes as many placeholders as an image has merged tokens.
 
     Attributes:
-        num_merged_tokens: Placeholders of every image, or a list with those of each; None and "all" as in LLaVA.
+        num_merged_tokens: Placeholders of every image, or a list with those of each; None and "all" as in LLaVA. No
+            class has it: 5.x takes what a processor's class has for defaults of its arguments.
     """
 
-    num_merged_tokens: int | list[int | str] | None = None
+    num_merged_tokens: int | list[int | str] | None
 
     def budget(self, image_idx: int) -> int | str:
         """Placeholders of an image, or "all".
@@ -95,8 +99,18 @@ class MergedPlaceholderProcessor(LlavaProcessor):
 
     else:  # remove when 4.57 is no longer supported
 
+        def _merge_kwargs(self, *args, **kwargs):
+            """As in transformers, which takes what it reads out of the caller's dictionaries."""
+            kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+            return super()._merge_kwargs(*args, **kwargs)
+
         def __call__(
-            self, images=None, text=None, audio=None, videos=None, **kwargs: Unpack[ProcessorKwargs]
+            self,
+            images: ImageInput | None = None,
+            text: Texts | None = None,
+            audio=None,
+            videos=None,
+            **kwargs: Unpack[ProcessorKwargs],
         ) -> BatchFeature:
             if self.num_merged_tokens is None or images is None or text is None:
                 return super().__call__(images=images, text=text, **kwargs)

@@ -537,7 +537,8 @@ class LlavaMergeConfig(LlavaConfig):
                     f"The merger has {name}={getattr(merger_config, name)}, this model needs {name}={width}. Use a "
                     f"merger made for this model, or MergerConfig(..., {name}={width}) for a new one."
                 )
-        self._check_merger_layers(merger_config.feature_layers or [])
+        self.check_layers("feature_layers", merger_config.feature_layers or [])
+        self.check_layers("vision_feature_layer", self.vision_feature_layer)
         num_tokens = merger_config.num_tokens(self.num_patches)
         if merger_config.question_end_token_ids is None and self.merger_config is not None:
             for name in QUESTION_MARKS:  # of the tokenizer, which stays the same
@@ -547,12 +548,17 @@ class LlavaMergeConfig(LlavaConfig):
             merger_config.num_merged_tokens = num_tokens
         return merger_config
 
-    def _check_merger_layers(self, layers: list[int]):
+    def check_layers(self, setting: str, layers: int | list[int]):
+        """Refuses hidden states that the tower does not have.
+
+        Raises:
+            ValueError: There are some.
+        """
         num_layers = self.vision_config.num_hidden_layers
         if not all(0 <= layer <= num_layers for layer in self.feature_layers(layers)):
             raise ValueError(
-                f"feature_layers={layers}: this tower has hidden states 0 to {num_layers}, which may also be counted "
-                f"from the end, -1 to {-num_layers - 1}. Choose some of them, such as "
+                f"{setting}={layers}: this tower has hidden states 0 to {num_layers}, which may also be counted from "
+                f"the end, -1 to {-num_layers - 1}. Choose one of them, or several, such as "
                 f"{default_feature_layers(num_layers)}."
             )
 

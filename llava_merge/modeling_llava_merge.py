@@ -304,6 +304,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
 
     def _tower_layers(self, layer: int | list[int] | None) -> list[int]:
         """Indices of hidden states, counted from the front."""
+        layer = self.config.vision_feature_layer if layer is None else layer
+        self.config.check_layers("vision_feature_layer", layer)
         layers = self.config.feature_layers(layer)
         self.check_built(layers, f"vision_feature_layer={layer}")
         return layers

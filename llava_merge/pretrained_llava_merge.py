@@ -323,6 +323,16 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
                 new.config = new.method.config = self.config.merger_config
                 setattr(self.headless_model.get_submodule(parent), child, new)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """As in transformers, which knows a part by its configuration: the tower's is a copy, with the layers built."""
+        config, built = self.config, self.headless_model.vision_tower.config
+        whole, config.vision_config = config.vision_config, built
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        finally:
+            config.vision_config = whole
+        whole._attn_implementation = built._attn_implementation
+
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """As in transformers, from safetensors only.
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from transformers import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
-from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs
+from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs, Texts
 from .files import save_at_once
 from .placeholders import budget_of_each_image
 from .position_range import warn_of_positions  # noqa: F401
@@ -80,8 +80,8 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
 
     def __call__(
         self,
-        images=None,
-        text=None,
+        images: ImageInput | None = None,
+        text: Texts | None = None,
         *,
         num_merged_tokens: int | str | list | None = None,
         **kwargs: Unpack[ProcessorKwargs],

@@ -23,8 +23,10 @@ EMPTY_QUESTION = (
 def turn_marks_of(config) -> TurnMarks:
     """Ids that tell the turns of a prompt apart for the model of a [`LlavaMergeConfig`]."""
     eos, bos = (
-        [id] if isinstance(id, int) else list(id or ())
-        for id in (config.text_config.eos_token_id, config.text_config.bos_token_id)
+        [
+            id for id in ([ids] if isinstance(ids, int) else ids or ()) if id >= 0
+        ]  # -1 is how some say that there is none
+        for ids in (config.text_config.eos_token_id, config.text_config.bos_token_id)
     )
     merger_config = config.merger_config
     starts, ends = merger_config.question_start_token_ids, merger_config.question_end_token_ids
@@ -75,6 +77,7 @@ class ReadsPrompt:
         if inputs_embeds is None:
             return input_ids
         ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        wanted = [id for id in wanted if id < len(self.get_input_embeddings().weight)]  # others are in no embeddings
         for embed, id in zip(self.get_input_embeddings()(ids.new_tensor(wanted)), wanted, strict=True):
             ids = ids.masked_fill((inputs_embeds == embed).all(dim=-1), id)
         return ids
