@@ -23,9 +23,7 @@ EMPTY_QUESTION = (
 def turn_marks_of(config) -> TurnMarks:
     """Ids that tell the turns of a prompt apart for the model of a [`LlavaMergeConfig`]."""
     eos, bos = (
-        [
-            id for id in ([ids] if isinstance(ids, int) else ids or ()) if id >= 0
-        ]  # -1 is how some say that there is none
+        [id for id in ([ids] if isinstance(ids, int) else ids or ()) if id >= 0]  # some say -1 where there is none
         for ids in (config.text_config.eos_token_id, config.text_config.bos_token_id)
     )
     merger_config = config.merger_config

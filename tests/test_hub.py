@@ -85,6 +85,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "re",
         "shutil",
         "string",
+        "sys",
         "tempfile",
         "threading",
         "uuid",
