@@ -77,7 +77,8 @@ def find_base(base: str, revision: str | None) -> Path:
     if not directory.is_dir():
         directory = Path(snapshot_download(base, revision=revision, allow_patterns=list(PATTERNS)))
     for file in (file for pattern in READ for file in directory.glob(pattern)):
-        refuse_link_outside(directory, file)
+        if file.suffix != ".safetensors":  # which are nothing but weights, on another disk maybe
+            refuse_link_outside(directory, file)
     if find_adapter_config_file(str(directory)) is not None:
         raise ValueError(
             f"{base} holds an adapter, which convert would leave out. Merge it into its LLaVA, with merge_and_unload() "
