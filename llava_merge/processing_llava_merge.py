@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from transformers import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
@@ -14,6 +14,13 @@ from .compat_processing import MergedPlaceholderProcessor, ProcessorKwargs, Text
 from .files import save_at_once
 from .placeholders import budget_of_each_image
 from .position_range import warn_of_positions  # noqa: F401
+
+
+def count_images(images: ImageInput) -> int:
+    """How many there are: pictures, arrays, tensors, paths or URLs, one, in a batch of one tensor, or in lists."""
+    if isinstance(images, list | tuple):
+        return sum(map(count_images, images))
+    return len(images) if getattr(images, "ndim", 0) == 4 else 1
 
 
 class LlavaMergeProcessor(MergedPlaceholderProcessor):
@@ -99,8 +106,7 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         if num_merged_tokens is None or images is None:
             return super().__call__(images=images, text=text, **kwargs)
         for_this_call = copy.copy(self)
-        num_images = len(make_flat_list_of_images(images))
-        for_this_call.num_merged_tokens = budget_of_each_image(num_merged_tokens, num_images)
+        for_this_call.num_merged_tokens = budget_of_each_image(num_merged_tokens, count_images(images))
         inputs = super(LlavaMergeProcessor, for_this_call).__call__(images=images, text=text, **kwargs)
         inputs["num_merged_tokens"] = num_merged_tokens
         return inputs

@@ -4,6 +4,7 @@
 import logging
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID, NUM_PATCHES, PAD_ID, agnostic, aware, make_processor, pixels, tiny_model
@@ -183,6 +184,30 @@ def test_each_budget_compiles_to_one_graph(processor, pictures):
                     compiled(**inputs, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4, equal_nan=True
                 )
     assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["one", "list", "nested", "paths", "nested paths", "arrays", "tensors", "batch of arrays", "batch of tensors"],
+)
+def test_pictures_as_stock_processors_take_them(processor, pictures, kind, tmp_path):
+    pictures[0].save(tmp_path / "a.png")
+    path, array = str(tmp_path / "a.png"), np.asarray(pictures[0].resize((84, 84)))
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    images, count = {
+        "one": (pictures[0], 1),
+        "list": (pictures[:2], 2),
+        "nested": ([pictures[:1], pictures[:2]], 3),
+        "paths": ([path, path], 2),
+        "nested paths": ([[path], [path, path]], 3),
+        "arrays": ([array, array], 2),
+        "tensors": ([tensor, tensor], 2),
+        "batch of arrays": (np.stack([array, array]), 2),
+        "batch of tensors": (torch.stack([tensor, tensor]), 2),
+    }[kind]
+    for budget, expected in ((4, 4 * count), ([4, 9, "all"][:count], sum([4, 9, NUM_PATCHES][:count]))):
+        inputs = processor(images=images, text="<image> " * count, return_tensors="pt", num_merged_tokens=budget)
+        assert len(inputs["pixel_values"]) == count and (inputs["input_ids"] == IMAGE_ID).sum() == expected
 
 
 def test_get_image_features_and_encode_images_take_budgets(pictures):
