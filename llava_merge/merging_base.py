@@ -187,7 +187,7 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
     if config.merger_type not in MERGING_METHODS:
         raise ValueError(
             f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(sorted(MERGING_METHODS))}. "
-            f"A method of your own has to be imported before; its file is saved with its checkpoints."
+            f"A method of your own has to be imported before; its file lies beside the weights that were saved with it."
         )
     method = MERGING_METHODS[config.merger_type]
     if config.question_aware and not method.uses_question:
