@@ -198,6 +198,22 @@ RELIED_ON = [
         Reliance(of, "save_pretrained", "its first arguments", parameters=("save_directory", "is_main_process"))
         for of in (HEAD, TokenMerger)
     ),
+    *(
+        Reliance(
+            of,
+            method,
+            "weights that a checkpoint lacks are made there, and nowhere before",
+            parameters=("missing_keys",),
+            mentions=(f".{method}(",),
+            where=where,
+            releases=releases,
+        )
+        for of in (HEAD, TokenMerger)
+        for method, where, releases in (
+            ("_move_missing_keys_from_meta_to_device", "_finalize_model_loading", V5),
+            ("_move_missing_keys_from_meta_to_cpu", "_load_pretrained_model", V4),
+        )
+    ),
     Reliance(TokenMerger, "_init_weights", "it is asked of each module that owns parameters", parameters=("module",)),
     Reliance(TokenMerger, "forward", "nothing but its name"),
     Reliance(LlavaMergeConfig, "__init__", "keywords only"),
@@ -318,7 +334,6 @@ IMPORTED = {
     "transformers.image_utils.ImageInput": "what the processor takes",
     "transformers.tokenization_utils_base.PreTokenizedInput": "what the processor takes",
     "transformers.tokenization_utils_base.TextInput": "what the processor takes",
-    "transformers.image_utils.make_flat_list_of_images": "how many images a processor is given",
     "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
     "transformers.models.auto.modeling_auto": "names of models, by which pipelines, trainers and servers go",
