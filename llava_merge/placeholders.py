@@ -112,6 +112,7 @@ def explain_placeholders(per_row: list[int], num_tokens: list[int], num_patches:
         f"returned for `processor(..., num_merged_tokens=M)`; or make prompts with the model's own number: "
         f"`LlavaMergeProcessor.from_pretrained(..., num_merged_tokens=M)` or `processor.num_merged_tokens = M`, with "
         f"M = `model.config.merger_config.num_merged_tokens` (None for all tokens)."
+        + (" Or a max_length cut the prompts off: raise it." if total < sum(num_tokens) else "")
     )
 
 

@@ -627,6 +627,7 @@ class TestBadInput:
                 "hold 18 .*for 2 images .*one image for each <image>.*Or, with 18 tokens per image, the prompts",
             ),
             ([1, 1], 4, 2, "hold 8 .*9 tokens each, 18 in all.*another number of tokens per image"),
+            ([1, 1], 7, 2, "hold 14 .*9 tokens each, 18 in all.*Or a max_length cut the prompts off: raise it"),
         ],
     )
     def test_what_is_wrong_with_the_placeholders(self, counts, tokens, given, message):
