@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 
+WEIGHTS, INDEX = "model{}.safetensors", "model.safetensors.index{}.json"  # with the variant
 MISSING = 1 << 27  # weights that a checkpoint may lack, besides as many as it has, before they are refused
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -61,38 +62,46 @@ def naming_broken_files(path: str | os.PathLike, hub_kwargs: dict, variant: str 
     Raises:
         ValueError: As `check_weight_files`; or there are no safetensors.
     """
-    check_weight_files(path, hub_kwargs, variant)
+    has_weights = check_weight_files(path, hub_kwargs, variant)
     with refusing_broken_file(path):
         try:
             yield
         except OSError as error:
-            name = f"model.{variant}.safetensors" if variant else "model.safetensors"
-            if cached_file(path, name, **NOT_NEEDED, **hub_kwargs) is not None:
+            if has_weights:
                 raise
             raise ValueError(
-                f"{path} has no {name} that can be had ({error}). A pytorch_model.bin is a pickle, which is never "
-                f"opened here: save the checkpoint again as safetensors."
+                f"{path} has no {WEIGHTS.format(variant_part(variant))} that can be had ({error}). A pytorch_model.bin "
+                f"is a pickle, which is never opened here: save the checkpoint again as safetensors."
             ) from error
 
 
-def check_weight_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None):
+def variant_part(variant: str | None) -> str:
+    """What names of files of a variant have between the others' parts."""
+    return f".{variant}" if variant else ""
+
+
+def check_weight_files(path: str | os.PathLike, hub_kwargs: dict, variant: str | None = None) -> bool:
     """Reads the headers of the weights at `path`, a directory or Hub repo, as far as they are on this machine.
 
     As in transformers, the index counts where there is no whole file, and other files are nobody's business.
 
+    Returns:
+        Whether there is one of the two.
+
     Raises:
         ValueError: A file is truncated or corrupted, or the index names what is no safetensors file below it.
     """
-    variant = f".{variant}" if variant else ""
-    whole = cached_file(path, f"model{variant}.safetensors", **NOT_NEEDED, **hub_kwargs)
+    variant = variant_part(variant)
+    whole = cached_file(path, WEIGHTS.format(variant), **NOT_NEEDED, **hub_kwargs)
     if whole is not None:
         check_safetensors_file(whole)
-        return
-    index = cached_file(path, f"model.safetensors.index{variant}.json", **NOT_NEEDED, **hub_kwargs)
+        return True
+    index = cached_file(path, INDEX.format(variant), **NOT_NEEDED, **hub_kwargs)
     if index is not None:
         shards = {Path(index).parent / name for name in read_index(Path(index)).values()}
         for shard in sorted(filter(Path.is_file, shards)):
             check_safetensors_file(shard)
+    return index is not None
 
 
 def check_safetensors_files(directory: str | os.PathLike):
@@ -161,7 +170,7 @@ def check_shapes(path: str, shapes: dict[str, tuple[int, ...]], hub_kwargs: dict
     Raises:
         ValueError: A weight is missing, or has another shape.
     """
-    file = cached_file(path, "model.safetensors", **NOT_NEEDED, **hub_kwargs)
+    file = cached_file(path, SAFE_WEIGHTS_NAME, **NOT_NEEDED, **hub_kwargs)
     if file is None:
         return
     with safe_open(file, framework="pt") as weights:

@@ -311,16 +311,26 @@ class MergerConfig(PretrainedConfig):
         Raises:
             ValueError: It is a checkpoint of something else.
         """
-        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        path = pretrained_model_name_or_path
+        fields, kwargs = cls.get_config_dict(path, **kwargs)
+        if fields.get("model_type") == LlavaMergeConfig.model_type and isinstance(fields.get("merger_config"), dict):
+            fields = {**fields["merger_config"], "model_type": cls.model_type}
+        return cls.of_merger(path, fields, **kwargs)
+
+    @classmethod
+    def of_merger(cls, path: str, fields: dict, **kwargs):
+        """From the `fields` of the config.json at `path`, which has to be a merger's own.
+
+        Raises:
+            ValueError: It is one of something else.
+        """
         found = fields.get("model_type")
-        if found == LlavaMergeConfig.model_type and isinstance(fields.get("merger_config"), dict):
-            fields, found = fields["merger_config"], cls.model_type
         if found != cls.model_type:
             of_another = f"is a checkpoint of {found!r}, not of a merger"
             what = of_another if found else "has no config.json of a model"
             raise ValueError(
-                f"{pretrained_model_name_or_path} {what}. A PEFT adapter that holds a merger is loaded as the model. "
-                f"Save the merger of a model with model.save_merger(directory) and load that."
+                f"{path} {what}. A PEFT adapter that holds a merger is loaded as the model. Save the merger of a model "
+                f"with model.save_merger(directory) and load that."
             )
         return cls.from_dict(as_saved_by_this_release(fields), **kwargs)
 

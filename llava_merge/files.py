@@ -162,13 +162,13 @@ def move_files(staged: Path, directory: Path, files: list[str], optional: tuple[
     first = [CONFIG] if CONFIG in files else []  # so that nobody loads what is half replaced
     kept, put = staged / "replaced", []
     try:
-        for name in first + stale + [name for name in files if name != CONFIG]:
+        for name in first + stale:
             keep(directory / name, kept / name)
-            if name not in first + stale:
-                put_file(staged / name, directory / name)
-                put.append(name)
-        for name in first:
-            put_file(staged / name, directory / name)
+        for name in sorted(files, key=CONFIG.__eq__):
+            keep(directory / name, kept / name)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, directory / name)
+            put.append(name)
     except BaseException:
         for name in put:
             (directory / name).unlink(missing_ok=True)
@@ -183,12 +183,6 @@ def keep(path: Path, kept: Path):
     kept.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         os.replace(path, kept)
-
-
-def put_file(staged: Path, path: Path):
-    """Moves a file to its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(staged, path)
 
 
 def replaced_weights(written: list[str], present: list[str], optional: tuple[str, ...] = ()) -> list[str]:

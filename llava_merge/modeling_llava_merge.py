@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """LLaVA with a merger between vision tower and projector, without and with its head."""
 
+import functools
 import inspect
 import re
 from dataclasses import replace
@@ -74,7 +75,7 @@ from .modeling_token_merger import TokenMerger
 from .patch_projection import projected_patches  # noqa: F401
 from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders, tokens_of_budget
 from .position_range import warn_of_positions  # noqa: F401
-from .pretrained_llava_merge import LlavaMergePreTrainedModel
+from .pretrained_llava_merge import LlavaMergePreTrainedModel, unused_layers_pattern
 from .projector_files import save_projector  # noqa: F401
 from .prompt_reading import ReadsPrompt
 from .question_marks import find_question_marks  # noqa: F401
@@ -110,12 +111,10 @@ def device_of(module: nn.Module, features: Tensor) -> torch.device:
     return features.device if weight.is_meta else weight.device
 
 
-def drop_unused_layers(tower: nn.Module, state_dict: dict, prefix: str, *args):
+def drop_unused_layers(tower: nn.Module, state_dict: dict, prefix: str, *args, pattern: str):
     """Lets `load_state_dict` of a tower take the weights of a whole one, whose last layers were not built."""
-    built = tower.config.num_hidden_layers
     for key in list(state_dict):
-        layer = re.search(r"\.layers\.(\d+)\.", key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if layer is not None and int(layer[1]) >= built:
+        if key.startswith(prefix) and re.search(pattern, key.removeprefix(prefix)):
             del state_dict[key]
 
 
@@ -160,7 +159,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         self.question_tokenizer = None  # for the text tower, which reads questions as text
         self.vision_tower = AutoModel.from_config(config.used_vision_config)
         if config.used_vision_config is not config.vision_config:
-            self.vision_tower.register_load_state_dict_pre_hook(drop_unused_layers)
+            unused = unused_layers_pattern(config)
+            self.vision_tower.register_load_state_dict_pre_hook(functools.partial(drop_unused_layers, pattern=unused))
         self.merger = TokenMerger(config.merger_config)
         if is_run_by_vllm(config):
             check_backend(config, {*self.merger.state_dict()})

@@ -73,20 +73,6 @@ from .weights import weights_of
 logger = logging.get_logger(__name__)
 
 
-def refuse_model(path: str, hub_kwargs: dict):
-    """Refuses a checkpoint of a whole model, whose merger is one part of its weights.
-
-    Raises:
-        ValueError: So it is.
-    """
-    fields, _ = MergerConfig.get_config_dict(path, **hub_kwargs)
-    if fields.get("model_type") != MergerConfig.model_type:
-        raise ValueError(
-            f"{path} is a checkpoint of {fields.get('model_type')!r}, not of a merger. Save the merger of a model with "
-            f"model.save_merger(directory) and load that."
-        )
-
-
 class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
     """Merges the N visual tokens of each image into M: a merging method as a model that saves and loads by itself.
 
@@ -266,8 +252,8 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
         path = pretrained_model_name_or_path
         config = kwargs.pop("config", None)
         if config is None:
-            config = MergerConfig.from_pretrained(path, **hub_arguments(kwargs))
-            refuse_model(path, hub_arguments(kwargs))
+            fields, unused = MergerConfig.get_config_dict(path, **hub_arguments(kwargs))
+            config = MergerConfig.of_merger(path, fields, **unused)
         wants_info = kwargs.pop("output_loading_info", False)
         if find_merging_method(config).training_free:  # transformers cannot load a model without weights
             return (cls(config), {}) if wants_info else cls(config)

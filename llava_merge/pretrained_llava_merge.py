@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 def unused_layers_pattern(config: LlavaMergeConfig) -> str:
     """Pattern of the keys of tower layers that no feature is taken from, so that they are not built."""
     layers = range(config.num_used_tower_layers, config.vision_config.num_hidden_layers)
-    return rf"vision_tower\..*layers\.({'|'.join(map(str, layers)) or 'none'})\."
+    return rf"\blayers\.({'|'.join(map(str, layers)) or 'none'})\."
 
 
 def names_text_tower(merger_config: MergerConfig | dict | None) -> bool:
@@ -83,7 +83,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
             and not find_merging_method(self.config.merger_config).training_free
         ):
             self._keep_in_fp32_modules = [MERGER_IN_MODULE_LISTS]  # its branches that start at zero would become noise
-        self._keys_to_ignore_on_load_unexpected = [unused_layers_pattern(self.config)]
+        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\..*{unused_layers_pattern(self.config)}"]
 
     @property
     def merging_config(self) -> MergerConfig:

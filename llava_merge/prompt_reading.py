@@ -75,7 +75,7 @@ class ReadsPrompt:
         if inputs_embeds is None:
             return input_ids
         ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-        wanted = [id for id in wanted if id < len(self.get_input_embeddings().weight)]  # others are in no embeddings
+        wanted = [id for id in wanted if id < self.config.text_config.vocab_size]  # others are in no embeddings
         for embed, id in zip(self.get_input_embeddings()(ids.new_tensor(wanted)), wanted, strict=True):
             ids = ids.masked_fill((inputs_embeds == embed).all(dim=-1), id)
         return ids

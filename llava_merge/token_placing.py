@@ -183,10 +183,9 @@ class PlacesTokens:
         """
         if not (self.places_tokens and self.merger_enabled) or is_run_by_vllm(self.config):
             return
-        embed, vocabulary = self.get_input_embeddings(), torch.arange(self.config.text_config.vocab_size)
-        known = [
-            fingerprints(embed(ids.to(inputs_embeds.device)).to(inputs_embeds.dtype)) for ids in vocabulary.split(8192)
-        ]
+        embed = self.get_input_embeddings()
+        vocabulary = torch.arange(self.config.text_config.vocab_size, device=inputs_embeds.device)
+        known = [fingerprints(embed(ids).to(inputs_embeds.dtype)) for ids in vocabulary.split(8192)]
         is_foreign = ~torch.isin(fingerprints(inputs_embeds), torch.cat(known).to(inputs_embeds.device))
         if attention_mask is not None and attention_mask.ndim == 2:
             is_foreign &= attention_mask[:, -is_foreign.shape[1] :].bool()

@@ -345,6 +345,7 @@ IMPORTED = {
     "transformers.processing_utils.ProcessingKwargs": "types of the processor's keywords on 5.x",
     "transformers.processing_utils.Unpack": "types of the processor's keywords",
     "transformers.utils.ModelOutput": "base of MergeOutput",
+    "transformers.utils.SAFE_WEIGHTS_NAME": "the name of whole weights",
     "transformers.utils.cached_file": "the weights of an adapter",
     "transformers.utils.find_adapter_config_file": "the base model of an adapter",
     "transformers.utils.generic.can_return_tuple": "return_dict=False",

@@ -73,14 +73,14 @@ def evaluate(
             lies in a checkpoint that is read, or what is written would replace a file that is read.
     """
     check_settings(settings)
-    refuse_output_in_input(output, settings.model, *checkpoints_of(settings.mergers))
+    mergers = settings.mergers or default_mergers(settings.model)
+    refuse_output_in_input(output, settings.model, *checkpoints_of(mergers))
     questions = read_questions(settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt)
     refuse_replaced_files(output, WRITTEN, chain(against or (), files_of_questions(settings.data, questions)))
     model, processor = load_model(settings)
     places = {"position_ids": settings.position_ids, "attention_mass": settings.attention_mass}
-    mergers = settings.mergers or default_mergers(settings.model)
     candidates = make_candidates(model, processor, mergers, places, settings.seed)
-    refuse_output_in_input(output, *checkpoints_of(mergers), *text_towers_of(model, candidates))
+    refuse_output_in_input(output, *text_towers_of(model, candidates))
     budgets = settings.budgets or default_budgets(model.config.num_patches)
     check_budgets(budgets, model.config.num_patches)
     grid = Grid(model, processor, make_cells(candidates, budgets), settings.max_new_tokens)

@@ -11,12 +11,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
 from llava_merge.checkpoint_files import read_index
 
 
 CHUNK = 1 << 24  # bytes copied at once
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_header(path: Path) -> tuple[dict, int]:
