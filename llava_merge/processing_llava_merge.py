@@ -82,8 +82,14 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         """As in transformers, but all at once; links in the folder are replaced and not followed."""
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        write = super().save_pretrained
-        return save_at_once(lambda staged: write(str(staged), push_to_hub=push_to_hub, **kwargs), save_directory)
+        write, said = super().save_pretrained, []
+
+        def save(staged: Path):
+            paths = write(str(staged), push_to_hub=push_to_hub, **kwargs)
+            said.extend(Path(path).relative_to(staged) for path in paths)
+
+        save_at_once(save, save_directory)
+        return [str(Path(save_directory) / path) for path in said]
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,13 @@ class TestProcessor:
         for name in ("input_ids", "attention_mask", "pixel_values"):
             assert torch.equal(found[name], wanted[name])
         assert nested == kept
+
+    def test_saving_says_which_files(self, tmp_path):
+        ours, stock = (
+            make_processor(**kwargs).save_pretrained(tmp_path / "saved")
+            for kwargs in ({"processor_class": LlavaMergeProcessor}, {})
+        )
+        assert ours == stock and all(Path(file).is_file() for file in ours)
 
     def test_annotations_say_what_it_takes(self):
         ours = inspect.signature(LlavaMergeProcessor.__call__).parameters
