@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 
 _saving = threading.RLock()
 STAGED = ".saving-"  # prefix of a folder that is being written
+REPLACED = "replaced"  # folder in there, of files that were replaced
+LEFT_FOLDER, LEFT_FILE = re.compile(r"\..+-[0-9a-f]{32}"), re.compile(r"\.[0-9a-f]{32}-.+")
 CONFIG = "config.json"
 WEIGHTS = (
     r"model(?P<variant>\..+?)?(-\d{5}-of-\d{5})?\.safetensors",
@@ -36,7 +38,7 @@ def refuse_output_in_input(output: Path, *inputs: str | Path | None):
     """
     target = Path(output).resolve()
     for given in inputs:
-        source = Path(given).resolve() if given is not None and Path(given).exists() else None
+        source = Path(given).resolve() if given is not None and os.path.exists(given) else None
         if source is not None and (target.is_relative_to(source) or source.is_relative_to(target)):
             raise ValueError(
                 f"{output}, which is to be written, is, holds or lies in {given}, which is read. Give another path."
@@ -132,6 +134,20 @@ def save_at_once(save, directory: str | os.PathLike, optional: tuple[str, ...] =
     return files
 
 
+def remove_leftovers(folder: Path):
+    """Removes what saves into `folder` have left that were broken off; not where it holds what was to be replaced."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink():
+            continue
+        if LEFT_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink()
+        elif LEFT_FOLDER.fullmatch(path.name) and path.is_dir() and not (path / REPLACED).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            continue
+        logger.warning(f"Removed {path}, of a save that was broken off.")
+
+
 @contextmanager
 def staging_folder(parent: Path, prefix: str):
     """A new folder in `parent`, which is removed afterwards where it still is there."""
@@ -160,7 +176,7 @@ def move_files(staged: Path, directory: Path, files: list[str], optional: tuple[
             raise ValueError(f"{directory / name} is a folder, and a file is to be saved there. Remove it.")
     stale = replaced_weights(files, os.listdir(directory), optional)
     first = [CONFIG] if CONFIG in files else []  # so that nobody loads what is half replaced
-    kept, put = staged / "replaced", []
+    kept, put = staged / REPLACED, []
     try:
         for name in first + stale:
             keep(directory / name, kept / name)

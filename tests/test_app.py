@@ -259,6 +259,6 @@ class TestRequests:
 
     def test_a_large_picture_is_refused_before_it_is_decoded(self, tmp_path, monkeypatch):
         Image.new("L", (8000, 8000)).save(tmp_path / "large.png")
-        monkeypatch.setattr("llava_merge.demo.browser.open_picture", None)
+        monkeypatch.setattr("llava_merge.demo.browser.open_image", None)
         with pytest.raises(ValueError, match="more than 50 megapixels"):
             read(str(tmp_path / "large.png"), "What?")

@@ -19,7 +19,7 @@ from llava_merge.demo import MERGERS, MODEL_DIR, PICTURE, QUESTIONS, find_merger
 from llava_merge.demo.compare import Comparison
 from llava_merge.demo.scenes import HARD_QUESTION_TYPES, QUESTION_TYPES, draw_scene, sample_scene, scene_rng
 from llava_merge.evaluation.data import demo_questions
-from llava_merge.pictures import open_picture
+from llava_merge.pictures import open_image
 from llava_merge.visualization import CAPTION_HEIGHT, thumbnail
 
 
@@ -317,9 +317,9 @@ class TestPictures:
         exif = Image.Exif()
         exif[0x0112] = 6  # shown turned by 90 degrees clockwise
         upright.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
-        assert open_picture(tmp_path / "photo.png").tobytes() == open_picture(PICTURE).tobytes() == upright.tobytes()
+        assert open_image(tmp_path / "photo.png").tobytes() == open_image(PICTURE).tobytes() == upright.tobytes()
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
     def test_every_mode_becomes_rgb(self, tmp_path, mode):
         Image.new(mode, (8, 6)).save(tmp_path / "picture.tiff")
-        assert open_picture(tmp_path / "picture.tiff").mode == "RGB"
+        assert open_image(tmp_path / "picture.tiff").mode == "RGB"

@@ -556,7 +556,8 @@ class TestInputs:
         if not read:
             (tmp_path / "a.png").rename(tmp_path.parent / "a.png")  # which would be taken for data
         before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-        given = settings(data=path if read else str(tmp_path), split="train", image_folder=None, mergers=["tome"])
+        given = settings(data=path if read else str(tmp_path), split="train", mergers=["tome"])
+        given.image_folder = None if read else str(tmp_path.parent)
         with pytest.raises(ValueError, match=f"{read or data} is read, and would be replaced by what is written into"):
             evaluate(given, tmp_path)
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

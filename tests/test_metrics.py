@@ -6,11 +6,13 @@ import pytest
 from llava_merge.evaluation.metrics import (
     METRICS,
     exact_match,
+    multiple_choice,
     pope,
     pope_report,
     relaxed_accuracy,
     says_yes,
     summarize,
+    textvqa_accuracy,
     vqa_accuracy,
     wilson_interval,
 )
@@ -52,10 +54,55 @@ def test_answers_are_normalised_as_by_the_official_script(answer, normal):
     assert normalize_vqa(answer) == normal
 
 
-@pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+@pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)])
 def test_vqa_accuracy_is_the_mean_over_annotators_left_out(matches, score):
     references = ["Red."] * matches + ["blue"] * (10 - matches)
     assert vqa_accuracy("the red", references) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "vqa", "textvqa"),
+    [
+        ("yes", ["yes"] * 10, 1, 1),
+        ("yes.", ["yes"] * 10, 0, 1),  # the script of VQA normalises nothing where all agree
+        ("Yes", ["yes"] * 10, 0, 1),
+        (" yes\n", ["yes"] * 10, 1, 1),
+        ("Yes.", ["yes"] * 9 + ["no"], 1, 1),
+        ("red, blue", ["red blue"] * 5 + ["green"] * 5, 1, 1),
+        ("red,blue", ["redblue"] * 5 + ["green"] * 5, 0, 1),  # a comma is a space in VQA, and nothing in TextVQA
+        ("mike's", ["mike 's"] * 5 + ["green"] * 5, 0, 1),
+        ("1,000", ["1000"] * 5 + ["green"] * 5, 1, 1),
+    ],
+)
+def test_vqa_and_textvqa_normalise_as_their_scripts(answer, references, vqa, textvqa):
+    assert vqa_accuracy(answer, references) == pytest.approx(vqa)
+    assert textvqa_accuracy(answer, references) == pytest.approx(textvqa)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("B", "B", 1),
+        ("(B)", "B", 1),
+        ("B)", "b", 1),
+        ("B.", "B", 1),
+        ("B: a cat", "(B)", 1),
+        ("b) a cat", "B", 1),
+        ("The answer is (B).", "B", 1),
+        ("Answer: B", "B", 1),
+        ("A cat", "A", 0),  # an article
+        ("Both", "B", 0),
+        ("C", "B", 0),
+        ("", "B", 0),
+    ],
+)
+def test_multiple_choice(answer, reference, score):
+    assert multiple_choice(answer, [reference]) == score
+
+
+def test_multiple_choice_refuses_other_answers():
+    with pytest.raises(ValueError, match="metric 'multiple_choice': the right answer 'a cat' has to be a letter"):
+        multiple_choice("A", ["a cat"])
 
 
 def test_vqa_accuracy_of_few_references_is_a_match():
@@ -69,13 +116,17 @@ def test_vqa_accuracy_of_few_references_is_a_match():
         ("94.9", "100", 0),
         ("0.5", "50%", 1),
         ("50 %", "0.5", 1),
-        ("1,050", "1000", 1),
+        ("1,050", "1000", 0),
+        ("1050", "1000", 1),
+        ("yes.", "yes", 0),
+        (" yes", "yes", 0),
+        ("104%", "1", 1),
         ("-10", "-10.2", 1),
         ("0", "0", 1),
         ("0.01", "0", 0),
         ("Blue", "blue", 1),
         ("Blue bar", "blue", 0),
-        ("nan", "nan", 1),
+        ("nan", "nan", 0),
         ("nan", "5", 0),
         ("7", "seven", 0),
     ],
@@ -116,7 +167,8 @@ def test_pope_refuses_other_questions():
 
 def test_scores_are_shares():
     for name, metric in METRICS.items():
-        assert 0 <= metric("yes", ["yes"]) <= 1, name
+        right = "B" if name == "multiple_choice" else "yes"
+        assert metric(right, [right]) == 1, name
 
 
 def test_the_interval_is_wilson_s():

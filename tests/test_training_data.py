@@ -84,16 +84,19 @@ class TestRefused:
     @pytest.mark.parametrize(
         "row, message",
         [
-            (llava_row("what ?"), "it has 1 images for 0 placeholders"),
             (llava_row("<image><image> what ?"), "it has 1 images for 2 placeholders"),
             (llava_row(image=None), "it has 0 images for 1 placeholders"),
             (llava_row(answer=" "), "answer 1 of 1 is empty"),
             (llava_row(answer="red <image>"), "an answer holds <image>"),
             ({"conversations": [{"from": "human", "value": "what ?"}]}, "it has no answer"),
-            ({"conversations": [{"from": "robot", "value": "what ?"}]}, "role 'robot': has to be one of human, user"),
-            ({"id": 3, "text": "what ?"}, "it has the columns id, text; a sample has conversations"),
+            (
+                {"conversations": [{"from": "robot", "value": "what ?"}]},
+                "role 'robot' of message 1: has to be one of human, user",
+            ),
+            ({"id": 3, "text": "what ?"}, "it has no answer"),
+            ({"id": 3, "caption": "a star"}, "it has the columns caption, id; a sample has conversations"),
             ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "content of type 'video'"),
-            (llava_row(image=3), "image int: has to be a path"),
+            (llava_row(image=0.5), "image float: has to be a path"),
         ],
     )
     def test_the_sample_is_named(self, row, message, folder):
@@ -112,7 +115,7 @@ class TestRefused:
         "name, content, message",
         [
             ("gone.json", None, "'.*gone.json' cannot be read: No such file"),
-            ("gone.jsonl", None, "'.*gone.jsonl' cannot be read: there is no such file. Give"),
+            ("gone.jsonl", None, "'.*gone.jsonl' cannot be read: No such file"),
             ("bad.json", "[", "'.*bad.json' is no JSON"),
             ("map.json", "{}", "'.*map.json' holds no list of samples"),
             ("no/such-dataset", None, "'no/such-dataset' cannot be read: .*[^.][.] Give a .json"),
@@ -203,7 +206,7 @@ class TestBrokenPictures:
                 list(iter(dataset)) if isinstance(dataset, ChatStream) else dataset[1]
 
     def test_a_dataset_of_broken_ones(self, folder):
-        with pytest.raises(ValueError, match="of its 2 samples none has pictures that can be opened"):
+        with pytest.raises(ValueError, match="none of its 2 samples can be used; why each was skipped is logged above"):
             ChatDataset([llava_row(image="broken.png")] * 2, "rows", folder)[0]
 
 

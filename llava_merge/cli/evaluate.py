@@ -30,7 +30,11 @@ def evaluate(
         list[int] | None, typer.Option(help="Tokens of an image; several make a grid. Default 1/2 to 1/36 of all.")
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="exact_match, vqa_accuracy, relaxed_accuracy (charts) or pope (yes and no).")
+        str,
+        typer.Option(
+            help="exact_match, vqa_accuracy, textvqa_accuracy, relaxed_accuracy (charts), pope (yes and no) or "
+            "multiple_choice (letters)."
+        ),
     ] = "exact_match",
     image_folder: Annotated[
         Path | None, typer.Option(help="What image paths are relative to; default the folder of the file.")
@@ -39,6 +43,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Questions at most; of drawn scenes, of each type (default 50).")
     ] = None,
+    on_broken_row: Annotated[
+        str, typer.Option(help="`error` ends before anything is asked; `skip` leaves out broken rows and pictures.")
+    ] = "error",
     prompt: Annotated[
         str, typer.Option(help="What is asked, with {question} in the place of the question.")
     ] = "{question}",

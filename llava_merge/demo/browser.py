@@ -16,7 +16,7 @@ from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUE
 from llava_merge.demo.compare import Answer, Comparison
 from llava_merge.demo.scenes import draw_scene, scene_of
 from llava_merge.evaluation.candidates import OWN, UNMERGED
-from llava_merge.pictures import open_picture
+from llava_merge.pictures import open_image
 from llava_merge.visualization import draw_merging, draw_token_maps, thumbnail
 
 
@@ -71,7 +71,7 @@ def read(path: str | None, question: str) -> tuple[Image.Image, str]:
     if len(question) > MAX_QUESTION_LENGTH:
         raise ValueError(f"The question has {len(question)} characters, more than {MAX_QUESTION_LENGTH}: shorten it.")
     check_megapixels(path)
-    return open_picture(path), question
+    return open_image(path), question
 
 
 def check_megapixels(path: str):

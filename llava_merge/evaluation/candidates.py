@@ -37,8 +37,9 @@ class Candidate:
 
     @classmethod
     def of(cls, name: str, model: LlavaMergeForConditionalGeneration) -> "Candidate":
-        """The merger that is in the model now."""
-        return cls(name, model.model.merger, model.model.multi_modal_projector, model.config.merger_config)
+        """The merger that is in the model now, without PEFT's wrapper, in which another would be put in its place."""
+        merger, projector = (unwrapped(part) for part in (model.model.merger, model.model.multi_modal_projector))
+        return cls(name, merger, projector, model.config.merger_config)
 
     @contextmanager
     def answering(self, model: LlavaMergeForConditionalGeneration):
@@ -50,6 +51,13 @@ class Candidate:
             yield
         finally:
             parts.merger, parts.multi_modal_projector, config.merger_config = before
+
+
+def unwrapped(part: nn.Module) -> nn.Module:
+    """The module that answers where PEFT keeps two, the one of the base and a trained one; else the module itself."""
+    if not isinstance(getattr(part, "modules_to_save", None), nn.ModuleDict):
+        return part
+    return part.original_module if part.disable_adapters else part.modules_to_save[part.active_adapters[0]]
 
 
 def make_candidates(

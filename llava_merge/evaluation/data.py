@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from PIL import Image
+from transformers.utils import logging
 
 from llava_merge.demo.scenes import (
     HARD_QUESTION_TYPES,
@@ -18,17 +19,15 @@ from llava_merge.demo.scenes import (
     draw_scene,
     scene_of,
 )
-from llava_merge.training.data import files_of_dataset, read_dataset, sample_name
-from llava_merge.training.samples import located, open_image, read_sample, split_text, text_of
+from llava_merge.pictures import scheme_of
+from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset, read_dataset
+from llava_merge.training.samples import images_of, kept_turns, located, open_images, read_turns, text_of
 
+
+logger = logging.get_logger(__name__)
 
 DEMO, HARD_DEMO = "demo", "demo-hard"  # in the place of a file
-NAMES = {  # of a column, in the order in which they are looked for
-    "question": ("question", "text", "query"),
-    "answers": ("answers", "answer", "label"),
-    "image": ("images", "image"),
-    "type": ("type", "category", "question_type"),
-}
+TYPES = ("type", "category", "question_type")  # columns, in the order in which they are looked for
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,7 @@ class PictureQuestion:
         Raises:
             ValueError: One is missing or broken; it is named.
         """
-        try:
-            return [draw_scene(each) if isinstance(each, Scene) else open_image(each) for each in self.images]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        return open_images(self.name, [draw_scene(each) if isinstance(each, Scene) else each for each in self.images])
 
 
 def read_questions(
@@ -67,19 +63,22 @@ def read_questions(
     image_folder: str | Path | None = None,
     limit: int | None = None,
     prompt: str = "{question}",
+    on_broken_row: str = ERROR,
 ) -> list[PictureQuestion]:
     """The questions of a JSON, JSONL or parquet file, of a dataset on the Hub, or "demo", "demo-hard" for drawn scenes.
 
     Args:
-        path: Rows have a question (or text, query), image or images, and mostly an answer (answers, label) and a type
-            (category, question_type); or they are conversations as in training, of which the first turn is asked.
+        path: Rows as of training: with a question, or conversations, of which the first turn is asked. They mostly have
+            an answer, and may have a type (or category, question_type).
         split: Of a dataset on the Hub, or of the drawn scenes.
         image_folder: What image paths are relative to; default the folder of the file.
         limit: The first questions alone. Of drawn scenes, those of each type; default 50 there.
         prompt: What is asked, with `{question}` in it.
+        on_broken_row: "error" raises where a row cannot be asked, or has a picture that is not there; "skip" leaves it
+            out, and opens all pictures first to know which are broken.
 
     Raises:
-        ValueError: A row cannot be asked; it is named.
+        ValueError: A row cannot be asked, and that is an error; it is named.
     """
     if "{question}" not in prompt:
         raise ValueError(f"prompt={prompt!r}: it has to hold {{question}}, in the place of the question.")
@@ -87,14 +86,40 @@ def read_questions(
         asked = demo_questions(split, 50 if limit is None else limit, path == HARD_DEMO)
         return [with_prompt(each, prompt) for each in asked]
     dataset = read_dataset(path, split, image_folder)
-    rows = [dataset.rows[index] for index in range(min(len(dataset), len(dataset) if limit is None else limit))]
-    if not rows:
-        raise ValueError(f"{path} holds no questions.")
-    questions = [read_question(row, sample_name(path, row, at), dataset.image_folder) for at, row in enumerate(rows)]
+    number = min(len(dataset), len(dataset) if limit is None else limit)
+    questions = [each for at in range(number) if (each := read_checked(dataset, at, on_broken_row)) is not None]
+    if not questions:
+        raise ValueError(f"{path} holds no questions{' that can be asked' if number else ''}.")
+    if len(questions) < number:
+        logger.warning(f"{path}: {number - len(questions)} of {number} rows cannot be asked and are left out.")
+    num_texts = sum(not question.images for question in questions)
+    if num_texts:
+        logger.warning(f"{path}: {num_texts} of {len(questions)} questions have no picture and are asked as text.")
     unanswered = [question.name for question in questions if not question.answers]
     if unanswered and len(unanswered) < len(questions):
         raise ValueError(f"{unanswered[0]}: it has no answer, but others have. Give answers to all or to none.")
     return [with_prompt(question, prompt) for question in questions]
+
+
+def read_checked(dataset: ChatDataset, index: int, on_broken_row: str) -> PictureQuestion | None:
+    """Row `index` as a question, whose pictures are there; None where it is left out.
+
+    Raises:
+        ValueError: It cannot be asked, and that is an error.
+    """
+    try:
+        question = read_question(dataset.rows[index], dataset.name(index), dataset.image_folder)
+        if on_broken_row == SKIP:
+            question.open_images()
+        for image in question.images:
+            if isinstance(image, str) and not scheme_of(image) and not Path(image).is_file():
+                raise ValueError(f"{question.name}: {image}: there is no such file. Set image_folder.")
+    except ValueError as error:
+        if on_broken_row == ERROR:
+            raise
+        logger.warning(f"Skipped {error}")
+        return None
+    return question
 
 
 def files_of_questions(path: str, questions: list[PictureQuestion]) -> Iterator:
@@ -105,34 +130,26 @@ def files_of_questions(path: str, questions: list[PictureQuestion]) -> Iterator:
 
 
 def read_question(row: dict, name: str, image_folder: Path) -> PictureQuestion:
-    """A row of a dataset as a question.
+    """A row of a dataset as a question: that of its own column, or the first of a conversation.
 
     Raises:
         ValueError: There is no question in it, or its images and placeholders do not fit together.
     """
-    found = {
-        key: next((row[name] for name in names if row.get(name) is not None), None) for key, names in NAMES.items()
-    }
-    kind = "all" if found["type"] is None else str(found["type"])
-    if not isinstance(found["question"], str):
-        sample = read_sample(row, name, image_folder)
-        first = next(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
-        return PictureQuestion(name, sample.messages[:first], sample.images, (text_of(sample.messages[first]),), kind)
-    images = found["image"] if isinstance(found["image"], list | tuple) else [found["image"]]
-    images = [located(image, image_folder) for image in images if image is not None]
-    content = split_text(found["question"])
-    num_places = sum(part["type"] == "image" for part in content)
-    if not num_places:
-        content = [{"type": "image"}] * len(images) + content
-    elif num_places != len(images):
-        raise ValueError(f"{name}: it has {len(images)} images for {num_places} placeholders <image>.")
-    return PictureQuestion(name, [{"role": "user", "content": content}], images, read_answers(found["answers"]), kind)
-
-
-def read_answers(answers) -> tuple[str, ...]:
-    """Right answers of a row: one, several, or several as {"answer": ...}, as VQA has them."""
-    listed = answers if isinstance(answers, list | tuple) else [] if answers is None else [answers]
-    return tuple(str(each["answer"] if isinstance(each, dict) else each) for each in listed)
+    try:
+        turns, answers = read_turns(row)
+        images = [located(image, image_folder) for image in images_of(row, turns)]
+        last = len(turns) - 1
+        if answers is None:
+            asked = [turn["role"] for turn in turns].index("user") if turns else 0
+            replies = (at for at, turn in enumerate(turns) if at > asked and turn["role"] == "assistant")
+            reply = next(replies, None)
+            answers, last = ((), last) if reply is None else ((text_of(turns[reply]),), reply - 1)
+        messages, images = kept_turns(turns, images, last)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    kind = next((str(row[key]) for key in TYPES if row.get(key) is not None), "all")
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return PictureQuestion(name, messages, images, answers, kind)
 
 
 def with_prompt(question: PictureQuestion, prompt: str) -> PictureQuestion:

@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from operator import and_
 
-from llava_merge.evaluation.vqa_normalization import normalize_vqa
+from llava_merge.evaluation.vqa_normalization import in_one_line, normalize_textvqa, normalize_vqa
 
 
 ANNOTATORS = 3  # who have to agree with an answer for the full VQA score
 TOLERANCE = 0.05
+CHOICE = re.compile(r"\(?(?P<letter>[A-Za-z])(?:\)|[.:](?=\s|$)|$)")
+CHOICE_IN_SENTENCE = re.compile(r"\b[Aa]nswer(?: is|:)? *\(?(?P<letter>[A-Z])\b")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -29,9 +31,23 @@ def plain(text: str) -> str:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """VQA's consensus of annotators (1505.00468): min(1, matches / 3) of all but one, mean over who is left out.
 
-    Both sides are normalised as by the official script. Of one or two references a match is right.
+    Both sides are normalised as by the official script, which leaves them as they are where all annotators agree. Of
+    one or two references, which VQA does not have, a normalised match is right.
     """
-    written, right = normalize_vqa(answer), [normalize_vqa(reference) for reference in references]
+    if len(references) < ANNOTATORS:
+        return float(normalize_vqa(answer) in map(normalize_vqa, references))
+    agreed = len({in_one_line(reference) for reference in references}) == 1
+    return consensus(answer, references, in_one_line if agreed else normalize_vqa)
+
+
+def textvqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """TextVQA's (1904.08920): that of VQA, but always normalised, by other rules for commas, "?" and "'s"."""
+    return consensus(answer, references, normalize_textvqa)
+
+
+def consensus(answer: str, references: Sequence[str], normalize: Callable[[str], str]) -> float:
+    """min(1, matches / 3) of all references but one, mean over which is left out; of one or two, a match."""
+    written, right = normalize(answer), [normalize(reference) for reference in references]
     if len(right) < ANNOTATORS:
         return float(written in right)
     matches = right.count(written)
@@ -40,26 +56,43 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
-    """ChartQA's (2203.10244): numbers may be off by 5 %, everything else has to match but for case."""
-    return float(any(is_close(answer.strip(), reference.strip()) for reference in references))
+    """ChartQA's (2203.10244), as lmms-eval has it: numbers may be off by 5 %, the rest has to match but for case."""
+    return float(any(is_close(answer, reference) for reference in references))
 
 
 def is_close(answer: str, reference: str) -> bool:
     """Whether a number is within 5 % of the right one; other text has to be equal."""
     written, right = to_number(answer), to_number(reference)
     if written is None or not right:
-        return plain(answer) == plain(reference)
-    return abs(written - right) <= TOLERANCE * abs(right)
+        return answer.lower() == reference.lower()
+    return abs(written - right) / abs(right) <= TOLERANCE
 
 
 def to_number(text: str) -> float | None:
-    """A number, also with a percent sign, which divides it by 100; None where it is none."""
-    text = text.removesuffix(".").strip()
+    """A number, also with a percent sign, which divides it by 100; None where it is none, as with a comma in it."""
     try:
-        number = float(text.removesuffix("%").replace(",", "")) / (100 if text.endswith("%") else 1)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+
+
+def multiple_choice(answer: str, references: Sequence[str]) -> float:
+    """Whether the letter that the answer chooses is the right one: of "B", "(B)", "B) cat", "B: cat", "Answer: B".
+
+    Raises:
+        ValueError: The right answer is no letter.
+    """
+    right = [chosen_letter(reference) for reference in references]
+    if None in right:
+        wrong = references[right.index(None)]
+        raise ValueError(f"metric 'multiple_choice': the right answer {wrong!r} has to be a letter; use exact_match.")
+    return float(chosen_letter(answer) in right)
+
+
+def chosen_letter(text: str) -> str | None:
+    """The letter of a choice, large; None where the text begins with none and says "answer" before none."""
+    found = CHOICE.match(text.strip()) or CHOICE_IN_SENTENCE.search(text)
+    return found["letter"].upper() if found else None
 
 
 def says_yes(answer: str) -> bool:
@@ -102,8 +135,10 @@ def pope_report(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
+    "textvqa_accuracy": textvqa_accuracy,
     "relaxed_accuracy": relaxed_accuracy,
     "pope": pope,
+    "multiple_choice": multiple_choice,
 }
 
 

@@ -40,6 +40,7 @@ class EvaluationSettings:
         device: Default a GPU, if there is one.
         seed: Of `random`.
         flips: Number of questions that are also asked in batches of each of `FLIP_SIZES`.
+        on_broken_row: See [`read_questions`].
     """
 
     model: str
@@ -60,6 +61,7 @@ class EvaluationSettings:
     device: str = "cpu"
     seed: int = 0
     flips: int = 0
+    on_broken_row: str = "error"
 
 
 def describe_protocol(
@@ -69,11 +71,13 @@ def describe_protocol(
     questions: list[PictureQuestion],
 ) -> dict:
     """All that the numbers depend on, besides mergers and budgets."""
+    num_texts = sum(not question.images for question in questions)
     return {
         "model": BUNDLED if settings.model == str(MODEL_DIR) else settings.model,
         "data": settings.data,
         "split": settings.split,
         "questions": len(questions),
+        **({"questions_without_images": num_texts} if num_texts else {}),
         "questions_sha256": fingerprint(questions),
         "metric": settings.metric if questions[0].answers else None,
         "prompt": processor.apply_chat_template(questions[0].messages, add_generation_prompt=True),

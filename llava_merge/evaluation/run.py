@@ -75,7 +75,8 @@ def evaluate(
     check_settings(settings)
     mergers = settings.mergers or default_mergers(settings.model)
     refuse_output_in_input(output, settings.model, *checkpoints_of(mergers))
-    questions = read_questions(settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt)
+    data = settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt
+    questions = read_questions(*data, on_broken_row=settings.on_broken_row)
     refuse_replaced_files(output, WRITTEN, chain(against or (), files_of_questions(settings.data, questions)))
     model, processor = load_model(settings)
     places = {"position_ids": settings.position_ids, "attention_mass": settings.attention_mass}
@@ -132,6 +133,8 @@ def check_settings(settings: EvaluationSettings):
         raise ValueError(f"metric={settings.metric!r}: has to be one of {', '.join(METRICS)}.")
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype={settings.dtype!r}: has to be one of {', '.join(DTYPES)}.")
+    if settings.on_broken_row not in ("error", "skip"):
+        raise ValueError(f"on_broken_row={settings.on_broken_row!r}: has to be 'error' or 'skip'.")
     for name in ("batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: has to be 1 or more.")

@@ -33,7 +33,17 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the official 
 
 def normalize_vqa(text: str) -> str:
     """An answer without case, punctuation, articles and number words, and with its apostrophes."""
-    return strip_words(strip_punctuation(re.sub(r"[\n\t]", " ", text).strip()))
+    return strip_words(strip_punctuation(in_one_line(text)))
+
+
+def normalize_textvqa(text: str) -> str:
+    """The same as the evaluation of TextVQA does it (1904.08920), which drops commas and question marks first."""
+    return normalize_vqa(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+
+
+def in_one_line(text: str) -> str:
+    """Without line breaks, tabs, and spaces at the ends."""
+    return re.sub(r"[\n\t]", " ", text).strip()
 
 
 def strip_punctuation(text: str) -> str:

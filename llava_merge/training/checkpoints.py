@@ -3,18 +3,41 @@
 
 import copy
 import json
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava_merge import LlavaMergeForConditionalGeneration, TokenMerger
 from llava_merge.checkpoint_files import refusing_broken_file
+from llava_merge.files import remove_leftovers
 from llava_merge.saving import PROJECTOR as PROJECTOR_FILE
 
 
+WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|iostream|os error", re.IGNORECASE)  # no OSErrors
 MERGER_FILE, STATE_FILE = "model.safetensors", "trainer_state.json"
+
+
+@contextmanager
+def naming_failed_writes(directory: str):
+    """Makes an OSError of what torch and safetensors raise where a file cannot be written.
+
+    Raises:
+        OSError: One cannot.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not WRITE_FAILED.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{directory} cannot be written, maybe since the disk is full; what was saved before is whole. ({reason})"
+        ) from error
 
 
 def save_parts(
@@ -75,6 +98,13 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
         if is_whole(folder):
             return str(folder)
     return None
+
+
+def remove_broken_off(output_dir: str):
+    """Removes what saves that were broken off have left in the folder of a run that goes on, and in its checkpoints."""
+    root = Path(output_dir)
+    for folder in (root, *root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        remove_leftovers(folder)
 
 
 def is_whole(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 """Conversations as batches, with labels on the answers alone."""
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -62,9 +63,12 @@ class MergerCollator:
         """Ids and labels of a sample: (L,) each.
 
         Raises:
-            ValueError: The chat template makes it a prompt without answers.
+            ValueError: The chat template makes it a prompt without answers, or refuses its messages.
         """
-        pieces = self.pieces(sample)
+        try:
+            pieces = self.pieces(sample)
+        except TemplateError as error:
+            raise ValueError(f"{sample.name}: the chat template refuses its messages: {error}") from error
         text = "".join(piece for piece, _ in pieces)
         bos = self.tokenizer.bos_token
         encoding = self.tokenizer(
@@ -107,7 +111,8 @@ class MergerCollator:
                     f"{sample.name}: the chat template changes earlier turns where a later one is added, so that its "
                     f"answers cannot be found. Set another processor.chat_template."
                 )
-            pieces += [(before[len(written) :], False), (self.ended(behind[len(before) :]), True)]
+            answer = self.ended(behind[len(before) :])
+            pieces += [(before[len(written) :], False), (answer, index not in sample.untrained)]
             written = behind
         return pieces
 

@@ -1,20 +1,20 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Datasets of conversations: LLaVA-Instruct JSON, chat messages in files or on the Hub, whole or streamed."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers.utils import logging
 
+from llava_merge.training.json_rows import read_json, stream_json
 from llava_merge.training.samples import Sample, read_sample
 
 
 logger = logging.get_logger(__name__)
 
-LOADERS = {".jsonl": "json", ".parquet": "parquet"}
+SKIP, ERROR = "skip", "error"  # what is done about a row or picture that cannot be used
 
 
 class ChatDataset(Dataset):
@@ -26,6 +26,7 @@ class ChatDataset(Dataset):
         image_folder: What image paths are relative to.
         on_broken_image: "skip" takes the next sample in the place of one with a missing or broken picture, and logs
             it; "error" raises.
+        on_broken_row: The same, of a row that cannot be trained on.
         accepts: Whether a sample may be used, else the next is taken in its place.
     """
 
@@ -33,44 +34,62 @@ class ChatDataset(Dataset):
         self,
         rows: Sequence[dict],
         source: str,
-        image_folder: Path = Path("."),
-        on_broken_image: str = "skip",
+        image_folder: str | Path = ".",
+        on_broken_image: str = SKIP,
         accepts: Callable[[Sample], bool] | None = None,
+        on_broken_row: str = ERROR,
     ):
-        self.rows, self.source, self.image_folder = rows, source, image_folder
-        self.on_broken_image, self.accepts = on_broken_image, accepts
+        self.rows, self.source, self.image_folder = rows, source, Path(image_folder)
+        self.on_broken_image, self.on_broken_row, self.accepts = on_broken_image, on_broken_row, accepts
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
         """Row `index`, checked."""
-        row = self.rows[index]
-        return read_sample(row, sample_name(self.source, row, index), self.image_folder)
+        return read_sample(self.rows[index], self.name(index), self.image_folder)
+
+    def name(self, index: int) -> str:
+        """What errors call row `index`."""
+        return sample_name(self.source, self.rows[index], index)
 
     def __getitem__(self, index: int) -> dict:
         """`{"sample", "pictures", "index", "num_skipped"}` of a sample, or of the next that can be used.
 
         Raises:
-            ValueError: A picture cannot be opened and `on_broken_image` is "error", or no sample can be used.
+            ValueError: A picture cannot be opened and that is an error, or no sample can be used.
         """
         for offset in range(len(self)):
             at = (index + offset) % len(self)
-            found = usable(self.sample(at), at, self)
+            found = usable(self.rows[at], self.name(at), self)
             if found is not None:
-                return {**found, "num_skipped": offset}
-        raise ValueError(f"{self.source}: of its {len(self)} samples none has pictures that can be opened.")
+                return {**found, "index": at, "num_skipped": offset}
+        raise ValueError(
+            f"{self.source}: none of its {len(self)} samples can be used; why each was skipped is logged above. Look "
+            f"at data.image_folder ({self.image_folder}) and data.max_length."
+        )
 
-    def check(self, progress: bool = True):
-        """Reads every sample without its pictures.
+    def check(self, progress: bool = True) -> "ChatDataset":
+        """Reads every sample without its pictures; returns the dataset without the rows that are skipped.
 
         Raises:
-            ValueError: One cannot be trained on; it is named.
+            ValueError: One cannot be trained on, and that is an error; it is named. Or there is none that can.
         """
-        if not len(self):
-            raise ValueError(f"{self.source} holds no samples.")
+        good = []
         for index in tqdm(range(len(self)), "checking samples", disable=not progress, mininterval=1):
-            self.sample(index)
+            try:
+                self.sample(index)
+                good.append(index)
+            except ValueError as error:
+                if self.on_broken_row == ERROR:
+                    raise
+                logger.warning(f"Skipped {error}")
+        if not good:
+            raise ValueError(f"{self.source} holds no samples{' that can be used' if len(self) else ''}.")
+        if len(good) == len(self):
+            return self
+        logger.warning(f"{self.source}: {len(self) - len(good)} of {len(self)} rows are broken and left out.")
+        return self.some(good)
 
     def images(self) -> Iterator:
         """The pictures of all samples, not opened."""
@@ -79,16 +98,22 @@ class ChatDataset(Dataset):
 
     def first(self, count: int) -> "ChatDataset":
         """The first `count` samples, or all where there are fewer."""
-        rows = [self.rows[index] for index in range(min(count, len(self)))]
-        return ChatDataset(rows, self.source, self.image_folder, self.on_broken_image, self.accepts)
+        return self.some(range(min(count, len(self))))
+
+    def some(self, indices: Iterable[int]) -> "ChatDataset":
+        """The samples of these numbers."""
+        selects = hasattr(self.rows, "select")  # a table that is not in memory
+        rows = self.rows.select(indices) if selects else [self.rows[index] for index in indices]
+        given = self.image_folder, self.on_broken_image, self.accepts, self.on_broken_row
+        return ChatDataset(rows, self.source, *given)
 
 
 class ChatStream(IterableDataset):
     """Samples one after the other, of a dataset that is read as it comes; the arguments are [`ChatDataset`]'s."""
 
-    def __init__(self, rows, source: str, image_folder: Path, on_broken_image: str = "skip", accepts=None):
-        self.rows, self.source, self.image_folder = rows, source, image_folder
-        self.on_broken_image, self.accepts = on_broken_image, accepts
+    def __init__(self, rows, source: str, image_folder=".", on_broken_image=SKIP, accepts=None, on_broken_row=ERROR):
+        self.rows, self.source, self.image_folder = rows, source, Path(image_folder)
+        self.on_broken_image, self.on_broken_row, self.accepts = on_broken_image, on_broken_row, accepts
 
     def set_epoch(self, epoch: int):
         """Shuffles anew."""
@@ -97,31 +122,37 @@ class ChatStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         num_skipped = 0
         for index, row in enumerate(self.rows):
-            sample = read_sample(row, sample_name(self.source, row, index), self.image_folder)
-            found = usable(sample, index, self)
+            found = usable(row, sample_name(self.source, row, index), self)
             if found is None:
                 num_skipped += 1
                 continue
-            yield {**found, "num_skipped": num_skipped}
+            yield {**found, "index": index, "num_skipped": num_skipped}
             num_skipped = 0
 
 
-def usable(sample: Sample, index: int, dataset: "ChatDataset | ChatStream") -> dict | None:
-    """A sample with its pictures; None where it has to be skipped, which is logged."""
-    if dataset.accepts is not None and not dataset.accepts(sample):
-        logger.warning(f"Skipped {sample.name}: it is longer than data.max_length.")
-        return None
+def usable(row: dict, name: str, dataset: "ChatDataset | ChatStream") -> dict | None:
+    """A sample with its pictures; None where it has to be skipped, which is logged.
+
+    Raises:
+        ValueError: The row or a picture cannot be used, and that is an error.
+    """
+    rule = dataset.on_broken_row
     try:
-        return {"sample": sample, "pictures": sample.open_images(), "index": index}
+        sample = read_sample(row, name, dataset.image_folder)
+        if dataset.accepts is not None and not dataset.accepts(sample):
+            logger.warning(f"Skipped {name}: it is longer than data.max_length.")
+            return None
+        rule = dataset.on_broken_image
+        return {"sample": sample, "pictures": sample.open_images()}
     except ValueError as error:
-        if dataset.on_broken_image == "error":
+        if rule == ERROR:
             raise
         logger.warning(f"Skipped {error}")
         return None
 
 
 def sample_name(source: str, row: dict, index: int) -> str:
-    """What errors call a row: by its id, or its number counted from 1, which is the line of a JSONL file."""
+    """What errors call a row: by its id, or its number counted from 1."""
     return f"{source}, sample {row['id']!r}" if row.get("id") is not None else f"{source}, sample {index + 1}"
 
 
@@ -130,7 +161,8 @@ def read_dataset(
     split: str = "train",
     image_folder: str | Path | None = None,
     streaming: bool = False,
-    on_broken_image: str = "skip",
+    on_broken_image: str = SKIP,
+    on_broken_row: str = ERROR,
 ) -> ChatDataset | ChatStream:
     """The dataset at `path`: a JSON, JSONL or parquet file, a folder with such files, or a dataset on the Hub.
 
@@ -139,35 +171,52 @@ def read_dataset(
         image_folder: What image paths are relative to, default the folder of the file.
         streaming: Read it as it comes.
         on_broken_image: See [`ChatDataset`].
+        on_broken_row: See [`ChatDataset`].
 
     Raises:
         ValueError: It cannot be read.
     """
+    rules = {"on_broken_image": on_broken_image, "on_broken_row": on_broken_row}
     file = Path(path)
     folder = Path(image_folder) if image_folder is not None else (file if file.is_dir() else file.parent)
     if image_folder is not None and not folder.is_dir():
         raise ValueError(f"data.image_folder={str(image_folder)!r}: there is no such folder.")
+    if file.suffix in (".json", ".jsonl") and not streaming:
+        return ChatDataset(read_json(file), path, folder, **rules)
     if file.suffix == ".json":
-        if streaming:
-            raise ValueError(f"data.streaming: {path} is one JSON list, which is read whole; use JSONL or parquet.")
-        return ChatDataset(read_json(file), path, folder, on_broken_image)
-    from datasets import load_dataset  # slow to import
+        raise ValueError(f"data.streaming: {path} is one JSON list, which is read whole; use JSONL or parquet.")
+    rows = without_decoding(load_table(file, path, split, streaming))
+    return (ChatStream if streaming else ChatDataset)(rows, path, folder, **rules)
+
+
+def load_table(file: Path, path: str, split: str, streaming: bool):
+    """A dataset of the datasets library.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    from datasets import IterableDataset as Stream  # slow to import
+    from datasets import load_dataset
+    from pyarrow.parquet import read_metadata
 
     try:
-        if file.suffix in LOADERS:
-            if not file.is_file():
-                raise FileNotFoundError("there is no such file")
-            rows = load_dataset(LOADERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
-        else:
-            rows = load_dataset(path, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        if file.suffix in (".jsonl", ".parquet") and not file.is_file():
+            raise FileNotFoundError("there is no such file")
+        if file.suffix == ".jsonl":
+            return Stream.from_generator(stream_json, gen_kwargs={"file": str(file)})
+        if file.suffix == ".parquet":
+            if not read_metadata(file).num_rows:
+                raise ValueError("it holds no samples")
+            return load_dataset("parquet", data_files=str(file), split="train", streaming=streaming)
+        if file.is_file():
+            raise ValueError(f"{file.suffix or 'a file without an extension'} is not read")
+        return load_dataset(path, split=split, streaming=streaming)
+    except Exception as error:  # of the library of the format, or of the Hub
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"data: {path!r} cannot be read: {reason}. Give a .json, .jsonl or .parquet file, a folder of them, or a "
             f"dataset on the Hub with its split."
         ) from error
-    kind = ChatStream if streaming else ChatDataset
-    return kind(without_decoding(rows), path, folder, on_broken_image)
 
 
 def files_of_dataset(path: str) -> list[str]:
@@ -177,23 +226,6 @@ def files_of_dataset(path: str) -> list[str]:
     from datasets import load_dataset_builder  # slow to import
 
     return [file for files in (load_dataset_builder(path).config.data_files or {}).values() for file in files]
-
-
-def read_json(file: Path) -> list[dict]:
-    """The rows of a JSON list.
-
-    Raises:
-        ValueError: There is no such file, or it is no list of objects.
-    """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"data: {str(file)!r} is no JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"data: {str(file)!r} holds no list of samples; LLaVA-Instruct JSON is a list of objects.")
-    return rows
 
 
 def without_decoding(rows):

@@ -19,7 +19,7 @@ from llava_merge.evaluation.candidates import text_towers_of
 from llava_merge.files import refuse_output_in_input, refuse_replaced_files, renamed_when_whole, write_whole
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
-from llava_merge.training.checkpoints import last_whole_checkpoint
+from llava_merge.training.checkpoints import last_whole_checkpoint, remove_broken_off
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset, ChatStream, files_of_dataset, read_dataset
 from llava_merge.training.parts import describe_parts
@@ -66,8 +66,17 @@ def train(settings: Settings, resume: bool = False, config: Path | None = None) 
     if args.should_save:
         logger.info(describe_parts(trainer.model))
     checkpoint = last_whole_checkpoint(args.output_dir) if resume else None
+    if resume and args.should_save:
+        remove_broken_off(args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = dict(result.metrics)
+    if not trainer.state.global_step:
+        raise ValueError(
+            f"No step was made: {settings.data.train} gave no batch of {args.train_batch_size} samples. Look at what "
+            f"was skipped above, at data.image_folder, and at training.dataloader_drop_last."
+        )
+    metrics = {**result.metrics, "skipped_samples": trainer.num_skipped_samples}
+    if trainer.num_skipped_samples:
+        logger.warning(f"{trainer.num_skipped_samples} samples were skipped, since they are broken or too long.")
     if trainer.eval_dataset is not None:
         metrics |= last_evaluation(trainer) or trainer.evaluate()
     trainer.save_model()
@@ -90,17 +99,15 @@ def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatData
         )
     if data.streaming and args.max_steps <= 0:
         raise ValueError("data.streaming=true: the length of the dataset is not known; set training.max_steps.")
-    train_set = read_dataset(data.train, data.split, data.image_folder, data.streaming, data.on_broken_image)
+    rules = {"on_broken_image": data.on_broken_image, "on_broken_row": data.on_broken_row}
+    train_set = read_dataset(data.train, data.split, data.image_folder, data.streaming, **rules)
     is_main = args.process_index == 0
     if isinstance(train_set, ChatDataset):
-        train_set.check(progress=is_main)
+        train_set = train_set.check(progress=is_main)
     if data.validation is None:
         return train_set, None
-    validation = read_dataset(
-        data.validation, data.validation_split, data.image_folder, on_broken_image=data.on_broken_image
-    ).first(data.num_validation)
-    validation.check(progress=is_main)
-    return train_set, validation
+    validation = read_dataset(data.validation, data.validation_split, data.image_folder, **rules)
+    return train_set, validation.first(data.num_validation).check(progress=is_main)
 
 
 def files_of_run(

@@ -1,18 +1,30 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """One row of a dataset as chat messages and pictures, whatever the format."""
 
-import io
+import json
 import os
+import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from llava_merge.pictures import open_picture
+from llava_merge.pictures import open_image, path_of_file_url, scheme_of
+from llava_merge.training.json_rows import BROKEN
 
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TURNS = ("conversations", "messages", "conversation")  # columns, in the order in which they are looked for
+QUESTIONS = ("question", "query", "instruction", "text", "prompt")
+ANSWERS = ("answers", "answer", "label", "response", "output", "completion")
+PICTURES = ("images", "image", "imgname", "image_path", "img_path", "img", "imageId", "image_id")
+INLINE = ("image", "image_url", "url", "path", "base64")  # of a part of a message
+LOOKS_LIKE_PICTURE = re.compile(r"image|img|picture|photo", re.IGNORECASE)
+COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 
 
 @dataclass(frozen=True)
@@ -23,95 +35,224 @@ class Sample:
         name: What errors call it: its file and its id or number.
         messages: Chat messages, each {"role", "content": [{"type": "image"} or {"type": "text", "text"}]}.
         images: Of each placeholder in reading order: a path or URL, a `PIL.Image.Image`, or bytes of a file.
+        untrained: Numbers of messages that are answers not to be learnt: `loss: false`.
     """
 
     name: str
     messages: list[dict]
     images: list
+    untrained: frozenset[int] = frozenset()
 
     def open_images(self) -> list[Image.Image]:
-        """The pictures, in RGB.
+        """The pictures, in RGB and upright.
 
         Raises:
             ValueError: One is missing or broken; it is named.
         """
-        try:
-            return [open_image(image) for image in self.images]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        return open_images(self.name, self.images)
 
 
-def open_image(image) -> Image.Image:
-    """A picture of a dataset: a path or URL, bytes of a file, or one that is open already.
+def open_images(name: str, images: list) -> list[Image.Image]:
+    """The pictures of the row of a name.
 
     Raises:
-        ValueError: It is missing or broken.
+        ValueError: One is missing or broken; it is named.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, bytes):
-        return open_picture(image)
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its bytes are no picture that can be opened: {error}") from error
+        return [open_image(image) for image in images]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def located(image, folder: Path):
+    """An image of a row: a relative path as one in the `folder`, a name without an extension with it.
+
+    Raises:
+        ValueError: It is nothing that can be an image.
+    """
+    if isinstance(image, dict):  # of the datasets library, not decoded; or of a chat part
+        image = next((image[key] for key in ("bytes", *INLINE) if image.get(key) is not None), image)
+    if isinstance(image, int) and not isinstance(image, bool):
+        return str(folder / names_in(folder).get(str(image), f"{image}.jpg"))
+    if isinstance(image, str) and scheme_of(image) == "file":
+        with suppress(ValueError):  # said where it is opened
+            return path_of_file_url(image)
+    if isinstance(image, os.PathLike) or isinstance(image, str) and not scheme_of(image):
+        text = os.fspath(image)
+        return str(folder / (text if Path(text).suffix else names_in(folder).get(text, text)))
+    if not isinstance(image, str | bytes | Image.Image):
+        raise ValueError(f"image {type(image).__name__}: has to be a path, a URL, bytes or a PIL image.")
+    return image
+
+
+def names_in(folder: Path) -> dict[str, str]:
+    """Files by what rows call them: without the extension, and COCO's also by their number."""
+    return listed_names(folder, os.stat(folder).st_mtime_ns) if folder.is_dir() else {}
+
+
+@lru_cache(maxsize=4)
+def listed_names(folder: Path, modified: int) -> dict[str, str]:
+    """[`names_in`] a folder as it was when it was last modified."""
+    names: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem = Path(name).stem
+        number = COCO_NAME.fullmatch(stem)
+        names |= {number[1].lstrip("0"): name} if number else {}
+        names[stem] = name
+    return names
 
 
 def read_sample(row: dict, name: str, image_folder: Path) -> Sample:
-    """A row of LLaVA-Instruct ("conversations", "image") or of chat messages ("messages", "images").
+    """A row as a conversation to learn from.
 
-    Also of "prompt" and "completion" with messages, as TRL has them.
+    It has turns ("conversations" as LLaVA-Instruct and ShareGPT, "messages", "prompt" with "completion"), or a question
+    with one answer or several, of which the most frequent is learnt. Answers before the first question are left out,
+    and questions after the last answer, both with their images.
 
     Raises:
         ValueError: It is none of these, or its images, placeholders and answers do not fit together; `name` is in it.
     """
     try:
-        messages, images = split_row(row)
-        images = [located(image, image_folder) for image in images]
-        check_sample(messages, images)
+        turns, references = read_turns(row)
+        if references:
+            turns.append({"role": "assistant", "content": split_text(Counter(references).most_common(1)[0][0])})
+        refuse_images_in_answers(turns)
+        images = [located(image, image_folder) for image in images_of(row, turns)]
+        answered = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"] if references != () else []
+        messages, images = kept_turns(turns, images, max(answered, default=-1))
+        check_sample(messages)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Sample(name, messages, images)
+    untrained = frozenset(at for at, message in enumerate(messages) if not message.pop("loss", True))
+    return Sample(name, messages, images, untrained)
 
 
-def split_row(row: dict) -> tuple[list[dict], list]:
-    """Messages and images of a row."""
-    if row.get("conversations") is not None:
-        raw = [{"role": turn.get("from"), "content": turn.get("value")} for turn in row["conversations"]]
-    elif row.get("messages") is not None:
-        raw = row["messages"]
-    elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+def read_turns(row: dict) -> tuple[list[dict], tuple[str, ...] | None]:
+    """The messages of a row, and the right answers to the last; None where the answers are among the messages.
+
+    Raises:
+        ValueError: There is no question in it.
+    """
+    if BROKEN in row:
+        raise ValueError(f"{row[BROKEN]}.")
+    raw = next((parsed(row, key) for key in TURNS if row.get(key) is not None), None)
+    if raw is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         raw = [*row["prompt"], *row["completion"]]
-    else:
+    references = None
+    if raw is None:
+        raw, references = question_turns(row), read_answers(first_of(row, ANSWERS))
+    if not isinstance(raw, list):
+        raise ValueError(f"its turns are {type(raw).__name__}; give a list of messages, each with role and content.")
+    messages = [read_message(message, f"message {at + 1}") for at, message in enumerate(raw)]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and not any(each["role"] == "system" for each in messages):
+        messages.insert(0, {"role": "system", "content": split_text(system)})
+    return messages, references
+
+
+def parsed(row: dict, key: str):
+    """A column that holds a list, or JSON of one.
+
+    Raises:
+        ValueError: It is text that is no JSON.
+    """
+    if not isinstance(row[key], str):
+        return row[key]
+    try:
+        return json.loads(row[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key!r} is text that is no JSON ({error}); give a list of messages.") from error
+
+
+def first_of(row: dict, names: tuple[str, ...]):
+    """The first of the columns `names` that has a value."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def question_turns(row: dict) -> list[dict]:
+    """The turns of a row with a question: its `history` of pairs, and the question, with `input` after it.
+
+    Raises:
+        ValueError: It has none.
+    """
+    question, rest = first_of(row, QUESTIONS), row.get("input")
+    if question is None:
         raise ValueError(
-            f"it has the columns {', '.join(sorted(row)) or 'none'}; a sample has conversations (and image) as in "
-            f"LLaVA-Instruct, or messages (and images)."
+            f"it has the columns {', '.join(sorted(map(str, row))) or 'none'}; a sample has conversations (and image) "
+            f"as in LLaVA-Instruct, or messages (and images), or a question and an answer (and image)."
         )
-    inline: list = []
-    messages = [read_message(message, inline) for message in raw]
-    given = row["images"] if row.get("images") is not None else row.get("image")
-    images = inline if given is None else given
-    return messages, images if isinstance(images, list | tuple) else [images]
+    pairs = row.get("history") or ()
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("'history' has to hold pairs of a question and an answer.")
+    turns = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    if isinstance(question, str) and isinstance(rest, str) and rest.strip():
+        question = f"{question}\n{rest}"
+    return [*turns, {"role": "user", "content": question}]
 
 
-def read_message(message: dict, inline: list) -> dict:
-    """A message with its content in parts; images that are part of it go to `inline`."""
-    role = ROLES.get(message.get("role"))
+def read_answers(answers) -> tuple[str, ...]:
+    """Right answers of a row: one, several, or several as {"answer": ...}, as VQA has them.
+
+    Raises:
+        ValueError: One is no text and no number.
+    """
+    if isinstance(answers, dict):
+        answers = first_of(answers, ("answer", "text"))
+    listed = answers if isinstance(answers, list | tuple) else [] if answers is None else [answers]
+    texts = [each.get("answer") if isinstance(each, dict) else each for each in listed]
+    return tuple(as_text(text, "an answer") for text in texts)
+
+
+def as_text(value, what: str) -> str:
+    """Text, also of a number.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{what} is {type(value).__name__} ({str(value)[:40]}); write it as text.")
+
+
+def read_message(message, name: str) -> dict:
+    """A message with its content in parts, of which images hold what they show where it stands there.
+
+    Raises:
+        ValueError: It has no known role, or content that is none.
+    """
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} is {type(message).__name__}; a message has role (or from) and content (or value).")
+    given = first_of(message, ("from", "role"))
+    role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise ValueError(f"role {message.get('role')!r}: has to be one of {', '.join(ROLES)}.")
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": role, "content": split_text(content)}
-    parts = []
-    for part in content or ():
-        if part.get("type") == "text":
-            parts.append({"type": "text", "text": part.get("text") or ""})
-        elif part.get("type") in ("image", "image_url"):
-            parts.append({"type": "image"})
-            inline += [part[key] for key in ("image", "url", "path") if part.get(key) is not None][:1]
-        else:
-            raise ValueError(f"content of type {part.get('type')!r}: has to be 'text' or 'image'.")
-    return {"role": role, "content": parts}
+        raise ValueError(f"role {given!r} of {name}: has to be one of {', '.join(ROLES)}.")
+    content = first_of(message, ("value", "content"))
+    parts = content if isinstance(content, list | tuple) else [] if content is None else [content]
+    read = {"role": role, "content": [part for each in parts for part in read_part(each, name)]}
+    return read if message.get("loss") is not False else {**read, "loss": False}
+
+
+def read_part(part, name: str) -> list[dict]:
+    """A part of a message's content; text is split at its placeholders.
+
+    Raises:
+        ValueError: It is neither text nor image.
+    """
+    if not isinstance(part, dict):
+        return split_text(as_text(part, f"the content of {name}"))
+    kind = part.get("type") or ("text" if isinstance(part.get("text"), str) else None)
+    if kind == "text":
+        return [{"type": "text", "text": as_text(part.get("text") or "", f"the text of {name}")}]
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"content of type {kind!r} in {name}: has to be 'text' or 'image'.")
+    shown = first_of(part, INLINE)
+    return [{"type": "image"} if shown is None else {"type": "image", "shown": shown}]
 
 
 def split_text(text: str) -> list[dict]:
@@ -124,35 +265,79 @@ def split_text(text: str) -> list[dict]:
     return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
-def located(image, folder: Path):
-    """An image of a row, with a relative path made one in `folder`."""
-    if isinstance(image, dict):  # of the datasets library, not decoded
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str | os.PathLike) and "://" not in str(image):
-        return str(folder / image)
-    if not isinstance(image, str | bytes | Image.Image):
-        raise ValueError(f"image {type(image).__name__}: has to be a path, a URL, bytes or a PIL image.")
-    return image
+def images_of(row: dict, turns: list[dict]) -> list:
+    """The images of a row, in reading order; placeholders for them are put before the first question if it has none.
+
+    Raises:
+        ValueError: There are more or fewer than placeholders, or a column that is not read looks like one of images.
+    """
+    places = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
+    inline = [part.pop("shown") for part in places if "shown" in part]
+    given = first_of(row, PICTURES)
+    images = inline if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    images = [image for image in images if image is not None]
+    if not images and not places:
+        refuse_unread_picture(row)
+    asked = next((turn for turn in turns if turn["role"] == "user"), None)
+    if images and not places and asked is not None:
+        asked["content"] = [{"type": "image"} for _ in images] + asked["content"]
+    elif len(places) != len(images):
+        raise ValueError(f"it has {len(images)} images for {len(places)} placeholders {IMAGE}; write one for each.")
+    return images
 
 
-def check_sample(messages: list[dict], images: list):
+def refuse_unread_picture(row: dict):
+    """Refuses a row without images that has a column which looks like one of them.
+
+    Raises:
+        ValueError: So it is; a row that says `image: null` is one of text.
+    """
+    if any(name in row for name in PICTURES):
+        return
+    for name, value in row.items():
+        if LOOKS_LIKE_PICTURE.search(str(name)) and value not in (None, "", [], {}):
+            raise ValueError(
+                f"its column {name!r} looks like a picture's, and is not read. Call it image; or, if the row is of "
+                f"text alone, add image: null."
+            )
+
+
+def kept_turns(turns: list[dict], images: list, last: int) -> tuple[list[dict], list]:
+    """Turns from the first question to number `last`, and their images; a system message stays."""
+    first = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    kept, kept_images, remaining = [], [], iter(images)
+    for at, turn in enumerate(turns):
+        shown = [next(remaining) for part in turn["content"] if part["type"] == "image"]
+        if turn["role"] == "system" or first <= at <= last:
+            kept.append(turn)
+            kept_images += shown
+    return kept, kept_images
+
+
+def refuse_images_in_answers(turns: list[dict]):
+    """Refuses answers that hold images.
+
+    Raises:
+        ValueError: One does.
+    """
+    if any(part["type"] == "image" for turn in turns if turn["role"] == "assistant" for part in turn["content"]):
+        raise ValueError(f"an answer holds {IMAGE}; images belong into questions.")
+
+
+def check_sample(messages: list[dict]):
     """Refuses what cannot be trained on.
 
     Raises:
-        ValueError: There is no answer, an empty one, or there are more or fewer images than placeholders.
+        ValueError: There is no answer to be learnt, or an empty one.
     """
-    answers = [text_of(message) for message in messages if message["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError("it has no answer (role assistant or gpt), so that nothing could be learnt from it.")
-    empty = [index for index, answer in enumerate(answers) if not answer.strip()]
+    empty = [index for index, answer in enumerate(answers) if not text_of(answer).strip()]
     if empty:
         raise ValueError(f"answer {empty[0] + 1} of {len(answers)} is empty.")
-    parts = [(message["role"], part) for message in messages for part in message["content"]]
-    places = [role for role, part in parts if part["type"] == "image"]
-    if "assistant" in places:
-        raise ValueError(f"an answer holds {IMAGE}; images belong into questions.")
-    if len(places) != len(images):
-        raise ValueError(f"it has {len(images)} images for {len(places)} placeholders {IMAGE}; write one for each.")
+    if not any(answer.get("loss", True) for answer in answers):
+        raise ValueError("each of its answers has loss: false, so that nothing could be learnt from it.")
 
 
 def text_of(message: dict) -> str:

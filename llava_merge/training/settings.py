@@ -2,20 +2,24 @@
 """The YAML file of a training run."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from yaml import YAMLError
 
 from llava_merge.configuration_llava_merge import own_merger_fields
 
 
 PARTS = ("merger", "merger_projector", "merger_lora", "all")
+RULES = {int: "a whole number", float: "a number", bool: "true or false"}
 # where they differ from TrainingArguments'
 TRAINING_DEFAULTS = {
     "output_dir": "llava_merge_training",
@@ -71,6 +75,7 @@ class DataSettings:
         image_folder: What image paths are relative to; default the folder of the file.
         streaming: Read the dataset as it comes instead of loading it; needs `training.max_steps`.
         on_broken_image: "skip" takes the next sample in its place, counted and logged; "error" ends the run.
+        on_broken_row: The same, of a row that cannot be trained on, or a line that is no JSON.
         max_length: Samples with more tokens, unmerged, are skipped in the same way; default none.
         num_validation: Validation samples at most.
     """
@@ -82,18 +87,19 @@ class DataSettings:
     image_folder: str | None = None
     streaming: bool = False
     on_broken_image: str = "skip"
+    on_broken_row: str = "error"
     max_length: int | None = None
     num_validation: int = 500
 
 
 @dataclass
 class LossSettings:
-    """Weights of the losses, each a mean over answer tokens, and how the teacher is asked.
+    """Weights of the losses, each a mean over the answer tokens or images of a step, and how the teacher is asked.
 
     Attributes:
         cross_entropy: On the answers.
         distillation: KL divergence from what the same, frozen weights answer with all visual tokens.
-        reconstruction: Share of the variance of the tower's features that the merged tokens do not explain.
+        reconstruction: Share of the variance of an image's features that the merged tokens do not explain.
         temperature: Of the distillation's softmaxes.
         cache_teacher: Compute the teacher's logits of each sample once and keep them in main memory: two bytes for
             each answer token and word of the vocabulary, 64 kB a token at LLaVA-1.5.
@@ -260,7 +266,8 @@ def check_values(settings: Settings, source: str):
             raise ValueError(f"{source}: {name}={value!r}: has to be {rule}.")
 
     data, losses, budgets = settings.data, settings.losses, settings.budgets
-    check(data.on_broken_image in ("skip", "error"), "data.on_broken_image", data.on_broken_image, "'skip' or 'error'")
+    for name in ("on_broken_image", "on_broken_row"):
+        check(getattr(data, name) in ("skip", "error"), f"data.{name}", getattr(data, name), "'skip' or 'error'")
     check(settings.trained.parts in PARTS, "trained.parts", settings.trained.parts, f"one of {', '.join(PARTS)}")
     for name in ("cross_entropy", "distillation", "reconstruction"):
         check(getattr(losses, name) >= 0, f"losses.{name}", getattr(losses, name), "0 or more")
@@ -277,16 +284,58 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """Those of `settings.training`, with our defaults.
 
     Raises:
-        ValueError: transformers refuses a value.
+        ValueError: A value is none that transformers takes, a logger is not installed, or the processes that torchrun
+            started would train beside each other.
     """
-    fields = {**TRAINING_DEFAULTS, **settings.training}
+    given = {name: typed(name, value) for name, value in settings.training.items()}
+    fields = {**TRAINING_DEFAULTS, **given}
     fields |= {"remove_unused_columns": False, "prediction_loss_only": True, "label_names": ["labels"]}
     fields.setdefault("learning_rate", settings.trained.merger_learning_rate)
     if settings.data.streaming:
         fields.setdefault("accelerator_config", {"dispatch_batches": False})  # batches differ in length
     if settings.data.validation is not None:
         fields.setdefault("eval_strategy", "steps" if "eval_steps" in fields else "epoch")
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1 and not getattr(torch, "accelerator", torch.cuda).is_available():
+        fields.setdefault("use_cpu", True)  # else each process would train alone
     try:
-        return TrainingArguments(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from error
+        args = TrainingArguments(**fields)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"training: {' '.join(str(error).split())}") from error
+    missing = set(args.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ValueError(f"training.report_to: {missing.pop()!r} is not installed. Install it, or set report_to=[].")
+    if args.world_size != num_ranks:
+        raise ValueError(
+            f"{num_ranks} processes were started (WORLD_SIZE), but training runs on {args.world_size}, so that each "
+            f"would train alone. Leave out training.use_cpu and training.ddp_backend, or start one process."
+        )
+    return args
+
+
+def typed(name: str, value):
+    """A value of `TrainingArguments`, with numbers that YAML takes for text, such as 1e-3, as numbers.
+
+    Raises:
+        ValueError: It has to be a number, or true or false, and is not.
+    """
+    hint = get_type_hints(TrainingArguments)[name]
+    kinds = {*(get_args(hint) or (hint,))} - {type(None)}
+    if value is None or not kinds <= RULES.keys():
+        return value
+    read = read_yaml_number(value) if isinstance(value, str) else value
+    if type(read) in kinds or (isinstance(read, int) and not isinstance(read, bool) and float in kinds):
+        return read
+    if isinstance(read, float) and read.is_integer() and int in kinds:
+        return int(read)
+    raise ValueError(f"training.{name}={value!r}: has to be {' or '.join(RULES[kind] for kind in kinds)}.")
+
+
+def read_yaml_number(text: str) -> float | bool | str:
+    """A number or truth value that was written as text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text

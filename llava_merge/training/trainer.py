@@ -16,7 +16,7 @@ from llava_merge import LlavaMergeForConditionalGeneration
 from llava_merge.loading import ADAPTER_MERGER
 from llava_merge.training import losses
 from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget, with_unseen_image
-from llava_merge.training.checkpoints import load_parts, save_parts
+from llava_merge.training.checkpoints import load_parts, naming_failed_writes, save_parts
 from llava_merge.training.parts import (
     PROJECTOR,
     TRAINED,
@@ -91,6 +91,7 @@ class MergerTrainer(Trainer):
         self.caches = defaultdict(LogitsCache)  # of training under True, of validation by the name of the set
         self.eval_cache: LogitsCache | None = None  # of the set that is being evaluated
         self.num_bad_steps = self.num_bad_steps_in_a_row = self.num_skipped_samples = 0
+        self.num_images_in_step: Tensor | int = 1
         self.sums: dict[str, Tensor] = {}
         super().__init__(model=prepare_parts(model, self.trained), args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch
@@ -139,34 +140,44 @@ class MergerTrainer(Trainer):
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """As in transformers; counts the images of the step too, on all ranks where tokens are."""
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        number = torch.tensor(sum(len(images_of(batch).get("pixel_values", ())) for batch in batches), device=device)
+        averages = self.args.average_tokens_across_devices
+        self.num_images_in_step = (self.accelerator.gather(number).sum() if averages else number).clamp(min=1)
+        return batches, num_tokens
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Weighted losses of a batch, each a mean over the answer tokens of the whole step on all ranks."""
-        training = model.training
+        """Weighted losses of a batch, each a mean over the answer tokens, or the images, of the step on all ranks."""
+        training, has_images = model.training, "pixel_values" in inputs
         if training:
             set_modes(model)
         image_token_id, num_patches = self.llava_config.image_token_id, self.llava_config.num_patches
-        if self.is_fsdp_enabled and "pixel_values" not in inputs:
+        if self.is_fsdp_enabled and not has_images:
             inputs = with_unseen_image(inputs, image_token_id, num_patches, self.llava_config.image_shape)
         budget = self.schedule.at(self.state.global_step, self.state.max_steps) if training else self.eval_budget
         student = with_budget(inputs, image_token_id, num_patches, budget)
-        sums, count = self._losses(model, inputs, student, budget)
-        weighted = sum(getattr(self.loss_settings, name) * value for name, value in sums.items())
+        sums = self._losses(model, inputs, student, budget, has_images)
+        weights = {name: getattr(self.loss_settings, name) for name in sums}
+        mean = sum(weights[name] * value / count.clamp(min=1) for name, (value, count) in sums.items())
         if training:
-            name = f"loss_at_{self.schedule.name(budget)}"
-            self._keep_for_log({**sums, name: weighted}, count)
+            count = (student["labels"][:, 1:] != IGNORED).sum()
+            self._keep_for_log({**sums, f"loss_at_{self.schedule.name(budget)}": (mean * count, count)})
             self.num_skipped_samples += int(inputs["num_skipped"].sum())
-        if num_items_in_batch is None:
-            loss = weighted / count
-        else:
+        loss = mean
+        if num_items_in_batch is not None:
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = weighted * ranks / num_items_in_batch
+            of_step = {name: num_items_in_batch for name in sums} | {"reconstruction": self.num_images_in_step}
+            loss = sum(weights[name] * value * ranks / of_step[name] for name, (value, _) in sums.items())
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _losses(self, model, inputs: dict, student: dict, budget: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Each loss of a batch, summed over its answer tokens, and their number."""
+    def _losses(
+        self, model, inputs: dict, student: dict, budget: int, has_images: bool
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each loss of a batch, summed over its answer tokens or images, and their number."""
         weights, arguments = self.loss_settings, images_of(inputs)
-        has_images = bool(arguments)
-        if has_images and self.llava_config.merger_config.merger_type != "none":
+        if arguments and self.llava_config.merger_config.merger_type != "none":
             arguments["num_merged_tokens"] = budget
         if self.llava_config.merger_config.question_aware:
             seed, share = f"{self.args.seed}-{self.state.global_step}", self.question_dropout if model.training else 0.0
@@ -178,14 +189,14 @@ class MergerTrainer(Trainer):
         targets = targets[targets != IGNORED]
         count, sums = torch.tensor(len(targets), device=targets.device), {}
         if weights.cross_entropy:
-            sums["cross_entropy"] = losses.answer_cross_entropy(logits, targets)
+            sums["cross_entropy"] = losses.answer_cross_entropy(logits, targets), count
         if weights.distillation:
             wanted = self._teacher_logits(model, inputs, self.caches[True] if model.training else self.eval_cache)
-            sums["distillation"] = losses.distillation(logits, wanted, weights.temperature)
+            sums["distillation"] = losses.distillation(logits, wanted, weights.temperature), count
         if weights.reconstruction:
-            lost = losses.reconstruction(*seen) / len(seen[0]) if seen else 0 * logits.sum()
-            sums["reconstruction"] = lost * count
-        return sums, count
+            lost = losses.reconstruction(*seen) if seen else 0 * logits.sum()
+            sums["reconstruction"] = lost, torch.tensor(len(seen[0]) if seen else 0, device=targets.device)
+        return sums
 
     @contextmanager
     def _watched_merger(self, wanted: bool):
@@ -232,8 +243,8 @@ class MergerTrainer(Trainer):
 
     # --- log and validation -------------------------------------------------------------------------------------------
 
-    def _keep_for_log(self, sums: dict[str, Tensor], count: Tensor):
-        for name, value in sums.items():
+    def _keep_for_log(self, sums: dict[str, tuple[Tensor, Tensor]]):
+        for name, (value, count) in sums.items():
             pair = torch.stack((value.detach().float(), count.float()))
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -241,7 +252,9 @@ class MergerTrainer(Trainer):
         """As in transformers, with each loss by itself and by budget, and what was skipped."""
         if "loss" in logs and self.sums:
             means = {name: self.accelerator.reduce(pair) for name, pair in self.sums.items()}
-            logs |= {name: round((total / count).item(), 4) for name, (total, count) in sorted(means.items())}
+            logs |= {
+                name: round((total / count.clamp(min=1)).item(), 4) for name, (total, count) in sorted(means.items())
+            }
             logs |= {"skipped_steps": self.num_bad_steps, "skipped_samples": self.num_skipped_samples}
             self.sums = {}
         super().log(logs, *args, **kwargs)
@@ -307,6 +320,15 @@ class MergerTrainer(Trainer):
         return right / asked
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, *args, **kwargs):
+        """As in transformers; a full disk is an OSError."""
+        with naming_failed_writes(output_dir or self.args.output_dir):
+            super().save_model(output_dir, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        with naming_failed_writes(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.saves_parts:

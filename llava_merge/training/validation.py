@@ -38,7 +38,8 @@ class AnswerScorer:
             first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
             prompts.append(self.processor.apply_chat_template(messages[:first], add_generation_prompt=True))
             expected.append("".join(part["text"] for part in messages[first]["content"]))
-            pictures += item["pictures"]
+            num_shown = sum(part["type"] == "image" for message in messages[:first] for part in message["content"])
+            pictures += item["pictures"][:num_shown]
         inputs = self.processor(
             images=pictures or None,
             text=prompts,
