@@ -91,6 +91,11 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         save_at_once(save, save_directory)
         return [str(Path(save_directory) / path) for path in said]
 
+    def _begin_with_bos(self, text: Texts | None) -> bool:
+        """Whether each of the prompts begins with the BOS token, as chat templates may write it."""
+        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
+        return bool(bos and texts) and all(isinstance(each, str) and each.startswith(bos) for each in texts)
+
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -99,7 +104,7 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         num_merged_tokens: int | str | list | None = None,
         **kwargs: Unpack[ProcessorKwargs],
     ) -> BatchFeature:
-        """As in transformers, for a budget of this call.
+        """As in transformers, for a budget of this call; prompts that begin with the BOS token get no second one.
 
         Args:
             num_merged_tokens: Tokens of an image, or one number for each image in reading order; "all" does not merge.
@@ -109,6 +114,8 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         Raises:
             ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images.
         """
+        if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+            kwargs["add_special_tokens"] = False
         if num_merged_tokens is None or images is None:
             return super().__call__(images=images, text=text, **kwargs)
         for_this_call = copy.copy(self)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from packaging.version import Version
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPConfig,
@@ -41,7 +41,7 @@ from llava_merge.compat import TRANSFORMERS_VERSION
 WORDS = (
     "<pad> <s> </s> <unk> <image> USER: ASSISTANT: what color is the star ? red blue how many circles are there".split()
 )
-IMAGE_ID, PAD_ID, EOS_ID = WORDS.index("<image>"), 0, 2
+IMAGE_ID, PAD_ID, BOS_ID, EOS_ID = WORDS.index("<image>"), 0, 1, 2
 USER_ID, ANSWER_ID = WORDS.index("USER:"), WORDS.index("ASSISTANT:")
 FIRST_WORD_ID = WORDS.index("what")
 NUM_PATCHES = 36  # 6 × 6
@@ -76,7 +76,7 @@ def tiny_config(tower: str = "clip", text_hidden_size: int = 64, **kwargs) -> Ll
         num_key_value_heads=2,
         vocab_size=len(WORDS) + 8,
         pad_token_id=PAD_ID,
-        bos_token_id=1,
+        bos_token_id=BOS_ID,
         eos_token_id=2,
         max_position_embeddings=1024,
     )
@@ -195,9 +195,11 @@ def image_features(output) -> torch.Tensor:
     return output.image_hidden_states
 
 
-def make_processor(**kwargs) -> LlavaProcessor:
+def make_processor(adds_bos: bool = False, **kwargs) -> LlavaProcessor:
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:  # as LLaVA's does
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

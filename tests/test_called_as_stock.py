@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS_ID, agnostic, aware, make_processor, pixels, prompts, tiny_config, tiny_model, tiny_stock
+from conftest import (
+    BOS_ID,
+    EOS_ID,
+    agnostic,
+    aware,
+    make_processor,
+    pixels,
+    prompts,
+    tiny_config,
+    tiny_model,
+    tiny_stock,
+)
 from test_tracing import METHODS, merger
 
 from llava_merge import LlavaMergeConfig, LlavaMergeProcessor
@@ -141,6 +152,22 @@ class TestProcessor:
         for name in ("input_ids", "attention_mask", "pixel_values"):
             assert torch.equal(found[name], wanted[name])
         assert nested == kept
+
+    @pytest.mark.parametrize("budget", [None, 4])
+    def test_a_template_s_bos_is_the_only_one(self, picture, budget):
+        """As transformers does it in `apply_chat_template(tokenize=True)`."""
+        processor = make_processor(adds_bos=True, processor_class=LlavaMergeProcessor, num_merged_tokens=M)
+        options = {"images": picture, "num_merged_tokens": budget}
+        (plain,) = processor(text=self.TEXTS[0], **options)["input_ids"]
+        assert plain.count(BOS_ID) == 1
+        for text in ("<s>" + self.TEXTS[0], ["<s> " + self.TEXTS[0]]):
+            assert processor(text=text, **options)["input_ids"] == [plain]
+        mixed = processor(text=[self.TEXTS[0], "<s>" + self.TEXTS[0]], **{**options, "images": [picture] * 2})
+        assert [ids.count(BOS_ID) for ids in mixed["input_ids"]] == [1, 2]
+        assert processor(text="<s>" + self.TEXTS[0], add_special_tokens=True, **options)["input_ids"][0].count(1) == 2
+        nested = {"text_kwargs": {"add_special_tokens": True}}
+        assert processor(text="<s>" + self.TEXTS[0], **nested, **options)["input_ids"][0].count(BOS_ID) == 2
+        assert processor(text=self.TEXTS[0], add_special_tokens=False, **options)["input_ids"][0] == plain[1:]
 
     def test_saving_says_which_files(self, tmp_path):
         ours, stock = (

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import (
+    BOS_ID,
     agnostic,
     as_snapshot,
     aware,
@@ -80,6 +81,27 @@ class TestConvert:
         assert processor.num_merged_tokens == 4 and processor.chat_template == make_processor().chat_template
         batch = {**prompts([1, 2], 4), "pixel_values": pixels(3)}
         assert torch.equal(model(**batch).logits, reference(**batch).logits)
+
+    @pytest.mark.parametrize("template", ["plain", "with bos", "two"])
+    def test_chats_begin_as_other_prompts_do(self, template, base, trained, tmp_path, picture):
+        """Servers tokenize a chat without special tokens."""
+        shutil.copytree(base, tmp_path / "base")
+        processor = make_processor(adds_bos=True)
+        plain = processor.chat_template
+        templates = {"plain": plain, "with bos": "{{ bos_token }}" + plain, "two": {"default": plain, "other": plain}}
+        processor.chat_template = templates[template]
+        processor.save_pretrained(tmp_path / "base")
+        convert(str(tmp_path / "base"), tmp_path / "out", str(trained), 4)
+        served = LlavaMergeProcessor.from_pretrained(tmp_path / "out")
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color ?"}]}]
+        for name in ("default", "other") if template == "two" else (None,):
+            text = served.apply_chat_template(messages, served.chat_template[name] if name else None)
+            assert text.count("<s>") == 1 and text.startswith("<s>")
+        text = served.apply_chat_template(messages, add_generation_prompt=True)
+        ids = served(images=picture, text=text)["input_ids"][0]
+        stock = LlavaMergeProcessor.from_pretrained(tmp_path / "base", num_merged_tokens=4)
+        wanted = text if template == "with bos" else text.removeprefix("<s>")
+        assert ids == stock(images=picture, text=wanted)["input_ids"][0] and ids.count(BOS_ID) == 1
 
     def test_files_without_the_projector_are_hard_links(self, base, trained, tmp_path):
         convert(str(base), tmp_path / "out", str(trained))

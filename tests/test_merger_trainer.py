@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -31,7 +32,7 @@ from llava_merge.configuration_llava_merge import check_merger_fields
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, describe_scene, draw_scene, sample_scene, scene_rng
 from llava_merge.training.budgets import BudgetSchedule
-from llava_merge.training.checkpoints import last_whole_checkpoint
+from llava_merge.training.checkpoints import last_whole_checkpoint, remove_broken_off
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset, ChatStream
 from llava_merge.training.parts import set_modes
@@ -43,6 +44,7 @@ from llava_merge.training.settings import (
     load_settings,
     settings_of,
     training_arguments,
+    typed,
 )
 from llava_merge.training.trainer import MAX_BAD_STEPS, MergerTrainer
 
@@ -844,9 +846,9 @@ class TestProcesses:
         for ranks in (1, 2):
             output = tmp_path / f"ranks-{ranks}"
             training = {"max_steps": 4, "per_device_train_batch_size": 4 // ranks}
-            training |= {"ddp_backend": "gloo"} if ranks > 1 else {}
             training |= {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
             plain = settings_for(llava_folder, output, METHODS[0], budgets={"train": [4, 9]}, training=training)
+            del plain["training"]["use_cpu"]  # known from the machine
             file = write_yaml(plain, tmp_path / f"{ranks}.yaml")
             arguments = command(file, ranks=ranks if ranks > 1 else 0)
             done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
@@ -879,6 +881,139 @@ class TestProcesses:
         assert report["metrics"]["train_loss"] > 0 and report["settings"]["training"]["max_steps"] == steps
         state = json.loads((tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
         assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, steps + 1))
+
+
+@pytest.mark.newest
+class TestWhatEndsARun:
+    """In one line, with exit code 2, and nothing written that looks trained."""
+
+    @pytest.mark.parametrize("why", ["stream", "batch"])
+    def test_no_step(self, why, llava_folder, tmp_path):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "what ?", "answer": "red", "image": "gone.png"}))
+        given = {
+            "stream": {"data": {"train": str(tmp_path / "rows.jsonl"), "streaming": True}},
+            "batch": {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 1000, "max_steps": -1}},
+        }[why]
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], budgets={"train": [9]}, **given)
+        done = CliRunner().invoke(app, ["train", str(write_yaml(plain, tmp_path / "run.yaml"))])
+        said = {"stream": "No step was made: ", "batch": "Error: data.train has 8 samples, less than a batch of 1000"}
+        assert done.exit_code == 2 and said[why] in done.stderr, done.output
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    def test_steps_that_are_not_finite(self, llava_folder, tmp_path):
+        training = {"max_steps": 30, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], budgets={"train": [9]}, training=training)
+        plain["trained"]["merger_learning_rate"] = 1e30
+        done = CliRunner().invoke(app, ["train", str(write_yaml(plain, tmp_path / "run.yaml"))])
+        assert done.exit_code == 2 and "Error: 10 steps in a row" in done.stderr, done.output
+
+    @pytest.mark.parametrize("parts", ["merger", "merger_lora", "all"])
+    def test_a_full_disk(self, parts, llava_folder, tmp_path):
+        """Files that may not grow stand for it: safetensors and torch say it in errors of their own."""
+        training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        plain = settings_for(
+            llava_folder, tmp_path / "out", METHODS[0], parts, budgets={"train": [9]}, training=training
+        )
+        file = write_yaml(plain, tmp_path / "run.yaml")
+
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+        done = subprocess.run(command(file), capture_output=True, text=True, timeout=300, preexec_fn=limit)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        said = done.stderr.partition("Error: ")[2].partition("\n")[0]
+        assert "File too large" in said or "cannot be written, maybe since the disk is full" in said
+        assert last_whole_checkpoint(str(tmp_path / "out")) is None
+
+
+class TestSettingsOfTraining:
+    @pytest.mark.parametrize(
+        ("name", "given", "read"),
+        [
+            ("learning_rate", "1e-3", 1e-3),
+            ("learning_rate", 1, 1),
+            ("max_steps", 30.0, 30),
+            ("max_steps", "30", 30),
+            ("save_steps", 5, 5),
+            ("bf16", "false", False),
+            ("data_seed", None, None),
+            ("optim", "sgd", "sgd"),
+            ("report_to", ["tensorboard"], ["tensorboard"]),
+        ],
+    )
+    def test_text_that_is_a_number_is_one(self, name, given, read):
+        found = typed(name, given)
+        assert found == read and type(found) is type(read)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"max_steps": "abc"}, "training.max_steps='abc': has to be a whole number"),
+            ({"max_steps": 1.5}, "training.max_steps=1.5: has to be a whole number"),
+            ({"learning_rate": [1]}, r"training.learning_rate=\[1\]: has to be a number"),
+            ({"weight_decay": True}, "training.weight_decay=True: has to be a number"),
+            ({"bf16": "maybe"}, "training.bf16='maybe': has to be true or false"),
+            ({"max_grad_norm": None}, "training.max_grad_norm=None: has to be a number"),
+            ({"torch_compile_mode": "fast"}, "training: Unrecognized mode=fast"),
+            ({"parallelism_config": "a"}, "training.parallelism_config='a': it is an object of Python"),
+            ({"log_level": "loud"}, "training: 'loud'"),
+            ({"optim_args": [1]}, r"training.optim_args=\[1\]: has to be text"),
+            ({"report_to": ["sleipnir"]}, "training.report_to: 'sleipnir' is not installed"),
+            ({"lr_scheduler_type": "cosin"}, "training: '?cosin'? is not a valid SchedulerType"),
+            ({"lr_scheduler_kwargs": {"a": 1}}, "training.lr_scheduler_kwargs=.*: .*unexpected keyword argument 'a'"),
+            ({"lr_scheduler_kwargs": [1]}, r"training.lr_scheduler_kwargs=\[1\]: has to be "),
+        ],
+    )
+    def test_what_is_none_is_named(self, given, message, tmp_path):
+        training = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": []}
+        with pytest.raises(ValueError, match=message):
+            training_arguments(Settings(training={**training, **given}))
+
+    @pytest.mark.newest
+    def test_processes_do_not_train_beside_each_other(self, llava_folder, tmp_path):
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], training={"use_cpu": False})
+        arguments = command(write_yaml(plain, tmp_path / "run.yaml"), ranks=2)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+        assert done.returncode and "2 processes were started (WORLD_SIZE), but training runs on 1" in done.stderr
+
+
+class TestReconstruction:
+    def test_it_does_not_depend_on_how_a_step_is_cut(self, tmp_path):
+        """Mean over the step's images, whatever else is in their batches."""
+        weights = []
+        for size in (1, 2, 8):
+            trainer = trainer_of(
+                tmp_path / str(size),
+                losses={"cross_entropy": 0.0, "distillation": 0.0, "reconstruction": 1.0},
+                parts="merger",
+                train_merger=True,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                max_steps=2,
+                optim="sgd",
+                learning_rate=1e-2,
+            )
+            before = torch.cat([weight.detach().flatten().clone() for weight in trainer.merger.parameters()])
+            trainer.train()
+            weights.append(torch.cat([weight.detach().flatten() for weight in trainer.merger.parameters()]))
+            assert (weights[-1] - before).norm() > 1e-5
+        for other in weights[1:]:
+            assert (other - weights[0]).norm() < 1e-3 * (weights[0] - before).norm()
+
+
+def test_leftovers_of_a_save_are_removed_when_training_goes_on(tmp_path):
+    name = "0123456789abcdef" * 2
+    left = tmp_path / "checkpoint-2" / f".saving-{name}"
+    kept = tmp_path / f".saving-{name}"
+    for folder in (left / "a", kept / "replaced", tmp_path / ".cache-of-somebody", tmp_path / f".checkpoint-4-{name}"):
+        folder.mkdir(parents=True)
+    (tmp_path / f".{name}-metrics.json").write_text("")
+    (tmp_path / f".{name[:-1]}-mine.json").write_text("")
+    remove_broken_off(str(tmp_path))
+    assert not left.exists() and left.parent.is_dir()
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"checkpoint-2", kept.name, ".cache-of-somebody", f".{name[:-1]}-mine.json"}
 
 
 def test_the_command_ends_its_process_group(tmp_path):

@@ -334,7 +334,6 @@ IMPORTED = {
     "transformers.image_utils.ImageInput": "what the processor takes",
     "transformers.tokenization_utils_base.PreTokenizedInput": "what the processor takes",
     "transformers.tokenization_utils_base.TextInput": "what the processor takes",
-    "transformers.image_utils.load_image": "pictures of files and URLs, upright",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",
     "transformers.models.auto.modeling_auto": "names of models, by which pipelines, trainers and servers go",
     "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast": "logits from graphs",

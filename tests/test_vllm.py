@@ -59,7 +59,7 @@ def make_base(folder, *tower, **fields):
     """A stock LLaVA in `folder`."""
     stock = LlavaForConditionalGeneration(tiny_config(*tower, text_hidden_size=WIDTH, **fields))
     scale_up(stock).save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    make_processor(adds_bos=True).save_pretrained(folder)
     return folder
 
 
@@ -95,7 +95,7 @@ def chat(*turns: str, images: int = 1) -> str:
     """A prompt of questions and answers in turn, with the images in the first."""
     roles = ("USER: ", "ASSISTANT: ")
     text = "".join(f"{roles[index % 2]}{turn} " for index, turn in enumerate(turns))
-    return text.replace("USER: ", "USER: " + "<image> " * images, 1) + "ASSISTANT:"
+    return "<s>" + text.replace("USER: ", "USER: " + "<image> " * images, 1) + "ASSISTANT:"
 
 
 class Reference:
@@ -382,7 +382,7 @@ class Clients:
         ]
         urls = [image if isinstance(image, str) else benchmark_serving.as_url(image) for image in images]
         messages[0]["content"][:0] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        extra = {"min_tokens": NUM_TOKENS}
+        extra = {"min_tokens": NUM_TOKENS, "return_token_ids": options.pop("return_token_ids", False)}
         if budget is not None:
             extra["mm_processor_kwargs"] = {"num_merged_tokens": budget}
         options = {"temperature": 0, "max_tokens": NUM_TOKENS, **options}
@@ -397,6 +397,17 @@ def server(question_aware, tmp_path_factory):
 
 
 class TestServer:
+    def test_a_chat_has_the_ids_that_the_processor_writes(self, server, question_aware):
+        """Of the base, which training and evaluation ask: the server's template writes the BOS token."""
+        reference, image = question_aware[1], pictures()[0]
+        content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
+        processor = make_processor(adds_bos=True, processor_class=LlavaMergeProcessor)
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        budget = reference.processor.num_merged_tokens
+        (wanted,) = processor(images=image, text=prompt, num_merged_tokens=budget)["input_ids"]
+        done = server.chat(QUESTIONS[0], images=[image], return_token_ids=True)
+        assert done.prompt_token_ids == wanted and wanted.count(1) == 1
+
     def check(self, server, reference, done, prompt, images, budget=None):
         """Compares an answer, and the number of tokens that the prompt counted."""
         tokenizer = reference.processor.tokenizer

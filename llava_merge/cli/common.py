@@ -58,7 +58,7 @@ def one_line_errors(extra: str | None = None):
         if extra is None:
             raise
         fail(f"This needs {error.name}: pip install 'llava-merge[{extra}]'", error)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         fail(str(error), error)
     except Exception as error:
         if not is_network_error(error):

@@ -53,6 +53,7 @@ def convert(
     files = weight_files(directory)
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)
+    write_bos_in_chats(processor)
 
     def write(folder: Path):
         write_shards(files, own, folder)
@@ -65,6 +66,23 @@ def convert(
 
     save_at_once(write, output)
     return model.config
+
+
+def write_bos_in_chats(processor: LlavaMergeProcessor):
+    """Lets chat templates write the token that begins a prompt, where the tokenizer adds it to any text.
+
+    Servers tokenize a chat without special tokens; the processor adds no second one.
+    """
+    tokenizer, templates = processor.tokenizer, processor.chat_template
+    if not templates or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return
+
+    def begun(template: str) -> str:
+        writes = "bos_token" in template or tokenizer.bos_token in template
+        return template if writes else "{{- bos_token }}" + template
+
+    several = isinstance(templates, dict)
+    processor.chat_template = {name: begun(each) for name, each in templates.items()} if several else begun(templates)
 
 
 def find_base(base: str, revision: str | None) -> Path:

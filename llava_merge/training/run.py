@@ -72,7 +72,7 @@ def train(settings: Settings, resume: bool = False, config: Path | None = None) 
     if not trainer.state.global_step:
         raise ValueError(
             f"No step was made: {settings.data.train} gave no batch of {args.train_batch_size} samples. Look at what "
-            f"was skipped above, at data.image_folder, and at training.dataloader_drop_last."
+            f"was skipped above, and at data.image_folder."
         )
     metrics = {**result.metrics, "skipped_samples": trainer.num_skipped_samples}
     if trainer.num_skipped_samples:
@@ -104,6 +104,12 @@ def read_datasets(settings: Settings, args: TrainingArguments) -> tuple[ChatData
     is_main = args.process_index == 0
     if isinstance(train_set, ChatDataset):
         train_set = train_set.check(progress=is_main)
+        batch = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(train_set) < batch:
+            raise ValueError(
+                f"data.train has {len(train_set)} samples, less than a batch of {batch}, which "
+                f"training.dataloader_drop_last drops. Set it to false, or training.per_device_train_batch_size lower."
+            )
     if data.validation is None:
         return train_set, None
     validation = read_dataset(data.validation, data.validation_split, data.image_folder, **rules)

@@ -5,13 +5,14 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from yaml import YAMLError
 
@@ -19,7 +20,10 @@ from llava_merge.configuration_llava_merge import own_merger_fields
 
 
 PARTS = ("merger", "merger_projector", "merger_lora", "all")
-RULES = {int: "a whole number", float: "a number", bool: "true or false"}
+RULES = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list"},
+    type(None): "null",
+}
 # where they differ from TrainingArguments'
 TRAINING_DEFAULTS = {
     "output_dir": "llava_merge_training",
@@ -300,11 +304,15 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         fields.setdefault("use_cpu", True)  # else each process would train alone
     try:
         args = TrainingArguments(**fields)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        args.get_process_log_level()
+        if args.torch_compile_mode is not None:
+            torch._inductor.list_mode_options(args.torch_compile_mode)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
     missing = set(args.report_to) - set(get_available_reporting_integrations())
     if missing:
         raise ValueError(f"training.report_to: {missing.pop()!r} is not installed. Install it, or set report_to=[].")
+    check_scheduler(args)
     if args.world_size != num_ranks:
         raise ValueError(
             f"{num_ranks} processes were started (WORLD_SIZE), but training runs on {args.world_size}, so that each "
@@ -313,22 +321,39 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     return args
 
 
+def check_scheduler(args: TrainingArguments):
+    """Refuses arguments that the scheduler of learning rates does not take.
+
+    Raises:
+        ValueError: There is one.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    given = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training.lr_scheduler_kwargs={given!r}: {error}") from error
+
+
 def typed(name: str, value):
     """A value of `TrainingArguments`, with numbers that YAML takes for text, such as 1e-3, as numbers.
 
     Raises:
-        ValueError: It has to be a number, or true or false, and is not.
+        ValueError: It is of another type than that setting.
     """
     hint = get_type_hints(TrainingArguments)[name]
-    kinds = {*(get_args(hint) or (hint,))} - {type(None)}
-    if value is None or not kinds <= RULES.keys():
-        return value
-    read = read_yaml_number(value) if isinstance(value, str) else value
-    if type(read) in kinds or (isinstance(read, int) and not isinstance(read, bool) and float in kinds):
+    kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
+    if not kinds <= RULES.keys():
+        if value is None or any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
+            return value  # such as the name of a scheduler, which transformers looks up
+        raise ValueError(f"training.{name}={value!r}: it is an object of Python, which settings cannot hold.")
+    read = read_yaml_number(value) if isinstance(value, str) and str not in kinds else value
+    if type(read) in kinds or (type(read) is int and float in kinds):
         return read
     if isinstance(read, float) and read.is_integer() and int in kinds:
         return int(read)
-    raise ValueError(f"training.{name}={value!r}: has to be {' or '.join(RULES[kind] for kind in kinds)}.")
+    rule = " or ".join(RULES[kind] for kind in RULES if kind in kinds)
+    raise ValueError(f"training.{name}={value!r}: has to be {rule}.")
 
 
 def read_yaml_number(text: str) -> float | bool | str:
