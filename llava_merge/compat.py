@@ -108,11 +108,11 @@ def usable_device_map(device_map, parts: tuple[str, ...]):
         return dict.fromkeys(parts, "disk")
     if not isinstance(device_map, dict):
         return device_map
-    beside = {
-        name.replace("multi_modal_projector", "merger"): device
-        for name, device in device_map.items()
-        if re.fullmatch(r"(model\.)?multi_modal_projector", str(name))
-    }
+    beside = {}
+    for name, device in device_map.items():
+        found = re.match(r"(model\.)?multi_modal_projector(\.|$)", str(name))  # or a layer of it
+        if found:
+            beside.setdefault(f"{found[1] or ''}merger", device)
     return beside | device_map
 
 

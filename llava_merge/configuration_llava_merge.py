@@ -20,6 +20,10 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_llava_merge.LlavaMergeForConditionalGeneration",
 }
+POSITIONAL = (  # arguments of LlavaConfig behind the two configurations, as 4.57 takes them by position
+    *("image_token_index", "projector_hidden_act", "vision_feature_select_strategy", "vision_feature_layer"),
+    *("image_seq_length", "multimodal_projector_bias"),
+)
 WHOLE_NUMBERS = ("num_merged_tokens", "vision_dim", "text_dim", "tower_dim", "internal_dim", "num_heads")
 OPTIONAL = ("num_merged_tokens", "tower_dim", "internal_dim")
 BUDGET = ("num_merged_tokens", "merge_ratio")
@@ -383,6 +387,17 @@ class MergerConfig(PretrainedConfig):
         return self.num_merged_tokens
 
 
+def by_name(args: tuple) -> dict:
+    """Arguments of a LlavaConfig that were given by position, behind the two configurations.
+
+    Raises:
+        TypeError: There are more than it has.
+    """
+    if len(args) > len(POSITIONAL):
+        raise TypeError(f"LlavaMergeConfig takes at most {len(POSITIONAL)} more by position: {', '.join(POSITIONAL)}.")
+    return dict(zip(POSITIONAL, args, strict=False))
+
+
 @add_sub_config("merger_config", MergerConfig)
 class LlavaMergeConfig(LlavaConfig):
     """Configuration of a LLaVA with a token merger: [`~transformers.LlavaConfig`] plus `merger_config`.
@@ -400,12 +415,23 @@ class LlavaMergeConfig(LlavaConfig):
     model_type = ModelType("llava_merge")
 
     def __init__(
-        self, vision_config=None, text_config=None, *, merger_config: MergerConfig | dict | None = None, **kwargs
+        self, vision_config=None, text_config=None, *args, merger_config: MergerConfig | dict | None = None, **kwargs
     ):
         self.merger_config = None
+        kwargs |= by_name(args)
         super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
         self.set_merger_config(merger_config if merger_config is not None else {})
         self.auto_map = dict(AUTO_MAP)  # never what a checkpoint says, which a push would hand on
+
+    def __init_subclass__(cls, *args, **kwargs):
+        """Keeps the initialisation above in subclasses, where transformers 5 would put that of a dataclass."""
+        if "__init__" not in vars(cls):
+
+            def __init__(self, *given, **named):
+                super(cls, self).__init__(*given, **named)
+
+            cls.__init__ = __init__
+        super().__init_subclass__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -427,7 +453,7 @@ class LlavaMergeConfig(LlavaConfig):
         Raises:
             ValueError: As `from_pretrained`, or it names code that would be fetched and run.
         """
-        fields = stock_or_own_fields(as_data(config_dict))
+        fields = stock_or_own_fields(as_data(config_dict), cls.model_type)
         saved = fields.get("merger_config")
         if isinstance(saved, dict):
             saved = as_saved_by_this_release(saved)
@@ -588,14 +614,14 @@ def height_and_width(name: str, size) -> tuple[int, int]:
     return tuple(pair)
 
 
-def stock_or_own_fields(fields: dict) -> dict:
-    """A copy of a checkpoint's configuration `fields` as those of a [`LlavaMergeConfig`].
+def stock_or_own_fields(fields: dict, own_type: str = LlavaMergeConfig.model_type) -> dict:
+    """A copy of a checkpoint's configuration `fields` as those of a [`LlavaMergeConfig`], or a subclass `own_type`.
 
     Raises:
         ValueError: It is the configuration of another architecture.
     """
     model_type = fields.get("model_type", LlavaMergeConfig.model_type)
-    if model_type == LlavaMergeConfig.model_type:
+    if model_type in (LlavaMergeConfig.model_type, own_type):
         return dict(fields)
     if model_type != LlavaConfig.model_type:
         raise ValueError(

@@ -67,11 +67,14 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         Raises:
             ValueError: A prompt with images is to be read in chunks, to which this release gives no images.
         """
-        has_images = any(model_kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
-        if CHUNKS_LACK_IMAGES and has_images and getattr(generation_config, "prefill_chunk_size", None) is not None:
+        given = ("pixel_values", "mm_encoder_outputs", "inputs_embeds")
+        holds_images = any(model_kwargs.get(name) is not None for name in given) or cached_length(
+            find_cache(model_kwargs)
+        )
+        if CHUNKS_LACK_IMAGES and holds_images and getattr(generation_config, "prefill_chunk_size", None) is not None:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: transformers {TRANSFORMERS_VERSION} gives "
-                f"no images to the chunks of a prompt. Leave it out, or use transformers 5.23 or newer."
+                f"chunks no images, no embeddings and no places behind a cache. Leave it out, or use 5.23 or newer."
             )
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         layout, mask = model_kwargs.get("token_layout"), model_kwargs.get("attention_mask")
@@ -189,7 +192,7 @@ def images_to_merge(pixel_values: Tensor | None, mm_encoder_outputs: dict | None
     encoded = (mm_encoder_outputs or {}).get("image")
     if pixel_values is not None and encoded is not None:
         raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")
-    return encoded if isinstance(encoded, TowerFeatures) else pixel_values
+    return encoded if isinstance(encoded, TowerFeatures | Tensor) else pixel_values
 
 
 def repeat_images(features: list[Tensor], image_mask: Tensor, times: int) -> list[Tensor]:

@@ -214,6 +214,8 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             return f"they do without {', '.join(sorted(given))}"
         if self.training:
             return "the model is in training mode"
+        if self.model.overrides_image_features:
+            return "get_image_features is overridden, whose code they would not run"
         if torch.is_autocast_enabled(self.device.type):
             return "they were made without torch.autocast"
         new_tokens, most = next(iter(asked("max_new_tokens")), None), graphs.shapes.max_new_tokens

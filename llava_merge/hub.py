@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .compat import TRANSFORMERS_V5
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 
 
@@ -71,15 +72,29 @@ def push_arguments(kwargs: dict) -> dict:
     return {name: kwargs.pop(name) for name in ("repo_id", *PUSH_OPTIONS) if name in kwargs}
 
 
+def refuse_pickles(given: dict):
+    """Refuses `safe_serialization=False` among the options of a save or push; transformers 5 writes nothing else.
+
+    Raises:
+        ValueError: It is there, on 4.57.
+    """
+    if not TRANSFORMERS_V5 and given.get("safe_serialization") is False:
+        raise ValueError(
+            "safe_serialization=False would write a pickle, which is never opened here. Leave it out; in "
+            "TrainingArguments save_safetensors=False."
+        )
+
+
 def check_push_options(given: dict, known: tuple[str, ...] = PUSH_OPTIONS):
     """Refuses options of a push that it does not have, before anything is made on the Hub.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is one, or a pickle is asked for.
     """
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(f"{unknown[0]}={given[unknown[0]]!r}: a push takes {', '.join(known)}. Leave it out.")
+    refuse_pickles(given)
 
 
 def prepare_repo(api: HfApi, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:

@@ -4,6 +4,7 @@
 import functools
 import inspect
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -84,7 +85,7 @@ from .registries import register_names  # noqa: F401
 from .resized_pictures import ResizesPictures
 from .running_calls import RunningCalls, counted
 from .saving import SavesAtOnce  # noqa: F401
-from .stock_signature import takes_arguments_of
+from .stock_signature import asked_of, asking, taken_by, takes_arguments_of
 from .text_tower import TextTower, read_for_question
 from .token_layout import TokenLayout  # noqa: F401
 from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache
@@ -273,7 +274,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
     ):
         """Unprojected features (I, N, vision_dim), the tower's output, and the extras of the method or None.
 
-        With `tower_outputs`, which has all hidden states of these images, the tower does not run again.
+        With `tower_outputs`, of these very `pixel_values`, the tower does not run again.
         """
         strategy = vision_feature_select_strategy
         strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
@@ -284,8 +285,9 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         requires, extra_layers = self.required_extras, []
         if with_extras and requires:
             extra_layers = [*self.config.merger_layers(), attention_layer_of(layers)]
-        outputs = tower_outputs
-        if outputs is None:
+        if tower_outputs is not None and tower_outputs[0] is pixel_values:  # else an override has changed them
+            outputs = tower_outputs[1]
+        else:
             outputs = self.vision_tower(
                 pixel_values,
                 output_hidden_states=hidden_states_to_keep([*layers, *extra_layers], output_hidden_states),
@@ -418,6 +420,12 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             return outputs
         return replace(outputs, last_hidden_state=None, hidden_states=None, attentions=None)
 
+    @property
+    def overrides_image_features(self) -> bool:
+        """Whether [`get_image_features`] is that of a subclass, or was replaced on this model."""
+        own = type(self).get_image_features is LlavaMergeModel.get_image_features
+        return not own or "get_image_features" in vars(self)
+
     def _call_image_features(
         self,
         images: Tensor | TowerFeatures,
@@ -432,7 +440,10 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         """
         merged = []
         ours = {"question": question, "num_merged_tokens": num_merged_tokens, "merged": merged}
-        result = self.get_image_features(pixel_values=images, **ours, return_dict=True, **options)
+        given = {"pixel_values": images, **options, **ours, "return_dict": True}
+        taken = taken_by(self.get_image_features, given) if self.overrides_image_features else given
+        with nullcontext() if ours.keys() <= taken.keys() else asking(self, *ours.values()):
+            result = self.get_image_features(**taken)
         features = list(getattr(result, "pooler_output", result))  # 4.57 returns it alone
         if merged and [*map(len, features)] == merged[1]:
             merged[0].pooler_output = features
@@ -483,7 +494,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         """Merged and projected features of each image, as stock LLaVA returns them.
 
         All that looks at images calls it: `forward`, `generate`, `encode_images`, training and evaluation. An override
-        is given their arguments, and passes on those that it does not know.
+        is given their arguments, and may leave out those that stock LLaVA does not have, which are found here again.
 
         Args:
             pixel_values: (I, 3, H, W), or what [`run_tower`] made of them.
@@ -500,6 +511,8 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             ValueError: The placeholders of the prompt are not those of the images, or a question cannot be told from
                 its answer.
         """
+        if merged is None and self.overrides_image_features:  # maybe by a method that takes stock's arguments alone
+            question, num_merged_tokens, merged = asked_of(self, question, num_merged_tokens, merged)
         options = kwargs | tower_options(vision_feature_layer, vision_feature_select_strategy)
         options["image_sizes"] = image_sizes
         outputs = self._encode_images(pixel_values, question, num_merged_tokens, options)
@@ -539,8 +552,9 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
 
         Args:
             images: Pixels (I, 3, H, W), or what [`run_tower`] made of them.
-            kwargs: `vision_feature_layer` and `vision_feature_select_strategy` for pixels; `tower_outputs`, the output
-                of `vision_tower` with all hidden states, spares its pass: several mergers or questions may share it.
+            kwargs: `vision_feature_layer` and `vision_feature_select_strategy` for pixels; `tower_outputs`, the
+                pixels and the output of `vision_tower` with all hidden states, spares its pass: several mergers or
+                questions may share it.
 
         Raises:
             ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
@@ -746,7 +760,7 @@ class LlavaMergeForConditionalGeneration(
 
     def encode_images(
         self, pixel_values: Tensor, num_merged_tokens: int | str | list | None = None, **kwargs
-    ) -> EncodedImages | TowerFeatures:
+    ) -> EncodedImages | TowerFeatures | Tensor:
         """Images (I, 3, H, W) for several questions, prompts or turns, so that the tower sees them once.
 
         Pass the result as `mm_encoder_outputs={"image": ...}` to `forward` or `generate`, instead of `pixel_values`,
@@ -760,6 +774,8 @@ class LlavaMergeForConditionalGeneration(
             kwargs: `vision_feature_layer` and `vision_feature_select_strategy`.
         """
         if self.model.reads_question:
+            if self.model.overrides_image_features:  # it takes pixels, and is to be asked with each question
+                return pixel_values
             return self.model.run_tower(pixel_values, **kwargs)
         return self.model.encode_images(pixel_values, num_merged_tokens=num_merged_tokens, **kwargs)
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .compat import TRANSFORMERS_V5
 from .files import CONFIG, save_at_once
-from .hub import push_arguments, push_card_if_missing, push_folder
+from .hub import push_arguments, push_card_if_missing, push_folder, refuse_pickles
 from .merging_base import method_file
 
 
@@ -81,11 +81,7 @@ class SavesAtOnce:
                     f"Of several ranks the first one saves, so nothing was written to {save_directory} by this one."
                 )
             return
-        if not TRANSFORMERS_V5 and kwargs.get("safe_serialization") is False:  # 5 writes nothing else
-            raise ValueError(
-                "safe_serialization=False would write a pickle, which is never opened here. Leave it out; in "
-                "TrainingArguments save_safetensors=False."
-            )
+        refuse_pickles(kwargs)
         refuse_other_kind(Path(save_directory), self.config.model_type)
         own_method = method_file(self.merging_config)
 

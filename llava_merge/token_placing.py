@@ -122,9 +122,16 @@ def flash_lengths(past: int, length: int, samples: Tensor | None, device: torch.
     return lengths
 
 
+def attended_tokens(attention_mask: Tensor) -> Tensor:
+    """(B, keys) bool: tokens that any query attends to, of a mask (B, keys) or (B, heads, queries, keys)."""
+    if attention_mask.is_floating_point() and attention_mask.ndim == 4:  # what is added to the attention
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return attention_mask.bool().flatten(1, -2).any(dim=1) if attention_mask.ndim == 4 else attention_mask.bool()
+
+
 def fingerprints(vectors: Tensor) -> Tensor:
-    """A number (..., ) int64 of each of the `vectors` (..., D): equal ones have the same, others hardly ever."""
-    bits = vectors[..., :32].float().contiguous().view(torch.int32).long()
+    """A number (..., ) int64 of each of the `vectors` (..., D): hardly any have the same but those that round alike."""
+    bits = vectors[..., :32].bfloat16().float().contiguous().view(torch.int32).long()
     weights = (torch.arange(1, 1 + bits.shape[-1], device=bits.device) * 2654435761) ** 2  # wraps around
     return (bits * weights).sum(dim=-1)
 
@@ -187,8 +194,8 @@ class PlacesTokens:
         vocabulary = torch.arange(self.config.text_config.vocab_size, device=inputs_embeds.device)
         known = [fingerprints(embed(ids).to(inputs_embeds.dtype)) for ids in vocabulary.split(8192)]
         is_foreign = ~torch.isin(fingerprints(inputs_embeds), torch.cat(known).to(inputs_embeds.device))
-        if attention_mask is not None and attention_mask.ndim == 2:
-            is_foreign &= attention_mask[:, -is_foreign.shape[1] :].bool()
+        if attention_mask is not None:
+            is_foreign &= attended_tokens(attention_mask)[:, -is_foreign.shape[1] :]
         number, merger_config = is_foreign.sum(), self.config.merger_config
         check_on_device(
             number == 0,

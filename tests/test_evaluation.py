@@ -264,7 +264,7 @@ class TestQuestions:
             ([{"question": "<image><image> a", "image": "a.png"}], {}, "1 images for 2 placeholders"),
             ([{"image": "a.png"}], {}, "sample 1: it has the columns image"),
             ([{"question": "a"}], {"prompt": "say"}, "has to hold {question}"),
-            ([{"question": "a", "image": 3}], {}, "image int"),
+            ([{"question": "a", "image": 3}], {}, "3.jpg: there is no such file"),
         ],
     )
     def test_what_cannot_be_asked_is_named(self, rows, options, message, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from conftest import IMAGE_ID, agnostic, aware, image_features, pixels, prompts, tiny_model
 from packaging.version import Version
 
-from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
+from llava_merge.compat import CACHE_ARGUMENT, TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.placeholders import repeat_rows_together
 
 
@@ -154,10 +154,18 @@ def test_a_chat_goes_on_with_the_images_of_all_turns_or_of_the_new_one(model, gi
 @pytest.mark.skipif(PREFILLS_IMAGES_IN_CHUNKS, reason="chunks are given their images")
 def test_chunked_prefill_is_refused_where_chunks_lack_their_images(model):
     batch, images = prompts([1, 2], 9), pixels(3)
-    with pytest.raises(ValueError, match="prefill_chunk_size=7: .* gives no images to the chunks"):
+    with pytest.raises(ValueError, match="prefill_chunk_size=7: .* gives chunks no images"):
         generate(model, batch, images, prefill_chunk_size=7)
     text = prompts([0], 9, text=12)
     assert torch.equal(generate(model, text, None, prefill_chunk_size=7), generate(model, text, None))
+    embeds = {"inputs_embeds": model.get_input_embeddings()(text["input_ids"]), **text}
+    with pytest.raises(ValueError, match="no embeddings and no places behind a cache"):
+        generate(model, embeds, None, prefill_chunk_size=7)
+    first = model.generate(**batch, pixel_values=images, max_new_tokens=2, return_dict_in_generate=True)
+    more = {"input_ids": torch.cat((first.sequences, first.sequences[:, -2:]), dim=1)}
+    more |= {"attention_mask": torch.ones_like(more["input_ids"]), CACHE_ARGUMENT: first[CACHE_ARGUMENT]}
+    with pytest.raises(ValueError, match="no embeddings and no places behind a cache"):
+        generate(model, more, None, prefill_chunk_size=1)
 
 
 @pytest.mark.skipif(not PREFILLS_IMAGES_IN_CHUNKS, reason="stock answers such chunks wrong or refuses them")

@@ -198,6 +198,25 @@ def test_other_calls_run_without_graphs(fields, reason, monkeypatch):
     assert torch.equal(answer, expected) and not seen
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_override_of_image_features_runs_without_graphs(when, monkeypatch):
+    """They would take its features for packed ones, and on a GPU not run its code at all."""
+    model = merging("agnostic")
+    features = list(torch.randn(1, 9, model.config.text_config.hidden_size))
+
+    def own(pixel_values, **kwargs):
+        return features * len(pixel_values)
+
+    for is_patched in (when == "before", when == "after"):
+        if is_patched:
+            monkeypatch.setattr(model.model, "get_image_features", own)
+        if model.inference_graphs is None:
+            model.compile_for_inference(prompt_lengths=[24], max_new_tokens=12, backend=None)
+    seen, batch = counted(model, monkeypatch), inputs([1], 6)
+    assert "get_image_features is overridden" in model._why_without_graphs(model.inference_graphs, batch)
+    assert torch.equal(model.generate(**batch), plain(model, batch)) and not seen
+
+
 def test_what_the_model_s_own_settings_ask_for_counts_beside_those_of_a_call():
     """`generate` fills what a given configuration leaves open from the model's."""
     model = merging("agnostic")

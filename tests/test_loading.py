@@ -606,8 +606,31 @@ def test_a_device_map_of_a_llava_s_parts(tmp_path, merger):
         ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"), "cpu"
     )
     parts |= {} if merger is None else {"model.merger": merger}
-    loaded = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, device_map=parts)
-    assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+    in_layers = {name.replace("projector", "projector.linear_1"): device for name, device in parts.items()}
+    in_layers |= {"model.multi_modal_projector.linear_2": "cpu"}
+    for device_map in (parts, in_layers):
+        loaded = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
+def test_arguments_of_a_configuration_by_position():
+    """As 4.57's LlavaConfig takes them."""
+    stock = tiny_stock().config
+    config = LlavaMergeConfig(stock.vision_config, stock.text_config, 4, "relu", "full", -1)
+    found = config.image_token_id, config.projector_hidden_act, config.vision_feature_select_strategy
+    assert (*found, config.vision_feature_layer) == (4, "relu", "full", -1)
+    with pytest.raises(TypeError, match="takes at most 6 more by position: image_token_index"):
+        LlavaMergeConfig(stock.vision_config, stock.text_config, *range(7))
+
+
+@pytest.mark.parametrize("own_type", [False, True])
+def test_a_configuration_may_be_subclassed(own_type):
+    fields = {"model_type": "somebodys_llava"} if own_type else {}
+    subclass = type("Subclass", (LlavaMergeConfig,), fields)
+    stock = tiny_stock().config
+    config = subclass(vision_config=stock.vision_config, text_config=stock.text_config, merger_config=agnostic(9))
+    assert config.merger_config.num_merged_tokens == 9 and config.model_type == fields.get("model_type", "llava_merge")
+    assert subclass.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 @pytest.mark.skipif(TRANSFORMERS_V5, reason="writes safetensors alone")
@@ -616,3 +639,5 @@ def test_pickles_are_not_written(tmp_path):
         with pytest.raises(ValueError, match="safe_serialization=False would write a pickle"):
             save(tmp_path / "saved", safe_serialization=False)
     assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match="safe_serialization=False would write a pickle"):
+        tiny_model(agnostic()).push_to_hub("somebody/model", safe_serialization=False)  # asks no Hub

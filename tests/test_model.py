@@ -178,7 +178,16 @@ class TestFeaturesPutInByHand:
             model(inputs_embeds=embeds)
         embeds = model.get_input_embeddings()(torch.full((1, 5), 7))
         embeds[:, 0] = torch.nan
-        model(inputs_embeds=embeds, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
+        mask = torch.tensor([[0, 1, 1, 1, 1]])
+        model(inputs_embeds=embeds, attention_mask=mask)
+        causal = torch.ones(5, 5, dtype=torch.bool).tril() & mask.bool()
+        for four in (causal[None, None], torch.zeros(1, 1, 5, 5).masked_fill(~causal, torch.finfo(torch.float32).min)):
+            model.model.check_text_embeds(embeds, four)
+            foreign = embeds.clone()
+            foreign[:, 3] *= 2
+            with pytest.raises(ValueError, match="inputs_embeds hold 1 vectors"):
+                model.model.check_text_embeds(foreign, four)
+        model(inputs_embeds=model.get_input_embeddings()(torch.full((1, 5), 7)).bfloat16().float())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_text_is_never_taken_for_features(self, dtype):
@@ -240,6 +249,37 @@ class TestOverriddenImageFeatures:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         plain = tiny_model(aware(9, attention_mass=1.0), train_merger=True)(**batch, pixel_values=pixels(3)).logits
         assert (answers(model)[0] - plain).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("fields", [agnostic(9), aware(9, attention_mass=1.0), {"merger_type": "none"}])
+    def test_one_that_takes_stock_s_arguments_alone(self, fields):
+        """As of a LLaVA that is no merger's: question, budgets and places are found again."""
+        model, expected = (tiny_model(fields, train_merger=True) for _ in range(2))
+        expected.model.multi_modal_projector.register_forward_hook(lambda *args: 2 * args[-1])
+        number = expected.config.merger_config.num_tokens(36)
+        doubled, stock = self.doubled, model.model.get_image_features
+
+        def get_image_features(pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None):
+            return doubled(stock(pixel_values, vision_feature_layer, vision_feature_select_strategy))
+
+        model.model.get_image_features = get_image_features
+        batch = {**prompts([1, 2], number), "pixel_values": pixels(3)}
+        torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
+        assert torch.equal(model.generate(**batch, max_new_tokens=3), expected.generate(**batch, max_new_tokens=3))
+        direct = model.model.get_image_features(pixels(1)) if "question_aware" not in fields else None
+        assert direct is None or model.model.overrides_image_features
+
+    @pytest.mark.parametrize("fields", [agnostic(9), aware(9)])
+    def test_one_that_changes_pixels(self, fields):
+        """Also of images that are encoded before their question is known."""
+        model = tiny_model(fields, train_merger=True)
+        batch = prompts([1, 1], 9)
+        wanted = model(**batch, pixel_values=pixels(2).flip(-1)).logits
+        stock = model.model.get_image_features
+        model.model.get_image_features = lambda pixel_values, **kwargs: stock(pixel_values.flip(-1), **kwargs)
+        encoded = {"image": model.encode_images(pixels(2))}
+        for images in ({"pixel_values": pixels(2)}, {"mm_encoder_outputs": encoded}):
+            torch.testing.assert_close(model(**batch, **images).logits, wanted)
+            model.generate(**batch, **images, max_new_tokens=1)
 
     def test_encoded_by_an_agnostic_merger(self):
         model = tiny_model(agnostic(9), train_merger=True)

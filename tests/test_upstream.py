@@ -238,6 +238,13 @@ RELIED_ON = [
         parameters=("config_dict", "kwargs"),
         mentions=("return_unused_kwargs", "cls(**config_dict)"),
     ),
+    Reliance(
+        LlavaMergeConfig,
+        "__init_subclass__",
+        "it makes dataclasses of subclasses, with another __init__ where they have none",
+        mentions=('"__init__" in cls.__dict__',),
+        releases=V5,
+    ),
     Reliance(MergerConfig, "__init__", "keywords only"),
     Reliance(MergerConfig, "from_pretrained", "as that of LlavaMergeConfig"),
     Reliance(MergerConfig, "from_dict", "as that of LlavaMergeConfig"),
@@ -398,7 +405,8 @@ def test_every_override_is_listed(of):
         for cls in of.__mro__
         if is_ours(cls)
         for name, value in vars(cls).items()
-        if inspect.isfunction(getattr(value, "__func__", value)) and name not in ("__eq__", "__repr__", "__post_init__")
+        if inspect.isfunction(getattr(value, "__func__", value))
+        and name not in ("__eq__", "__repr__", "__post_init__", "__init_subclass__")
     }
     overridden = {name for name in ours if stock_method(of, name) is not None}
     bases = {HEADLESS: (HEADLESS, HEAD)}.get(of, (of,))  # the two models share what loads and handles mergers

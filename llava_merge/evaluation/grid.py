@@ -123,7 +123,8 @@ class Grid:
             return Prompts(ids, mask, {})
         prompt = self.model.model.read_prompt(ids, None, attention_mask=mask, may_hold_answers=False)
         outputs = BaseModelOutputWithPooling(tower.last_hidden_state, hidden_states=tower.hidden_states)
-        encoded = self.model.model.encode_images_of_prompt(pixel_values, prompt, budget, tower_outputs=outputs)
+        tower = pixel_values, outputs
+        encoded = self.model.model.encode_images_of_prompt(pixel_values, prompt, budget, tower_outputs=tower)
         return Prompts(ids, mask, {"image": encoded})
 
     def _generate(self, prompts: Prompts) -> Tensor:
