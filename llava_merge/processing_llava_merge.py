@@ -91,10 +91,11 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         save_at_once(save, save_directory)
         return [str(Path(save_directory) / path) for path in said]
 
-    def _begin_with_bos(self, text: Texts | None) -> bool:
-        """Whether each of the prompts begins with the BOS token, as chat templates may write it."""
+    def bos_options(self, text: Texts | None) -> dict[str, bool]:
+        """What the tokenizer has to be told where each of the prompts begins with the BOS token already."""
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
-        return bool(bos and texts) and all(isinstance(each, str) and each.startswith(bos) for each in texts)
+        begun = bool(bos and texts) and all(isinstance(each, str) and each.startswith(bos) for each in texts)
+        return {"add_special_tokens": False} if begun else {}
 
     def __call__(
         self,
@@ -114,8 +115,8 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         Raises:
             ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images.
         """
-        if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
-            kwargs["add_special_tokens"] = False
+        if "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
+            kwargs |= self.bos_options(text)
         if num_merged_tokens is None or images is None:
             return super().__call__(images=images, text=text, **kwargs)
         for_this_call = copy.copy(self)

@@ -2,13 +2,27 @@
 """Evaluations: what is asked, that answers are those of `generate`, what breaks and goes on, and what is reported."""
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from conftest import ANSWER_ID, NUM_PATCHES, USER_ID, agnostic, aware, make_processor, tiny_model, tiny_stock
+from conftest import (
+    ANSWER_ID,
+    BOS_ID,
+    NUM_PATCHES,
+    USER_ID,
+    agnostic,
+    aware,
+    make_processor,
+    pixels,
+    scale_up,
+    tiny_model,
+    tiny_stock,
+)
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +32,7 @@ from llava_merge.configuration_llava_merge import QUESTION_MARKS
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import HARD_QUESTION_TYPES, draw_scene, scene_of
 from llava_merge.evaluation import run as run_module
-from llava_merge.evaluation.candidates import make_candidates, parse_candidate
+from llava_merge.evaluation.candidates import Candidate, make_candidates, parse_candidate
 from llava_merge.evaluation.data import PictureQuestion, demo_questions, fingerprint, read_questions
 from llava_merge.evaluation.grid import Grid, make_cells, mean_divergence
 from llava_merge.evaluation.protocol import EvaluationSettings, check_same_protocol
@@ -588,3 +602,63 @@ def test_a_saved_merger_is_evaluated_with_its_own_places(tmp_path):
     report = evaluate(settings(mergers=[str(tmp_path / "packed")], limit=1), tmp_path / "out")
     candidates = list(report["candidates"].values())
     assert (candidates[-1]["position_ids"], candidates[2]["position_ids"]) == ("packed", "source")
+
+
+class TestWhatAnswers:
+    def prompts_of(self, model, processor, question):
+        grid = Grid(model, processor, make_cells([Candidate.of("own", model)], [9]), max_new_tokens=2)
+        pixel_values = grid._pixels(question.open_images())
+        text = processor.apply_chat_template(question.messages, add_generation_prompt=True)
+        return grid._prompts(9, [text], pixel_values, grid._run_tower(pixel_values)), text
+
+    @pytest.fixture
+    def asked(self):
+        content = [{"type": "image"}, {"type": "text", "text": "what color is the star ?"}]
+        return PictureQuestion("q", [{"role": "user", "content": content}], [picture(0)])
+
+    def test_an_override_that_changes_pixels_is_heard(self, asked):
+        """Though the tower runs once for all mergers."""
+        model, processor = tiny_model(agnostic(9)), make_processor(processor_class=LlavaMergeProcessor)
+        stock, flips = model.model.get_image_features, []
+
+        def own(pixel_values, **kwargs):
+            flips.append(len(pixel_values))
+            return stock(pixel_values.flip(-1), **kwargs)
+
+        model.model.get_image_features = own
+        found, text = self.prompts_of(model, processor, asked)
+        inputs = processor(images=asked.images, text=text, num_merged_tokens=9, return_tensors="pt")
+        wanted = model.encode_images(inputs["pixel_values"], num_merged_tokens=9)
+        torch.testing.assert_close(found.images["image"].pooler_output, wanted.pooler_output)
+        del model.model.get_image_features
+        plain = model.encode_images(inputs["pixel_values"], num_merged_tokens=9)
+        assert len(flips) == 2 and not torch.allclose(plain.pooler_output[0], wanted.pooler_output[0])
+
+    def test_a_template_s_bos_is_the_only_one(self, asked):
+        model, processor = tiny_model(agnostic(9)), make_processor(True, processor_class=LlavaMergeProcessor)
+        for template in (processor.chat_template, "{{ bos_token }}" + processor.chat_template):
+            processor.chat_template = template
+            found, _ = self.prompts_of(model, processor, asked)
+            assert (found.input_ids == BOS_ID).sum() == 1
+
+    def test_an_adapter_s_merger_and_others_answer_in_turn(self):
+        """PEFT keeps two mergers in a wrapper, in which another is put in the place of both."""
+        model = tiny_model(agnostic(9))
+        lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["merger"])
+        wrapped = peft.get_peft_model(model, lora)
+        trained = model.model.merger.modules_to_save["default"]
+        scale_up(trained, merger=True)
+        wanted = model.encode_images(pixels(2)).pooler_output
+        places = {"position_ids": "source", "attention_mass": 0.0}
+        candidates = make_candidates(model, None, ["tome", "own", "divprune"], places)
+        types = [candidate.merger.config.merger_type for candidate in candidates]
+        assert types == ["none", "random", "average_pooling", "tome", "fixed_pooling", "divprune"]
+        seen = []
+        for candidate in candidates[1:]:
+            with candidate.answering(model):
+                seen.append(model.encode_images(pixels(2), num_merged_tokens=9).pooler_output[0])
+        torch.testing.assert_close(seen[3], wanted[0])
+        assert not any(torch.allclose(one, other) for one, other in itertools.combinations(seen, 2))
+        assert model.model.merger.modules_to_save["default"] is trained  # back in its place
+        with wrapped.disable_adapter():
+            assert Candidate.of("own", model).merger is model.model.merger.original_module

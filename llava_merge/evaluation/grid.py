@@ -117,7 +117,8 @@ class Grid:
         num_tokens = tokens_of_budget(budget, self.model.config.num_patches)
         mark = self.processor.image_token
         texts = [text.replace(mark, mark * num_tokens) for text in texts]
-        batch = self.processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        options = {"padding": True, "padding_side": "left", **self.processor.bos_options(texts)}
+        batch = self.processor.tokenizer(texts, **options, return_tensors="pt")
         ids, mask = batch["input_ids"].to(self.model.device), batch["attention_mask"].to(self.model.device)
         if tower is None:
             return Prompts(ids, mask, {})

@@ -2,6 +2,7 @@
 """Rows of JSON files as people have them: a list, one object a line, or the list or table inside of an object."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,15 +18,15 @@ def read_json(file: Path) -> list[dict]:
         ValueError: It cannot be read, or holds no rows.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes().removeprefix(BOM_UTF8)
     except OSError as error:
         raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror}.") from error
+    if has_lines(file, data):
+        return list(rows_of_lines(data.split(b"\n")))
+    try:
+        whole = json.loads(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {str(file)!r} is not in UTF-8 ({error}). Save it again so.") from error
-    if has_lines(file, text):
-        return list(rows_of_lines(text.split("\n")))
-    try:
-        whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data: {str(file)!r} is no JSON: {error}") from error
     return [as_row(row, f"element {at + 1}") for at, row in enumerate(rows_of_whole(whole, file))]
@@ -33,30 +34,30 @@ def read_json(file: Path) -> list[dict]:
 
 def stream_json(file: str) -> Iterator[dict]:
     """The rows of a file of lines, one after the other, as [`read_json`] gives them."""
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+    with open(file, "rb") as lines:
         yield from rows_of_lines(lines)
 
 
-def has_lines(file: Path, text: str) -> bool:
+def has_lines(file: Path, data: bytes) -> bool:
     """Whether a file has one object a line, which some call .json too, and no list that was called .jsonl."""
-    head = text.lstrip()[:1]
+    head = data.lstrip()[:1]
     if file.suffix == ".jsonl":
-        return head != "["
-    first, _, rest = text.strip().partition("\n")
-    return head == "{" and bool(rest.strip()) and BROKEN not in row_of_line(first, 1)
+        return head != b"["
+    first, _, rest = data.strip().partition(b"\n")
+    return head == b"{" and bool(rest.strip()) and BROKEN not in row_of_line(first, 1)
 
 
-def rows_of_lines(lines: Iterable[str]) -> Iterator[dict]:
+def rows_of_lines(lines: Iterable[bytes]) -> Iterator[dict]:
     """The rows of lines that are not empty; a comma at the end is of a list and does no harm."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield row_of_line(line, number)
 
 
-def row_of_line(line: str, number: int) -> dict:
+def row_of_line(line: bytes, number: int) -> dict:
     """The row of one line, or why there is none."""
     try:
-        return as_row(json.loads(line.strip().removesuffix(",")), f"line {number}")
+        return as_row(json.loads(line.strip().removesuffix(b",")), f"line {number}")
     except (ValueError, RecursionError) as error:
         return {BROKEN: f"line {number} is no JSON ({error}); a line holds one object"}
 

@@ -143,6 +143,8 @@ class MergerTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As in transformers; counts the images of the step too, on all ranks where tokens are."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.loss_settings.reconstruction:
+            return batches, num_tokens
         number = torch.tensor(sum(len(images_of(batch).get("pixel_values", ())) for batch in batches), device=device)
         averages = self.args.average_tokens_across_devices
         self.num_images_in_step = (self.accelerator.gather(number).sum() if averages else number).clamp(min=1)
