@@ -4,10 +4,11 @@
 import base64
 import io
 import os
+import string
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
@@ -18,6 +19,7 @@ from llava_merge.files import renamed_when_whole
 
 TIMEOUT = 60  # seconds that a server may be silent
 LARGEST_FILE = 2**28  # bytes
+URL = string.punctuation  # what stays as it is; spaces and letters beyond ASCII are encoded
 SHOWN = 100  # characters of a source in errors
 
 
@@ -102,7 +104,7 @@ def bytes_of_data_url(url: str) -> bytes:
     try:
         if not comma:
             raise ValueError("it has no comma")
-        raw = unquote_to_bytes(data)
+        raw = b"".join(unquote_to_bytes(data).split())  # of lines, as base64.encodebytes makes
         return base64.b64decode(raw, validate=True) if head.lower().endswith(";base64") else raw
     except ValueError as error:
         raise ValueError(f"{error}; write data:image/png;base64, and then the file") from error
@@ -115,7 +117,7 @@ def download(url: str) -> bytes:
         ValueError: It cannot be had, or is larger than `LARGEST_FILE`.
     """
     try:
-        with urlopen(Request(url, headers={"User-Agent": "llava-merge"}), timeout=TIMEOUT) as answer:
+        with urlopen(Request(quote(url, safe=URL), headers={"User-Agent": "llava-merge"}), timeout=TIMEOUT) as answer:
             data, missing = answer.read(LARGEST_FILE + 1), answer.length
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"the download failed: {str(error) or type(error).__name__}") from error
@@ -127,7 +129,12 @@ def download(url: str) -> bytes:
 
 
 def in_8_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits with the upper 8 of them, which Pillow would cut off at white; others as they are."""
+    """A grey picture of 16 bits with the upper 8 of them, which Pillow would cut off at white; others as they are.
+
+    Of floats from 0 to 1, 255 times that.
+    """
+    if picture.mode == "F" and 0 <= np.min(picture) <= np.max(picture) <= 1:
+        return Image.fromarray((np.asarray(picture) * 255).round().astype(np.uint8))
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
     values = np.asarray(picture)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .bypass import bypassing
 from .checkpoint_files import BoundsMissingWeights, for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
-from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig
+from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig, lay_over
 from .hub import MODEL
 from .loading import (
     as_merge_config,
@@ -129,8 +129,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         hub_kwargs = hub_arguments(kwargs)
         checkpoint = read_checkpoint(path, hub_kwargs)
         fetches_text_tower = names_text_tower(merger_config)
-        if merger_config is None and not isinstance(config, PretrainedConfig):
-            merger_config = checkpoint.adapter_merger
+        if checkpoint.adapter_merger is not None and not isinstance(config, PretrainedConfig):
+            merger_config = lay_over(checkpoint.adapter_merger, merger_config)
         check_merger_request(checkpoint, merger, merger_config, merger_revision)
         if merger is not None and checkpoint.saved_merger is None:
             merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced

@@ -703,6 +703,13 @@ class TestCommand:
             by_peft = peft.PeftModel.from_pretrained(stock, tmp_path).eval()(**batch).logits
         assert (by_peft - before).abs().max() > 1e-3
         if LOADS_SAVED_MODULES_OF_ADAPTERS:
+            for given in ({}, {"num_merged_tokens": 4}):  # laid over what the adapter was trained with
+                laid_over = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, merger_config=given).eval()
+                found = laid_over.config.merger_config
+                assert found.attention_mass == 1.0 and found.num_merged_tokens == given.get("num_merged_tokens", 9)
+                with torch.no_grad():
+                    logits = laid_over(**{**batch, "num_merged_tokens": 9}).logits
+                torch.testing.assert_close(logits, by_peft, atol=1e-5, rtol=1e-5)
             model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path).eval()
             config = model.config.merger_config
             assert config.trained_num_tokens == [4, 9] and config.attention_mass == 1.0
@@ -900,6 +907,16 @@ class TestWhatEndsARun:
         assert done.exit_code == 2 and said[why] in done.stderr, done.output
         assert not (tmp_path / "out" / "model.safetensors").exists()
 
+    @pytest.mark.parametrize("rule", ["on_broken_image", "on_broken_row"])
+    def test_what_a_loading_process_says(self, rule, llava_folder, tmp_path):
+        row = {"question": "what ?", "answer": "red", "image": "gone.png"} if rule == "on_broken_image" else {"a": 1}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        data = {"train": str(tmp_path / "rows.jsonl"), "streaming": True, rule: "error"}
+        training = {"dataloader_num_workers": 1}
+        plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], data=data, training=training)
+        done = CliRunner().invoke(app, ["train", str(write_yaml(plain, tmp_path / "run.yaml"))])
+        assert done.exit_code == 2 and f"Error: {tmp_path / 'rows.jsonl'}, sample 1: " in done.stderr, done.output
+
     def test_steps_that_are_not_finite(self, llava_folder, tmp_path):
         training = {"max_steps": 30, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
         plain = settings_for(llava_folder, tmp_path / "out", METHODS[0], budgets={"train": [9]}, training=training)
@@ -958,6 +975,8 @@ class TestSettingsOfTraining:
             ({"torch_compile_mode": "fast"}, "training: Unrecognized mode=fast"),
             ({"parallelism_config": "a"}, "training.parallelism_config='a': it is an object of Python"),
             ({"log_level": "loud"}, "training: 'loud'"),
+            ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps=0: has to be 1 or more"),
+            ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size=0: has to be 1 or more"),
             ({"optim_args": [1]}, r"training.optim_args=\[1\]: has to be text"),
             ({"report_to": ["sleipnir"]}, "training.report_to: 'sleipnir' is not installed"),
             ({"lr_scheduler_type": "cosin"}, "training: '?cosin'? is not a valid SchedulerType"),
@@ -1038,6 +1057,9 @@ def test_bad_input_is_one_line(tmp_path):
         ("data: [\n", "bad.yaml is no YAML of settings: "),
         ("- data\n", "bad.yaml holds list; settings are sections with keys."),
         ("losses:\n  temperature: 0\n", "bad.yaml: losses.temperature=0.0: has to be above 0."),
+        ("data:\n  num_validation: 0\n", "bad.yaml: data.num_validation=0: has to be 1 or more."),
+        ("data:\n  max_length: -1\n", "bad.yaml: data.max_length=-1: has to be 1 or more."),
+        ("training:\n  label_smoothing_factor: 0.1\n", "training.label_smoothing_factor: it would not be read"),
         ("{}", "data.train is missing: the dataset to train on."),
         (None, "bad.yaml cannot be read: "),
     ):

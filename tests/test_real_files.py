@@ -115,6 +115,29 @@ GOOD = {  # shape: (file, its content)
     "ChartQA": ("a.json", [{"imgname": PNG, "query": ASKED, "label": ANSWER}]),
     "POPE": ("a.json", lines({"question_id": 1, "image": PNG, "text": ASKED, "label": "yes"})),
     "text alone, said so": ("a.json", [{**QA, "image": None, "image_source": "web"}]),
+    "an empty list beside the image": ("a.json", [{**QA, "images": [], "image": PNG, "video": None}]),
+    "images as text": ("a.json", [{**QA, "images": json.dumps([PNG])}]),
+    "an image in its message, and a column": ("a.json", [{"messages": INLINE, "image": "gone.png"}]),
+    "a data URL in lines": ("a.json", [{**QA, "image": data_url()[:60] + "\n" + data_url()[60:]}]),
+    "answers as text": ("a.json", [{"question": ASKED, "answers": json.dumps([ANSWER, "blue"]), "image": PNG}]),
+    "ScienceQA": ("a.json", [{**QA, "choices": ["a cat", "a dog"], "answer": 1, "image": PNG}]),
+    "A-OKVQA": (
+        "a.json",
+        [
+            {
+                "question": ASKED,
+                "choices": ["cat", "dog"],
+                "correct_choice_idx": 1,
+                "direct_answers": ["x"],
+                "image": PNG,
+            }
+        ],
+    ),
+    "MMBench": ("a.json", [{**QA, "A": "a cat", "B": "a dog", "C": None, "answer": "B", "image": PNG}]),
+    "OpenAI, weight of one answer": (
+        "a.jsonl",
+        lines({"messages": [*chat(), *chat(ASKED)[:1], {**chat()[1], "weight": 0}], "images": [PNG]}),
+    ),
     "parquet, messages as text": ("a.parquet", [{"messages": json.dumps(INLINE)}]),
     "parquet, image structs": ("a.parquet", [{"messages": chat(), "images": [{"bytes": b"{png}", "path": None}]}]),
     "parquet, image struct, question": ("a.parquet", [{**QA, "image": {"bytes": b"{png}", "path": "x"}}]),
@@ -122,7 +145,11 @@ GOOD = {  # shape: (file, its content)
 }
 IN_A = r"Error: .*a\.\w+"
 BAD = {  # shape: (file, its content, what train says, what evaluate says where that differs)
-    "a line cut off": ("a.jsonl", lines(LLAVA) + json.dumps(LLAVA)[:40], "sample 2: line 2 is no JSON .*one object"),
+    "a line cut off": (
+        "a.jsonl",
+        lines(LLAVA) + json.dumps(LLAVA)[:40],
+        "sample 2: line 2 of a.jsonl is no JSON .*one object",
+    ),
     "a list cut off": ("a.json", json.dumps([LLAVA])[:-5], "is no JSON: "),
     "a list with a comma at its end": ("a.json", json.dumps([LLAVA])[:-1] + ",]", "is no JSON: "),
     "an empty file": ("a.jsonl", "", "holds no (samples|questions)"),
@@ -132,8 +159,8 @@ BAD = {  # shape: (file, its content, what train says, what evaluate says where 
     "no parquet": ("a.parquet", "hello", "cannot be read: .*Give a .json"),
     "latin-1": ("a.json", json.dumps([QA]).replace("red", "r\u00e9").encode("latin-1"), "is not in UTF-8"),
     "brackets without end": ("a.json", "[" * 100_000, "is no JSON: "),
-    "a list of texts": ("a.json", ["hello"], "sample 1: element 1 is str; a row is an object"),
-    "lines of texts": ("a.jsonl", '"hello"\n', "sample 1: line 1 is str; a row is an object"),
+    "a list of texts": ("a.json", ["hello"], "sample 1: element 1 of a.json is str; a row is an object"),
+    "lines of texts": ("a.jsonl", '"hello"\n', "sample 1: line 1 of a.jsonl is str; a row is an object"),
     "an object of something": ("a.json", {"a": 1}, "sample 1: it has the columns a; a sample has"),
     "a csv": ("a.csv", "question,answer\n", "cannot be read: .csv is not read"),
     "other columns": ("a.json", [{"caption": "x"}], "sample 1: it has the columns caption; a sample has"),
@@ -142,7 +169,11 @@ BAD = {  # shape: (file, its content, what train says, what evaluate says where 
     "conversations of texts": ("a.json", [{"conversations": ["a", "b"]}], "message 1 is str; a message has role"),
     "conversations of one object": ("a.json", [{"messages": {"role": "user"}}], "its turns are dict; give a list"),
     "another role": ("a.json", [{"messages": [{"role": "tool", "content": "x"}]}], "role 'tool' of message 1: has to"),
-    "a video": ("a.json", [{"messages": chat([{"type": "video"}])}], "content of type 'video' in message 1"),
+    "a video in a message": (
+        "a.json",
+        [{"messages": chat([{"type": "video"}])}],
+        "content of type 'video' in message 1",
+    ),
     "content true": ("a.json", [{"messages": chat(True)}], "the content of message 1 is bool"),
     "an answer true": ("a.json", [{**QA, "answer": True}], r"an answer is bool \(True\); write it as text"),
     "more placeholders": (
@@ -156,6 +187,19 @@ BAD = {  # shape: (file, its content, what train says, what evaluate says where 
         "an answer holds <image>",
         "1 images for 2 placeholders",
     ),
+    "a video": ("a.json", [{**QA, "videos": ["a.mp4"]}], "its column 'videos' is not read"),
+    "an image in its text": ("a.json", [{**QA, "question": "<img>0.png</img> what ?"}], "names a picture in its text"),
+    "an image under an unknown name": ("a.json", [{**QA, "file_name": PNG}], "'file_name' looks like a picture's"),
+    "an image under another name, and none": (
+        "a.parquet",
+        [{**QA, "image": None, "scan": {"bytes": b"{png}", "path": None}}],
+        "'scan' looks like a picture's",
+    ),
+    "options that are a number": ("a.json", [{**QA, "choices": 3, "image": PNG}], "its options are int"),
+    "an answer without a question": ("a.json", [{"messages": chat()[1:]}], "it has no question"),
+    "a list of questions": ("a.json", [{**QA, "question": ["a", "b"]}], "the question is list"),
+    "not a number": ("a.json", '[{"question": "a", "answer": NaN, "image": null}]', r"an answer is float \(nan\)"),
+    "history that is a number": ("a.json", [{"query": "a", "response": "b", "history": 3}], "'history' has to hold"),
     "history of texts": ("a.json", [{"query": "a", "response": "b", "history": ["c"]}], "'history' has to hold pairs"),
     "an image that is an object": ("a.json", [{**QA, "image": {"a": 1}}], "image dict: has to be a path"),
     "no answer": ("a.json", [{"question": ASKED, "image": PNG}], "it has no answer", None),
@@ -260,6 +304,7 @@ class TestShapesThatAreRead:
             "answer a number": "3",
             "chat, answer a number": "3",
             "POPE": "yes",
+            **dict.fromkeys(("ScienceQA", "A-OKVQA", "MMBench"), "B"),
             "ms-swift, loss of one answer": ANSWER,
         }
         assert question.answers[0] == right.get(shape, ANSWER)
@@ -344,11 +389,33 @@ class TestBrokenRows:
         with caplog.at_level("WARNING", logger="llava_merge"):
             dataset = read_dataset(path, on_broken_row="skip").check(progress=False)
         assert [dataset.sample(at).name.partition("sample ")[2] for at in range(len(dataset))] == ["'1'", "'2'"]
-        assert "2 of 4 rows are broken and left out" in caplog.text and "line 4 is no JSON" in caplog.text
+        assert "2 of 4 rows are broken and left out" in caplog.text and "line 4 of a.jsonl is no JSON" in caplog.text
         streamed = list(read_dataset(path, streaming=True, on_broken_row="skip"))
         assert [(each["index"], each["num_skipped"]) for each in streamed] == [(0, 0), (2, 1)]
         with pytest.raises(ValueError, match="sample 2: 'conversations' is text that is no JSON"):
             list(read_dataset(path, streaming=True))
+
+    def test_a_folder_is_read_by_the_rules_of_its_files(self, folder):
+        data = folder / "data"
+        data.mkdir()
+        written(data, "train-0.jsonl", lines(LLAVA) + "{cut\n")
+        written(data, "train-1.json", {"data": [{**LLAVA, "id": "2"}]})
+        written(data, "test.jsonl", lines({**LLAVA, "id": "3"}))
+        dataset = read_dataset(str(data), image_folder=folder, on_broken_row="skip").check(progress=False)
+        assert [dataset.sample(at).name[-3:] for at in range(len(dataset))] == ["'1'", "'2'"]
+        with pytest.raises(ValueError, match=r"sample 2: line 2 of train-0.jsonl is no JSON"):
+            read_dataset(str(data), image_folder=folder).check(progress=False)
+        assert len(read_questions(str(data), "test", folder)) == 1
+        streamed = list(read_dataset(str(data), "test", folder, streaming=True))
+        assert [item["sample"].name[-3:] for item in streamed] == ["'3'"]
+
+    def test_options_stand_in_the_question(self, folder):
+        for shape in ("ScienceQA", "MMBench"):
+            (question,) = read_questions(written(folder, *GOOD[shape]))
+            assert question.messages[0]["content"][1]["text"] == f"{ASKED}\nA. a cat\nB. a dog"
+        row = {**QA, "question": "cat or dog ?", "choices": ["cat", "dog"], "image": PNG}
+        (question,) = read_questions(written(folder, "a.json", [row]))
+        assert question.messages[0]["content"][1]["text"] == "cat or dog ?"
 
     def test_a_table_stays_on_disk(self, folder):
         path = written(folder, "a.parquet", [{"messages": json.dumps(INLINE)}, {"messages": "x"}])
@@ -419,6 +486,18 @@ class TestOpening:
         dim = np.full((8, 8), 200, dtype=dtype)  # of 8 bits in a file of 16
         Image.fromarray(dim).save(tmp_path / "b.tiff")
         assert (np.asarray(open_image(tmp_path / "b.tiff")) == 200).all()
+
+    def test_floats_are_scaled(self, tmp_path):
+        values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(values).save(tmp_path / "a.tiff")
+        assert np.abs(np.asarray(open_image(tmp_path / "a.tiff"))[..., 0] - values * 255).max() <= 0.5
+
+    def test_urls_are_encoded(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr("llava_merge.pictures.urlopen", lambda request, **kwargs: asked.append(request.full_url))
+        with pytest.raises(ValueError, match="is not a picture that can be opened"):
+            open_image("https://example.org/a b/\u00e9.png?x=%20&y=1")
+        assert asked == ["https://example.org/a%20b/%C3%A9.png?x=%20&y=1"]
 
     def test_a_file_without_end_is_not_read_to_its_end(self, monkeypatch, server):
         monkeypatch.setattr("llava_merge.pictures.LARGEST_FILE", 3)

@@ -73,5 +73,7 @@ def is_network_error(error: Exception) -> bool:
 
 def fail(message: str, error: Exception):
     """Ends the command with the first line of a message, or the error's name where it has none, and exit code 2."""
+    if message.startswith("Caught ") and "DataLoader worker process" in message:  # with its traceback, as text
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2]
     typer.echo(f"Error: {message.partition(chr(10))[0] or type(error).__name__}", err=True)
     raise typer.Exit(2) from error

@@ -140,7 +140,7 @@ def read_question(row: dict, name: str, image_folder: Path) -> PictureQuestion:
         images = [located(image, image_folder) for image in images_of(row, turns)]
         last = len(turns) - 1
         if answers is None:
-            asked = [turn["role"] for turn in turns].index("user") if turns else 0
+            asked = [turn["role"] for turn in turns].index("user")
             replies = (at for at, turn in enumerate(turns) if at > asked and turn["role"] == "assistant")
             reply = next(replies, None)
             answers, last = ((), last) if reply is None else ((text_of(turns[reply]),), reply - 1)

@@ -14,8 +14,10 @@ from llava_merge.evaluation.vqa_normalization import in_one_line, normalize_text
 
 ANNOTATORS = 3  # who have to agree with an answer for the full VQA score
 TOLERANCE = 0.05
-CHOICE = re.compile(r"\(?(?P<letter>[A-Za-z])(?:\)|[.:](?=\s|$)|$)")
-CHOICE_IN_SENTENCE = re.compile(r"\b[Aa]nswer(?: is|:)? *\(?(?P<letter>[A-Z])\b")
+CHOICE = re.compile(r"\(?(?P<letter>[A-Za-z])(?:\)|[.:,](?=\s|$)|$)")
+CHOICE_IN_SENTENCE = re.compile(
+    r"\b(?i:answer|option|choice)(?:\s+(?i:is))?\s*:?\s*(?:(?i:option)\s+)?\(?(?P<letter>[A-Z])(?=\s*(?:[).:,]|$))"
+)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -77,7 +79,7 @@ def to_number(text: str) -> float | None:
 
 
 def multiple_choice(answer: str, references: Sequence[str]) -> float:
-    """Whether the letter that the answer chooses is the right one: of "B", "(B)", "B) cat", "B: cat", "Answer: B".
+    """Whether the letter that the answer chooses is the right one: of "B", "(B)", "B: cat", "The answer is B."
 
     Raises:
         ValueError: The right answer is no letter.
@@ -91,7 +93,8 @@ def multiple_choice(answer: str, references: Sequence[str]) -> float:
 
 def chosen_letter(text: str) -> str | None:
     """The letter of a choice, large; None where the text begins with none and says "answer" before none."""
-    found = CHOICE.match(text.strip()) or CHOICE_IN_SENTENCE.search(text)
+    text = text.replace("*", "").strip()  # bold
+    found = CHOICE.match(text) or CHOICE_IN_SENTENCE.search(text)
     return found["letter"].upper() if found else None
 
 

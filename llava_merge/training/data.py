@@ -181,16 +181,30 @@ def read_dataset(
     folder = Path(image_folder) if image_folder is not None else (file if file.is_dir() else file.parent)
     if image_folder is not None and not folder.is_dir():
         raise ValueError(f"data.image_folder={str(image_folder)!r}: there is no such folder.")
-    if file.suffix in (".json", ".jsonl") and not streaming:
-        return ChatDataset(read_json(file), path, folder, **rules)
-    if file.suffix == ".json":
+    files = [file] if file.suffix in (".json", ".jsonl") else json_files_in(path, split)
+    if files and not streaming:
+        return ChatDataset([row for each in files for row in read_json(each)], path, folder, **rules)
+    if any(each.suffix == ".json" for each in files):
         raise ValueError(f"data.streaming: {path} is one JSON list, which is read whole; use JSONL or parquet.")
-    rows = without_decoding(load_table(file, path, split, streaming))
+    rows = without_decoding(load_table(path, split, streaming, [*map(str, files)]))
     return (ChatStream if streaming else ChatDataset)(rows, path, folder, **rules)
 
 
-def load_table(file: Path, path: str, split: str, streaming: bool):
-    """A dataset of the datasets library.
+def json_files_in(path: str, split: str) -> list[Path]:
+    """The files of a split of a folder where all of them are JSON; none of another folder, or of something else."""
+    if not Path(path).is_dir():
+        return []
+    from datasets import load_dataset_builder  # slow to import
+
+    try:
+        files = [Path(each) for each in (load_dataset_builder(path).config.data_files or {}).get(split, ())]
+    except Exception:  # said where it is read
+        return []
+    return files if all(each.suffix in (".json", ".jsonl") for each in files) else []
+
+
+def load_table(path: str, split: str, streaming: bool, files: list[str]):
+    """A dataset of the datasets library, or a stream of `files` of lines.
 
     Raises:
         ValueError: It cannot be read.
@@ -200,10 +214,11 @@ def load_table(file: Path, path: str, split: str, streaming: bool):
     from pyarrow.parquet import read_metadata
 
     try:
+        file = Path(path)
         if file.suffix in (".jsonl", ".parquet") and not file.is_file():
             raise FileNotFoundError("there is no such file")
-        if file.suffix == ".jsonl":
-            return Stream.from_generator(stream_json, gen_kwargs={"file": str(file)})
+        if files:
+            return Stream.from_generator(stream_json, gen_kwargs={"files": files})
         if file.suffix == ".parquet":
             if not read_metadata(file).num_rows:
                 raise ValueError("it holds no samples")

@@ -22,20 +22,21 @@ def read_json(file: Path) -> list[dict]:
     except OSError as error:
         raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror}.") from error
     if has_lines(file, data):
-        return list(rows_of_lines(data.split(b"\n")))
+        return list(rows_of_lines(data.split(b"\n"), file.name))
     try:
         whole = json.loads(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {str(file)!r} is not in UTF-8 ({error}). Save it again so.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data: {str(file)!r} is no JSON: {error}") from error
-    return [as_row(row, f"element {at + 1}") for at, row in enumerate(rows_of_whole(whole, file))]
+    return [as_row(row, f"element {at + 1} of {file.name}") for at, row in enumerate(rows_of_whole(whole, file))]
 
 
-def stream_json(file: str) -> Iterator[dict]:
-    """The rows of a file of lines, one after the other, as [`read_json`] gives them."""
-    with open(file, "rb") as lines:
-        yield from rows_of_lines(lines)
+def stream_json(files: list[str]) -> Iterator[dict]:
+    """The rows of files of lines, one after the other, as [`read_json`] gives them."""
+    for file in files:
+        with open(file, "rb") as lines:
+            yield from rows_of_lines(lines, Path(file).name)
 
 
 def has_lines(file: Path, data: bytes) -> bool:
@@ -44,22 +45,22 @@ def has_lines(file: Path, data: bytes) -> bool:
     if file.suffix == ".jsonl":
         return head != b"["
     first, _, rest = data.strip().partition(b"\n")
-    return head == b"{" and bool(rest.strip()) and BROKEN not in row_of_line(first, 1)
+    return head == b"{" and bool(rest.strip()) and BROKEN not in row_of_line(first, "line 1")
 
 
-def rows_of_lines(lines: Iterable[bytes]) -> Iterator[dict]:
+def rows_of_lines(lines: Iterable[bytes], name: str) -> Iterator[dict]:
     """The rows of lines that are not empty; a comma at the end is of a list and does no harm."""
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield row_of_line(line, number)
+            yield row_of_line(line, f"line {number} of {name}")
 
 
-def row_of_line(line: bytes, number: int) -> dict:
+def row_of_line(line: bytes, where: str) -> dict:
     """The row of one line, or why there is none."""
     try:
-        return as_row(json.loads(line.strip().removesuffix(b",")), f"line {number}")
+        return as_row(json.loads(line.strip().removesuffix(b",")), where)
     except (ValueError, RecursionError) as error:
-        return {BROKEN: f"line {number} is no JSON ({error}); a line holds one object"}
+        return {BROKEN: f"{where} is no JSON ({error}); a line holds one object"}
 
 
 def as_row(row, where: str) -> dict:

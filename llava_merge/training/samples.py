@@ -2,6 +2,7 @@
 """One row of a dataset as chat messages and pictures, whatever the format."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -20,10 +21,18 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURNS = ("conversations", "messages", "conversation")  # columns, in the order in which they are looked for
 QUESTIONS = ("question", "query", "instruction", "text", "prompt")
-ANSWERS = ("answers", "answer", "label", "response", "output", "completion")
-PICTURES = ("images", "image", "imgname", "image_path", "img_path", "img", "imageId", "image_id")
+ANSWERS = ("answers", "answer", "label", "response", "output", "completion", "correct_choice_idx", "direct_answers")
+PICTURES = (
+    *("images", "image", "imgname", "image_path", "img_path", "image_file", "img_file", "decoded_image"),
+    *("img", "imageId", "image_id"),
+)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OPTIONS = ("choices", "options")
+NOT_READ = ("videos", "video", "audios", "audio")
 INLINE = ("image", "image_url", "url", "path", "base64")  # of a part of a message
-LOOKS_LIKE_PICTURE = re.compile(r"image|img|picture|photo", re.IGNORECASE)
+NAMED_LIKE_PICTURE = re.compile(r"image|img|picture|photo", re.IGNORECASE)
+FILE_OF_PICTURE = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)|data:image/.*", re.IGNORECASE | re.DOTALL)
+TAG_OF_PICTURE = re.compile(r"<img>[^<\n]{1,500}</img>")
 COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 
 
@@ -140,10 +149,12 @@ def read_turns(row: dict) -> tuple[list[dict], tuple[str, ...] | None]:
         raw = [*row["prompt"], *row["completion"]]
     references = None
     if raw is None:
-        raw, references = question_turns(row), read_answers(first_of(row, ANSWERS))
+        raw, references = question_turns(row), read_answers(first_of(row, ANSWERS), bool(read_options(row)))
     if not isinstance(raw, list):
         raise ValueError(f"its turns are {type(raw).__name__}; give a list of messages, each with role and content.")
     messages = [read_message(message, f"message {at + 1}") for at, message in enumerate(raw)]
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("it has no question (role user or human).")
     system = row.get("system")
     if isinstance(system, str) and system.strip() and not any(each["role"] == "system" for each in messages):
         messages.insert(0, {"role": "system", "content": split_text(system)})
@@ -165,8 +176,13 @@ def parsed(row: dict, key: str):
 
 
 def first_of(row: dict, names: tuple[str, ...]):
-    """The first of the columns `names` that has a value."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    """The first of the columns `names` that has a value; an empty text or list is none."""
+    return next((row[name] for name in names if is_filled(row.get(name))), None)
+
+
+def is_filled(value) -> bool:
+    """Whether a column has a value."""
+    return value is not None and not (isinstance(value, str | bytes | list | tuple | dict) and len(value) == 0)
 
 
 def question_turns(row: dict) -> list[dict]:
@@ -182,28 +198,54 @@ def question_turns(row: dict) -> list[dict]:
             f"as in LLaVA-Instruct, or messages (and images), or a question and an answer (and image)."
         )
     pairs = row.get("history") or ()
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
         raise ValueError("'history' has to hold pairs of a question and an answer.")
     turns = [
         {"role": role, "content": text}
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    if isinstance(question, str) and isinstance(rest, str) and rest.strip():
-        question = f"{question}\n{rest}"
-    return [*turns, {"role": "user", "content": question}]
+    lines = [as_text(question, "the question"), *([rest] if isinstance(rest, str) and rest.strip() else [])]
+    options = read_options(row)
+    if not all(option in lines[0] for option in options):
+        lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return [*turns, {"role": "user", "content": "\n".join(lines)}]
 
 
-def read_answers(answers) -> tuple[str, ...]:
-    """Right answers of a row: one, several, or several as {"answer": ...}, as VQA has them.
+def read_options(row: dict) -> list[str]:
+    """What can be chosen from: a list in a column of its own, or columns A, B and so on.
+
+    Raises:
+        ValueError: It is no list of texts.
+    """
+    options = first_of(row, OPTIONS)
+    if options is None and is_filled(row.get("A")) and is_filled(row.get("B")):
+        options = [row[letter] for letter in LETTERS if is_filled(row.get(letter))]
+    listed = parsed({"options": options}, "options") if options is not None else []
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"its options are {type(listed).__name__}; give a list of texts.")
+    return [as_text(option, "an option") for option in listed]
+
+
+def read_answers(answers, of_options: bool = False) -> tuple[str, ...]:
+    """Right answers of a row: one, several, JSON of several, or several as {"answer": ...}, as VQA has them.
+
+    Args:
+        of_options: Numbers count options from 0, and become their letters.
 
     Raises:
         ValueError: One is no text and no number.
     """
     if isinstance(answers, dict):
         answers = first_of(answers, ("answer", "text"))
+    if isinstance(answers, str) and answers.startswith('["'):
+        answers = parsed({"answers": answers}, "answers")
     listed = answers if isinstance(answers, list | tuple) else [] if answers is None else [answers]
     texts = [each.get("answer") if isinstance(each, dict) else each for each in listed]
+    if of_options:
+        texts = [LETTERS[text] if type(text) is int and 0 <= text < len(LETTERS) else text for text in texts]
     return tuple(as_text(text, "an answer") for text in texts)
 
 
@@ -215,7 +257,7 @@ def as_text(value, what: str) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise ValueError(f"{what} is {type(value).__name__} ({str(value)[:40]}); write it as text.")
 
@@ -235,7 +277,8 @@ def read_message(message, name: str) -> dict:
     content = first_of(message, ("value", "content"))
     parts = content if isinstance(content, list | tuple) else [] if content is None else [content]
     read = {"role": role, "content": [part for each in parts for part in read_part(each, name)]}
-    return read if message.get("loss") is not False else {**read, "loss": False}
+    learnt = all(message.get(key) is None or message[key] != 0 for key in ("loss", "weight"))
+    return read if learnt else {**read, "loss": False}
 
 
 def read_part(part, name: str) -> list[dict]:
@@ -245,7 +288,13 @@ def read_part(part, name: str) -> list[dict]:
         ValueError: It is neither text nor image.
     """
     if not isinstance(part, dict):
-        return split_text(as_text(part, f"the content of {name}"))
+        text = as_text(part, f"the content of {name}")
+        tag = TAG_OF_PICTURE.search(text)
+        if tag:
+            raise ValueError(
+                f"{name} names a picture in its text, {tag[0]}. Write {IMAGE} there, and the column image."
+            )
+        return split_text(text)
     kind = part.get("type") or ("text" if isinstance(part.get("text"), str) else None)
     if kind == "text":
         return [{"type": "text", "text": as_text(part.get("text") or "", f"the text of {name}")}]
@@ -272,34 +321,50 @@ def images_of(row: dict, turns: list[dict]) -> list:
         ValueError: There are more or fewer than placeholders, or a column that is not read looks like one of images.
     """
     places = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
-    inline = [part.pop("shown") for part in places if "shown" in part]
+    inline = [part.pop("shown", None) for part in places]
     given = first_of(row, PICTURES)
-    images = inline if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    images = [image for image in images if image is not None]
-    if not images and not places:
-        refuse_unread_picture(row)
+    if isinstance(given, str) and given.startswith('["'):
+        given = parsed({"images": given}, "images")
+    images = list(given) if isinstance(given, list | tuple) else [given]
+    images = [image for image in images if is_filled(image)]
+    refuse_unread(row, bool(images or places))
     asked = next((turn for turn in turns if turn["role"] == "user"), None)
     if images and not places and asked is not None:
         asked["content"] = [{"type": "image"} for _ in images] + asked["content"]
-    elif len(places) != len(images):
-        raise ValueError(f"it has {len(images)} images for {len(places)} placeholders {IMAGE}; write one for each.")
-    return images
+        return images
+    num_open = inline.count(None)
+    if not num_open:  # each stands in its message
+        return inline
+    if num_open != len(images):
+        raise ValueError(f"it has {len(images)} images for {num_open} placeholders {IMAGE}; write one for each.")
+    rest = iter(images)
+    return [next(rest) if image is None else image for image in inline]
 
 
-def refuse_unread_picture(row: dict):
-    """Refuses a row without images that has a column which looks like one of them.
+def refuse_unread(row: dict, has_images: bool):
+    """Refuses a row with what is not read: videos, sounds, or, where it has no images, a column that looks like one.
 
     Raises:
-        ValueError: So it is; a row that says `image: null` is one of text.
+        ValueError: So it is. A row that says `image: null` is of text alone, unless a column holds a picture.
     """
-    if any(name in row for name in PICTURES):
-        return
-    for name, value in row.items():
-        if LOOKS_LIKE_PICTURE.search(str(name)) and value not in (None, "", [], {}):
+    for name in NOT_READ:
+        if is_filled(row.get(name)):
+            raise ValueError(f"its column {name!r} is not read: rows are of text and images.")
+    says_none = any(name in row for name in PICTURES)
+    for name, value in row.items() if not has_images else ():
+        named, picture = NAMED_LIKE_PICTURE.search(str(name)) and is_filled(value), is_picture(value)
+        if (picture and (named or not isinstance(value, str))) if says_none else (picture or named):
             raise ValueError(
                 f"its column {name!r} looks like a picture's, and is not read. Call it image; or, if the row is of "
                 f"text alone, add image: null."
             )
+
+
+def is_picture(value) -> bool:
+    """Whether a column of an unknown name holds a picture, or the name of one."""
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, Image.Image) or isinstance(value, str) and bool(FILE_OF_PICTURE.fullmatch(value))
 
 
 def kept_turns(turns: list[dict], images: list, last: int) -> tuple[list[dict], list]:

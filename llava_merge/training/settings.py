@@ -258,6 +258,13 @@ NOT_OF_A_STREAM = (
 )
 
 
+NOT_OF_TRAINING = {
+    "resume_from_checkpoint": "it would not be read; go on with --resume",
+    "label_smoothing_factor": "it would not be read; the losses are those of losses",
+}
+AT_LEAST_1 = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+
+
 def check_values(settings: Settings, source: str):
     """Refuses values out of range.
 
@@ -279,6 +286,12 @@ def check_values(settings: Settings, source: str):
         raise ValueError(f"{source}: data.streaming=true: {NOT_OF_A_STREAM}")
     weights = losses.cross_entropy + losses.distillation + losses.reconstruction
     check(weights > 0, "losses", "all 0", "above 0 in one place, or nothing is trained")
+    for name, least in (("num_validation", 1), ("max_length", 1)):
+        value = getattr(data, name)
+        check(value is None or value >= least, f"data.{name}", value, f"{least} or more")
+    for name, why in NOT_OF_TRAINING.items():
+        if settings.training.get(name):
+            raise ValueError(f"{source}: training.{name}: {why}.")
     check(losses.temperature > 0, "losses.temperature", losses.temperature, "above 0")
     for name in ("curriculum", "question_dropout"):
         check(0 <= getattr(budgets, name) <= 1, f"budgets.{name}", getattr(budgets, name), "from 0 to 1")
@@ -309,6 +322,9 @@ def training_arguments(settings: Settings) -> TrainingArguments:
             torch._inductor.list_mode_options(args.torch_compile_mode)
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
+    for name in AT_LEAST_1:
+        if getattr(args, name) < 1:
+            raise ValueError(f"training.{name}={getattr(args, name)}: has to be 1 or more.")
     missing = set(args.report_to) - set(get_available_reporting_integrations())
     if missing:
         raise ValueError(f"training.report_to: {missing.pop()!r} is not installed. Install it, or set report_to=[].")
