@@ -47,7 +47,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         """Placeholders of an image, or "all".
 
         Raises:
-            ValueError: It is below 1.
+            ValueError: It is below 1, or above the visual tokens of an image.
         """
         budget = self.num_merged_tokens
         if isinstance(budget, list):
@@ -58,7 +58,17 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             raise ValueError(
                 f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
             )
+        if self.patch_size is not None and budget > self.num_patches:
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens}: an image has {self.num_patches} visual tokens, and "
+                f"merging makes no more of them. Ask for fewer, or for 'all'."
+            )
         return budget
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of an image before merging, as the processor's sizes have it."""
+        return super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
         """As in transformers; also warns of source positions behind what the tokenizer says a model takes."""
@@ -66,8 +76,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         limit = self.tokenizer.model_max_length
         if self.num_merged_tokens is None or self.patch_size is None or limit > UNKNOWN_LENGTH:
             return
-        num_patches = super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
-        image = 0
+        num_patches, image = self.num_patches, 0
         for ids, mask in zip(text_inputs["input_ids"], text_inputs.get("attention_mask", text), strict=True):
             num_tokens = sum(map(int, mask)) if "attention_mask" in text_inputs else len(ids)
             left, skipped = list(ids).count(self.image_token_id), 0
@@ -143,7 +152,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
                     f"in reading order."
                 )
             budgets = map(self.budget, range(found))
-            num_patches = super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
+            num_patches = self.num_patches
 
             def placeholders(_: re.Match) -> str:
                 budget = next(budgets)

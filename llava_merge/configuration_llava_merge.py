@@ -636,6 +636,22 @@ def as_saved_by_this_release(merger_fields: dict) -> dict:
     return {"position_ids": "packed", **merger_fields}
 
 
+def as_fields(merger_config: MergerConfig | dict | str | None) -> MergerConfig | dict | None:
+    """A merger's configuration, of which a method's name stands for `{"merger_type": name}`."""
+    return {"merger_type": merger_config} if isinstance(merger_config, str) else merger_config
+
+
+def refuse_merger_fields(arguments: dict):
+    """Refuses fields of a merger among the arguments of a model, which would not be read there.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name in sorted(own_merger_fields() & arguments.keys()):
+        value = arguments[name]
+        raise ValueError(f"{name}={value!r} is a field of the merger: pass merger_config={{{name!r}: {value!r}}}.")
+
+
 def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerConfig | dict | None:
     """The merger configuration `given` over that of a checkpoint; a dict field by field where the method is the same.
 

@@ -141,13 +141,24 @@ def in_8_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)) if values.max() > 255 else picture
 
 
-def save_picture(picture: Image.Image, path: Path):
-    """Saves a picture whole or not at all.
+def check_writable(path: Path):
+    """Refuses a picture that could not be saved, before there is one.
 
     Raises:
         ValueError: There is no such folder, or the extension is of no format that Pillow writes.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}.")
+    if path.is_dir() or Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{path}: give the name of a file that ends with .png, .jpg or another format of pictures.")
+
+
+def save_picture(picture: Image.Image, path: Path):
+    """Saves a picture whole or not at all.
+
+    Raises:
+        ValueError: As [`check_writable`].
+    """
+    check_writable(path)
     with renamed_when_whole(path) as written:
         picture.save(written)

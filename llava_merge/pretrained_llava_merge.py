@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .bypass import bypassing
 from .checkpoint_files import BoundsMissingWeights, for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
-from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig, lay_over
+from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig, as_fields, lay_over, refuse_merger_fields
 from .hub import MODEL
 from .loading import (
     as_merge_config,
@@ -102,7 +102,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         *model_args,
         config: PretrainedConfig | str | None = None,
         merger: str | None = None,
-        merger_config: MergerConfig | dict | None = None,
+        merger_config: MergerConfig | dict | str | None = None,
         merger_revision: str | None = None,
         allow_missing_weights: bool = False,
         **kwargs,
@@ -113,7 +113,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
             pretrained_model_name_or_path: Directory or Hub repo. A stock LLaVA (`llava-hf/llava-1.5-7b-hf`) gives its
                 weights and gets a merger that is fresh unless `merger` is given.
             merger: Directory or Hub repo of a merger checkpoint to lay over it.
-            merger_config: Configuration of the merger instead of the checkpoint's, an object or a dict of its fields.
+            merger_config: Configuration of the merger instead of the checkpoint's: an object, a dict of its fields, or
+                the name of a method.
             merger_revision: Branch, tag or commit of `merger` on the Hub.
             allow_missing_weights: Load even where the checkpoint lacks weights; they stay random.
 
@@ -125,6 +126,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         """
         if pretrained_model_name_or_path is None:  # a config and a state_dict
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        refuse_merger_fields(kwargs)
+        merger_config = as_fields(merger_config)
         path = str(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
         checkpoint = read_checkpoint(path, hub_kwargs)
@@ -199,6 +202,11 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         merger_config = self.config.merger_config
         if merger_config.merger_type == "none":
             raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
+        if num_merged_tokens is None:
+            raise ValueError(
+                "num_merged_tokens=None: give a number; to keep all tokens, call inside model.merger_bypassed(), or "
+                "give num_merged_tokens='all' in the call."
+            )
         changed = MergerConfig(
             **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
         )
@@ -271,18 +279,18 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
                 warn_if_another_merger_s(self.headless_model.multi_modal_projector)
             self._put_merger(merger)
 
-    def set_merger(self, merger_config: MergerConfig | dict):
-        """Puts a fresh merger in the place of the present one: `model.set_merger({"merger_type": "tome"})`.
+    def set_merger(self, merger_config: MergerConfig | dict | str):
+        """Puts a fresh merger in the place of the present one: `model.set_merger("tome")`.
 
         Args:
-            merger_config: Its configuration. Budget, `position_ids` and `attention_mass` that a dict leaves out stay as
-                they are.
+            merger_config: Its configuration, or the name of a method. Budget, `position_ids` and `attention_mass` that
+                it leaves out stay as they are.
 
         Raises:
             ValueError: It does not fit the model; the model is as before then.
             RuntimeError: A call of this model is running.
         """
-        present = self.config.merger_config
+        present, merger_config = self.config.merger_config, as_fields(merger_config)
         if isinstance(merger_config, dict):
             kept = {name: getattr(present, name) for name in ("position_ids", "attention_mass")}
             if not {*BUDGET} & {*merger_config} and "none" not in (

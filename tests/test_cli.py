@@ -2,6 +2,7 @@
 """The `llava-merge` command as a program: its help, its JSON, its exit codes, Ctrl-C, and pushing."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -11,18 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from conftest import agnostic, listen_to_ctrl_c, make_processor, tiny_model
 from hub_server import HubServer, run_python
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from llava_merge import LlavaMergeProcessor, list_mergers
+from llava_merge import LlavaMergeProcessor, __version__, list_mergers
 from llava_merge.cli import app
 from llava_merge.cli.common import one_line_errors
 from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.cards import add_evaluation
 from llava_merge.evaluation.report import read_evaluation
+from llava_merge.evaluation.run import settings_of_options
 from llava_merge.hub import MERGER, make_card
 
 
@@ -43,8 +46,57 @@ class TestHelp:
         for parameter in COMMANDS[name].params:
             assert parameter.help and parameter.help.endswith((".", ".)")), parameter.name
 
+    def test_short_and_version(self):
+        assert CliRunner().invoke(app, ["-h"]).output == CliRunner().invoke(app, ["--help"]).output
+        assert CliRunner().invoke(app, ["demo", "-h"]).exit_code == 0
+        assert CliRunner().invoke(app, ["--version"]).output == f"llava-merge {__version__}\n"
+
+    def test_nobody_reads(self):
+        """As `llava-merge mergers | head -1`, where the pipe is closed."""
+        process = llava_merge("mergers", env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process.stdout.close()
+        assert process.wait(60) == 141 and process.stderr.read() == ""
+
     def test_exit_codes_are_named(self):
         assert "Exit codes: 0 done" in CliRunner().invoke(app, ["--help"]).output.replace("\n", " ")
+
+
+class TestKnownAtTheStart:
+    """In one line, before a model is loaded."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("evaluate", "--device", "foo"), "device='foo' cannot be used (Expected one of cpu, cuda"),
+            (("benchmark", "--device", "foo"), "device='foo' cannot be used (Expected one of cpu, cuda"),
+            (("evaluate", "--metric", "pope"), "scene 1 of test: metric 'pope': the right answer 'star' has to be"),
+            (("evaluate", "--choose", "5"), "choose=5.0: has to be above 0 and up to 1"),
+            (("evaluate", "--choose", "0"), "choose=0.0: has to be above 0 and up to 1"),
+            (("evaluate", "--flips", "-1"), "flips=-1: has to be 0 or more"),
+            (("demo", "--output", "x.abc"), "x.abc: give the name of a file that ends with .png"),
+            (("demo", "--output", "nowhere/x.png"), "nowhere/x.png: there is no folder nowhere"),
+            (("demo", "--question", " "), "question=' ' is empty"),
+        ],
+    )
+    def test_it_is(self, arguments, message, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("llava_merge.LlavaMergeForConditionalGeneration.from_pretrained", None)
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and done.stderr.startswith(f"Error: {message}"), done.output
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    def test_a_gpu_that_is_not_there(self):
+        done = CliRunner().invoke(app, ["evaluate", "--device", "cuda"])
+        assert done.exit_code == 2 and done.stderr.startswith("Error: device='cuda' cannot be used (Torch not compiled")
+
+    def test_line_breaks_in_a_prompt_are_those_of_the_shell(self):
+        """bash passes a backslash and an n."""
+        asked = settings_of_options(
+            {"prompt": r"{question}\nShort.", "merger": None, "num_merged_tokens": None, "image_folder": None}
+            | {"device": "cpu", "dtype": None, "model": None, "data": "demo"}
+        )
+        assert asked.prompt == "{question}\nShort."
 
 
 class TestJson:

@@ -293,7 +293,10 @@ class TestCommand:
                 ("--output", "/nowhere/at/all/out.png", "--question", "What color is the star?"),
                 "/nowhere/at/all/out.png",
             ),
-            (("--output", "{}/out.nonsense", "--question", "What color is the star?"), "unknown file extension"),
+            (
+                ("--output", "{}/out.nonsense", "--question", "What color is the star?"),
+                "give the name of a file that ends with .png",
+            ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )

@@ -12,6 +12,7 @@ from conftest import (
     agnostic,
     aware,
     image_features,
+    make_processor,
     pixels,
     prompts,
     tiny_config,
@@ -34,6 +35,7 @@ from llava_merge import (
     LlavaMergeConfig,
     LlavaMergeForConditionalGeneration,
     LlavaMergeModel,
+    LlavaMergeProcessor,
     MergerConfig,
     TokenMerger,
 )
@@ -641,3 +643,36 @@ def test_pickles_are_not_written(tmp_path):
     assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="safe_serialization=False would write a pickle"):
         tiny_model(agnostic()).push_to_hub("somebody/model", safe_serialization=False)  # asks no Hub
+
+
+class TestWordsOfAMerger:
+    """What is meant is done, or said."""
+
+    def test_a_method_by_its_name(self, tmp_path):
+        tiny_stock().save_pretrained(tmp_path)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, merger_config="tome")
+        assert model.config.merger_config.merger_type == "tome"
+        model.set_merger("strided")
+        assert model.config.merger_config.merger_type == "strided"
+        with pytest.raises(ValueError, match="merger_type='tomato'"):
+            model.set_merger("tomato")
+
+    def test_a_field_where_none_is(self, tmp_path):
+        for fields in ({"num_merged_tokens": 64}, {"attention_mass": 1.0}):
+            ((name, value),) = fields.items()
+            with pytest.raises(ValueError, match=rf"{name}={value} is a field of the merger: pass merger_config="):
+                LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, **fields)
+
+    def test_no_number(self):
+        model = tiny_model(agnostic())
+        with pytest.raises(ValueError, match="num_merged_tokens=None: give a number; to keep all tokens"):
+            model.set_num_merged_tokens(None)
+
+    @pytest.mark.parametrize("budget", [NUM_PATCHES + 1, 10**9])
+    def test_more_tokens_than_an_image_has(self, budget, picture):
+        processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9)
+        with pytest.raises(ValueError, match=f"an image has {NUM_PATCHES} visual tokens, and merging makes no more"):
+            processor(images=picture, text="<image> what", num_merged_tokens=budget)
+        processor.num_merged_tokens = budget
+        with pytest.raises(ValueError, match=f"an image has {NUM_PATCHES} visual tokens"):
+            processor(images=picture, text="<image> what")

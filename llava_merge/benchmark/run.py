@@ -27,7 +27,7 @@ from llava_merge.evaluation.candidates import (
     text_towers_of,
 )
 from llava_merge.evaluation.grid import Cell, make_cells
-from llava_merge.evaluation.protocol import BUNDLED, attention_of, describe_machine
+from llava_merge.evaluation.protocol import BUNDLED, attention_of, check_device, describe_machine
 from llava_merge.files import refuse_output_in_input, renamed_when_whole, write_whole
 from llava_merge.inference_graphs import InferenceGraphs
 from llava_merge.placeholders import ALL_TOKENS
@@ -130,6 +130,7 @@ def check_settings(settings: BenchmarkSettings):
             raise ValueError(f"{name}={getattr(settings, name)}: has to be whole numbers of 1 or more.")
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={settings.dtype!r}: has to be float32, bfloat16 or float16.")
+    check_device(settings.device)
     if settings.memory is not None and not settings.device.startswith("cuda"):
         raise ValueError(f"memory={settings.memory}: can be measured on a GPU only, not on {settings.device!r}.")
 

@@ -1,10 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The `llava-merge` command itself, and what its subcommands share."""
 
+import os
 import sys
 from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated
+
+from llava_merge.version import __version__
 
 
 try:
@@ -16,11 +19,28 @@ except ModuleNotFoundError as error:
 INTERRUPTED = 130  # as shells have it
 ModelOption = Annotated[str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+NO_READER = 141  # as shells have it where nobody reads what is printed
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def say_version(yes: bool):
+    """Prints the version and ends the command, if asked to."""
+    if yes:
+        typer.echo(f"llava-merge {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def describe():
+def describe(
+    shows_version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
     """LLaVA with fewer visual tokens, merged in CLIP space, before the projector.
 
     Exit codes: 0 done, 1 a bug, 2 something given cannot be used, 130 interrupted.
@@ -54,6 +74,9 @@ def one_line_errors(extra: str | None = None):
     except KeyboardInterrupt as error:
         typer.echo("Interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError as error:  # of `llava-merge mergers | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        raise typer.Exit(NO_READER) from error
     except ModuleNotFoundError as error:
         if extra is None:
             raise

@@ -42,7 +42,7 @@ def demo(
     from llava_merge.demo.compare import Comparison
     from llava_merge.evaluation.candidates import checkpoints_of, text_towers_of
     from llava_merge.files import refuse_output_in_input
-    from llava_merge.pictures import open_image, save_picture
+    from llava_merge.pictures import check_writable, open_image, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 
     logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
@@ -51,6 +51,10 @@ def demo(
     if model is None and merger is None:
         mergers, num_merged_tokens = [MERGERS[0]], NUM_MERGED_TOKENS if num_merged_tokens is None else num_merged_tokens
     refuse_output_in_input(output, image or PICTURE, model or MODEL_DIR, *checkpoints_of(filter(None, mergers)))
+    check_writable(output)
+    for text in questions:
+        if not text.strip():
+            raise ValueError(f"question={text!r} is empty; type one, or leave it out.")
     picture = open_image(image or PICTURE)
     comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
     columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}

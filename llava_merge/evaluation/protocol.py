@@ -96,6 +96,21 @@ def describe_protocol(
     }
 
 
+def check_device(name: str):
+    """Refuses a device that torch does not know, or that is not there.
+
+    Raises:
+        ValueError: So it is.
+    """
+    try:
+        torch.zeros(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # of builds without CUDA, and of the others
+        reason = str(error).partition("\n")[0].rstrip(".")[:100]
+        raise ValueError(
+            f"device={name!r} cannot be used ({reason}). Leave it out, or give cpu, cuda or cuda:1."
+        ) from error
+
+
 def describe_machine(device: torch.device) -> dict:
     """Hardware and versions."""
     return {

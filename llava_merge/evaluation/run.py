@@ -26,7 +26,12 @@ from llava_merge.evaluation.candidates import (
 from llava_merge.evaluation.data import PictureQuestion, files_of_questions, read_questions
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
-from llava_merge.evaluation.protocol import EvaluationSettings, check_same_protocol, describe_protocol
+from llava_merge.evaluation.protocol import (
+    EvaluationSettings,
+    check_device,
+    check_same_protocol,
+    describe_protocol,
+)
 from llava_merge.evaluation.report import (
     choose_budgets,
     describe_choice,
@@ -73,10 +78,13 @@ def evaluate(
             lies in a checkpoint that is read, or what is written would replace a file that is read.
     """
     check_settings(settings)
+    if choose is not None and not 0 < choose <= 1:
+        raise ValueError(f"choose={choose}: has to be above 0 and up to 1, such as 0.98.")
     mergers = settings.mergers or default_mergers(settings.model)
     refuse_output_in_input(output, settings.model, *checkpoints_of(mergers))
     data = settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt
     questions = read_questions(*data, on_broken_row=settings.on_broken_row)
+    check_answers(settings.metric, questions)
     refuse_replaced_files(output, WRITTEN, chain(against or (), files_of_questions(settings.data, questions)))
     model, processor = load_model(settings)
     places = {"position_ids": settings.position_ids, "attention_mass": settings.attention_mass}
@@ -119,6 +127,7 @@ def settings_of_options(options: dict) -> EvaluationSettings:
     options["device"] = options["device"] or ("cuda" if on_gpu else "cpu")
     options["dtype"] = options["dtype"] or ("bfloat16" if on_gpu else "float32")
     options["model"] = options["model"] or str(MODEL_DIR)
+    options["prompt"] = options["prompt"].replace("\\n", "\n").replace("\\t", "\t")  # as shells pass them on
     folder = None if folder is None else str(folder)
     return EvaluationSettings(**options, mergers=merger or [], budgets=budgets or [], image_folder=folder)
 
@@ -140,8 +149,25 @@ def check_settings(settings: EvaluationSettings):
             raise ValueError(f"{name}={getattr(settings, name)}: has to be 1 or more.")
     if not 0 <= settings.attention_mass <= 1:
         raise ValueError(f"attention_mass={settings.attention_mass}: has to be from 0 to 1.")
+    if settings.flips < 0:
+        raise ValueError(f"flips={settings.flips}: has to be 0 or more.")
+    check_device(settings.device)
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"limit={settings.limit}: has to be 1 or more; leave it out to ask all questions.")
+
+
+def check_answers(metric: str, questions: list[PictureQuestion]):
+    """Refuses right answers that the metric cannot score, before anything is asked.
+
+    Raises:
+        ValueError: There is one; its question is named.
+    """
+    for question in questions:
+        if question.answers:
+            try:
+                METRICS[metric](question.answers[0], question.answers)
+            except ValueError as error:
+                raise ValueError(f"{question.name}: {error}") from error
 
 
 def default_mergers(model: str) -> list[str]:

@@ -192,12 +192,8 @@ def read_dataset(
 
 def json_files_in(path: str, split: str) -> list[Path]:
     """The files of a split of a folder where all of them are JSON; none of another folder, or of something else."""
-    if not Path(path).is_dir():
-        return []
-    from datasets import load_dataset_builder  # slow to import
-
     try:
-        files = [Path(each) for each in (load_dataset_builder(path).config.data_files or {}).get(split, ())]
+        files = [Path(each) for each in data_files_of(path).get(split, ())] if Path(path).is_dir() else []
     except Exception:  # said where it is read
         return []
     return files if all(each.suffix in (".json", ".jsonl") for each in files) else []
@@ -234,13 +230,18 @@ def load_table(path: str, split: str, streaming: bool, files: list[str]):
         ) from error
 
 
+def data_files_of(folder: str) -> dict[str, list[str]]:
+    """The files of each split of a folder, as the datasets library finds them."""
+    from datasets import load_dataset_builder  # slow to import
+
+    return load_dataset_builder(folder).config.data_files or {}
+
+
 def files_of_dataset(path: str) -> list[str]:
     """The files that [`read_dataset`] reads: `path`, or those of a folder that the datasets library takes."""
     if not Path(path).is_dir():
         return [path]
-    from datasets import load_dataset_builder  # slow to import
-
-    return [file for files in (load_dataset_builder(path).config.data_files or {}).values() for file in files]
+    return [file for files in data_files_of(path).values() for file in files]
 
 
 def without_decoding(rows):
