@@ -597,7 +597,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             make a token, as in V3, the share is by weight times length of what is added (arXiv 2004.10102).
 
         Raises:
-            ValueError: As `forward`.
+            ValueError: As `forward`; or a method of one's own does not say it.
         """
         masks = {name: inputs.pop(name, None) for name in ("question_mask", "answer_mask")}
         prompt, options = self._prompt_of_call(masks, inputs)
@@ -610,7 +610,13 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         extras = self._with_relevance(extras, features, question)
 
         def source_of(*merged_alike) -> tuple[Tensor]:
-            return (self.merge_features(*merged_alike, return_source=True).source.float(),)
+            source = self.merge_features(*merged_alike, return_source=True).source
+            if source is None:
+                raise ValueError(
+                    f"merger_type={self.config.merger_config.merger_type!r} does not say where its tokens come from: "
+                    f"its method has to give MergeOutput(source=...) where `return_source` is asked for."
+                )
+            return (source.float(),)
 
         return merge_by_budget(source_of, features, question, grid, budgets, extras)[0]
 

@@ -36,7 +36,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(readable(source))
         return in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{name}: there is no such file. Give the path of a picture, or a URL.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture.") from error

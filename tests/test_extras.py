@@ -67,6 +67,12 @@ def eager_tower(model):
         return tower, tower(pixels(2), output_attentions=True, output_hidden_states=True)
 
 
+def test_a_method_that_says_no_source_is_named(asks_for_all):
+    model = tiny_model(ALL_OF_IT)
+    with pytest.raises(ValueError, match="merger_type='asks_for_all' does not say where its tokens come from"):
+        model.merge_sources(**prompts([1], M), pixel_values=pixels(1))
+
+
 @pytest.mark.parametrize("layer", [-2, -1, 1, [-3, -2]])
 def test_extras_of_clip_equal_the_eager_path(asks_for_all, layer):
     model, extras = fetched(asks_for_all, vision_feature_layer=layer)
