@@ -20,7 +20,7 @@ from llava_merge.demo.scenes import (
     scene_of,
 )
 from llava_merge.pictures import scheme_of
-from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset, read_dataset
+from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset, read_dataset, sample_name
 from llava_merge.training.samples import images_of, kept_turns, located, open_images, read_turns, text_of
 
 
@@ -108,7 +108,8 @@ def read_checked(dataset: ChatDataset, index: int, on_broken_row: str) -> Pictur
         ValueError: It cannot be asked, and that is an error.
     """
     try:
-        question = read_question(dataset.rows[index], dataset.name(index), dataset.image_folder)
+        row = dataset.rows[index]
+        question = read_question(row, sample_name(dataset.source, row, index), dataset.image_folder)
         if on_broken_row == SKIP:
             question.open_images()
         for image in question.images:

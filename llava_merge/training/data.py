@@ -47,11 +47,8 @@ class ChatDataset(Dataset):
 
     def sample(self, index: int) -> Sample:
         """Row `index`, checked."""
-        return read_sample(self.rows[index], self.name(index), self.image_folder)
-
-    def name(self, index: int) -> str:
-        """What errors call row `index`."""
-        return sample_name(self.source, self.rows[index], index)
+        row = self.rows[index]
+        return read_sample(row, sample_name(self.source, row, index), self.image_folder)
 
     def __getitem__(self, index: int) -> dict:
         """`{"sample", "pictures", "index", "num_skipped"}` of a sample, or of the next that can be used.
@@ -61,7 +58,8 @@ class ChatDataset(Dataset):
         """
         for offset in range(len(self)):
             at = (index + offset) % len(self)
-            found = usable(self.rows[at], self.name(at), self)
+            row = self.rows[at]  # once: of a table, it is read from its file with the pictures' bytes
+            found = usable(row, sample_name(self.source, row, at), self)
             if found is not None:
                 return {**found, "index": at, "num_skipped": offset}
         raise ValueError(

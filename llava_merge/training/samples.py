@@ -144,12 +144,13 @@ def read_turns(row: dict) -> tuple[list[dict], tuple[str, ...] | None]:
     """
     if BROKEN in row:
         raise ValueError(f"{row[BROKEN]}.")
-    raw = next((parsed(row, key) for key in TURNS if row.get(key) is not None), None)
+    raw = next((parsed(row[key], key) for key in TURNS if row.get(key) is not None), None)
     if raw is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         raw = [*row["prompt"], *row["completion"]]
     references = None
     if raw is None:
-        raw, references = question_turns(row), read_answers(first_of(row, ANSWERS), bool(read_options(row)))
+        raw, options = question_turns(row)
+        references = read_answers(first_of(row, ANSWERS), bool(options))
     if not isinstance(raw, list):
         raise ValueError(f"its turns are {type(raw).__name__}; give a list of messages, each with role and content.")
     messages = [read_message(message, f"message {at + 1}") for at, message in enumerate(raw)]
@@ -161,18 +162,18 @@ def read_turns(row: dict) -> tuple[list[dict], tuple[str, ...] | None]:
     return messages, references
 
 
-def parsed(row: dict, key: str):
-    """A column that holds a list, or JSON of one.
+def parsed(value, name: str):
+    """The value of a column that holds a list, or JSON of one.
 
     Raises:
         ValueError: It is text that is no JSON.
     """
-    if not isinstance(row[key], str):
-        return row[key]
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(row[key])
+        return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key!r} is text that is no JSON ({error}); give a list of messages.") from error
+        raise ValueError(f"{name!r} is text that is no JSON ({error}); give a list.") from error
 
 
 def first_of(row: dict, names: tuple[str, ...]):
@@ -185,8 +186,8 @@ def is_filled(value) -> bool:
     return value is not None and not (isinstance(value, str | bytes | list | tuple | dict) and len(value) == 0)
 
 
-def question_turns(row: dict) -> list[dict]:
-    """The turns of a row with a question: its `history` of pairs, and the question, with `input` after it.
+def question_turns(row: dict) -> tuple[list[dict], list[str]]:
+    """The turns of a row with a question: its `history` of pairs, and the question, with `input` after it; and options.
 
     Raises:
         ValueError: It has none.
@@ -211,7 +212,7 @@ def question_turns(row: dict) -> list[dict]:
     options = read_options(row)
     if not all(option in lines[0] for option in options):
         lines += [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return [*turns, {"role": "user", "content": "\n".join(lines)}]
+    return [*turns, {"role": "user", "content": "\n".join(lines)}], options
 
 
 def read_options(row: dict) -> list[str]:
@@ -223,7 +224,7 @@ def read_options(row: dict) -> list[str]:
     options = first_of(row, OPTIONS)
     if options is None and is_filled(row.get("A")) and is_filled(row.get("B")):
         options = [row[letter] for letter in LETTERS if is_filled(row.get(letter))]
-    listed = parsed({"options": options}, "options") if options is not None else []
+    listed = parsed(options, "options") if options is not None else []
     if not isinstance(listed, list | tuple):
         raise ValueError(f"its options are {type(listed).__name__}; give a list of texts.")
     return [as_text(option, "an option") for option in listed]
@@ -241,7 +242,7 @@ def read_answers(answers, of_options: bool = False) -> tuple[str, ...]:
     if isinstance(answers, dict):
         answers = first_of(answers, ("answer", "text"))
     if isinstance(answers, str) and answers.startswith('["'):
-        answers = parsed({"answers": answers}, "answers")
+        answers = parsed(answers, "answers")
     listed = answers if isinstance(answers, list | tuple) else [] if answers is None else [answers]
     texts = [each.get("answer") if isinstance(each, dict) else each for each in listed]
     if of_options:
@@ -324,7 +325,7 @@ def images_of(row: dict, turns: list[dict]) -> list:
     inline = [part.pop("shown", None) for part in places]
     given = first_of(row, PICTURES)
     if isinstance(given, str) and given.startswith('["'):
-        given = parsed({"images": given}, "images")
+        given = parsed(given, "images")
     images = list(given) if isinstance(given, list | tuple) else [given]
     images = [image for image in images if is_filled(image)]
     refuse_unread(row, bool(images or places))
