@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Loading of a whole LLaVA: what is at the path, and whether every weight came from it."""
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from .configuration_llava_merge import (
     lay_over,
     stock_or_own_fields,
 )
-from .merging_base import find_merging_method
+from .merging_base import MERGING_METHODS, find_merging_method
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +119,23 @@ def check_adapter_is_safetensors(path: str, hub_kwargs: dict):
             f"The adapter {path} has no adapter_model.safetensors that can be had. An adapter_model.bin is a pickle, "
             f"which is never opened here: save the adapter again with safe_serialization=True."
         )
+
+
+def find_bundled(name: str) -> str:
+    """The folder of a merger that the installed package bundles, by its name; any other name as it is.
+
+    Raises:
+        ValueError: It is the name of a method, which has no checkpoint.
+    """
+    if name in MERGING_METHODS and not Path(name).is_dir():
+        raise ValueError(
+            f"{name!r} is a method and no checkpoint of a merger: call model.set_merger({name!r}), or pass "
+            f"merger_config={name!r} when loading."
+        )
+    try:  # by its name, for this file may be a copy on the Hub without the package
+        return importlib.import_module("llava_merge.demo").find_merger(name)
+    except ModuleNotFoundError:
+        return name
 
 
 def check_merger_request(checkpoint: Checkpoint, merger: str | None, merger_config, merger_revision: str | None):

@@ -2,6 +2,7 @@
 """Loading and saving, and changing of the merger, for LLaVA with and without its head."""
 
 import copy
+import os
 from contextlib import contextmanager
 
 import torch
@@ -20,11 +21,12 @@ from .loading import (
     check_adapter,
     check_loaded_keys,
     check_merger_request,
+    find_bundled,
     is_merger_key,
     log_merger,
     read_checkpoint,
 )
-from .merging_base import find_merging_method
+from .merging_base import MERGING_METHODS, find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import (
     check_replaceable,
@@ -112,7 +114,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         Args:
             pretrained_model_name_or_path: Directory or Hub repo. A stock LLaVA (`llava-hf/llava-1.5-7b-hf`) gives its
                 weights and gets a merger that is fresh unless `merger` is given.
-            merger: Directory or Hub repo of a merger checkpoint to lay over it.
+            merger: Directory or Hub repo of a merger checkpoint to lay over it; or the name of a bundled merger, or of
+                a method, which starts fresh.
             merger_config: Configuration of the merger instead of the checkpoint's: an object, a dict of its fields, or
                 the name of a method.
             merger_revision: Branch, tag or commit of `merger` on the Hub.
@@ -128,6 +131,8 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         refuse_merger_fields(kwargs)
         merger_config = as_fields(merger_config)
+        if merger in MERGING_METHODS and merger_config is None and not os.path.isdir(merger):
+            merger_config, merger = {"merger_type": merger}, None
         path = str(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
         checkpoint = read_checkpoint(path, hub_kwargs)
@@ -251,16 +256,16 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         return projector if wanted else None
 
     def load_merger(self, pretrained_model_name_or_path: str, **kwargs):
-        """Puts the merger of a checkpoint (directory or Hub repo) in the place of the present one.
+        """Puts the merger of a checkpoint (directory, Hub repo, name of a bundled one) in the place of the present one.
 
         So it does with the projector that was trained with it; where the checkpoint has none, the present one stays. Of
         a Hub repo `revision` is the branch, tag or commit.
 
         Raises:
-            ValueError: Its widths are not this model's, or a file is broken; the model is as before then.
+            ValueError: Its widths are not this model's, a file is broken, or it names a method; the model is as before.
             RuntimeError: A call of this model is running.
         """
-        path = pretrained_model_name_or_path
+        path = find_bundled(str(pretrained_model_name_or_path))
         merger = TokenMerger.from_pretrained(path, **{"dtype": self.dtype, **kwargs})
         projector = None
         if merger.config.has_projector:

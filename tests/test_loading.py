@@ -40,6 +40,7 @@ from llava_merge import (
     TokenMerger,
 )
 from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
+from llava_merge.demo import MODEL_DIR
 
 
 pytestmark = pytest.mark.core
@@ -656,6 +657,20 @@ class TestWordsOfAMerger:
         assert model.config.merger_config.merger_type == "strided"
         with pytest.raises(ValueError, match="merger_type='tomato'"):
             model.set_merger("tomato")
+
+    def test_a_method_or_a_bundled_merger_as_merger(self, tmp_path):
+        tiny_stock().save_pretrained(tmp_path)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, merger="tome")
+        assert model.config.merger_config.merger_type == "tome"
+        with pytest.raises(
+            ValueError, match="'tome' is a method and no checkpoint of a merger: call"
+        ):
+            model.load_merger("tome")
+        bundled = LlavaMergeForConditionalGeneration.from_pretrained(MODEL_DIR, merger="salient")
+        assert bundled.config.merger_config.merger_type == "salient_pooling"
+        assert bundled.config.merger_config.trained_num_tokens
+        bundled.load_merger("agnostic")
+        assert bundled.config.merger_config.merger_type == "fixed_pooling"
 
     def test_a_field_where_none_is(self, tmp_path):
         for fields in ({"num_merged_tokens": 64}, {"attention_mass": 1.0}):
