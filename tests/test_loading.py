@@ -662,9 +662,7 @@ class TestWordsOfAMerger:
         tiny_stock().save_pretrained(tmp_path)
         model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path, merger="tome")
         assert model.config.merger_config.merger_type == "tome"
-        with pytest.raises(
-            ValueError, match="'tome' is a method and no checkpoint of a merger: call"
-        ):
+        with pytest.raises(ValueError, match="'tome' is a method and no checkpoint of a merger: call"):
             model.load_merger("tome")
         bundled = LlavaMergeForConditionalGeneration.from_pretrained(MODEL_DIR, merger="salient")
         assert bundled.config.merger_config.merger_type == "salient_pooling"

@@ -445,6 +445,13 @@ class TestBrokenRows:
         with pytest.raises(ValueError, match="each of its answers has loss: false"):
             read_dataset(written(folder, "a.json", none)).check(progress=False)
 
+    def test_turns_that_are_left_out_are_counted(self, folder, caplog):
+        shapes = ("ShareGPT that begins with the answer", "ShareGPT that ends with a question about an image")
+        path = written(folder, "a.json", [row for shape in shapes for row in GOOD[shape][1]])
+        with caplog.at_level("WARNING", logger="llava_merge"):
+            read_dataset(path).check(progress=False)
+        assert f"{path}: 2 turns are left out" in caplog.text
+
     def test_a_system_column_comes_first(self, folder):
         sample = read_dataset(written(folder, *GOOD["LlamaFactory, sharegpt"])).sample(0)
         assert sample.messages[0] == {"role": "system", "content": [{"type": "text", "text": "be short"}]}

@@ -73,15 +73,20 @@ class ChatDataset(Dataset):
         Raises:
             ValueError: One cannot be trained on, and that is an error; it is named. Or there is none that can.
         """
-        good = []
+        good, num_left_out = [], 0
         for index in tqdm(range(len(self)), "checking samples", disable=not progress, mininterval=1):
             try:
-                self.sample(index)
+                num_left_out += self.sample(index).num_left_out
                 good.append(index)
             except ValueError as error:
                 if self.on_broken_row == ERROR:
                     raise
                 logger.warning(f"Skipped {error}")
+        if num_left_out:
+            logger.warning(
+                f"{self.source}: {num_left_out} turns are left out, answers before the first question of their row or "
+                f"questions after its last answer."
+            )
         if not good:
             raise ValueError(f"{self.source} holds no samples{' that can be used' if len(self) else ''}.")
         if len(good) == len(self):

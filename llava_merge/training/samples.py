@@ -45,12 +45,15 @@ class Sample:
         messages: Chat messages, each {"role", "content": [{"type": "image"} or {"type": "text", "text"}]}.
         images: Of each placeholder in reading order: a path or URL, a `PIL.Image.Image`, or bytes of a file.
         untrained: Numbers of messages that are answers not to be learnt: `loss: false`.
+        num_left_out: Turns of the row that are no messages: answers before the first question, questions after the last
+            answer.
     """
 
     name: str
     messages: list[dict]
     images: list
     untrained: frozenset[int] = frozenset()
+    num_left_out: int = 0
 
     def open_images(self) -> list[Image.Image]:
         """The pictures, in RGB and upright.
@@ -133,7 +136,7 @@ def read_sample(row: dict, name: str, image_folder: Path) -> Sample:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     untrained = frozenset(at for at, message in enumerate(messages) if not message.pop("loss", True))
-    return Sample(name, messages, images, untrained)
+    return Sample(name, messages, images, untrained, len(turns) - len(messages))
 
 
 def read_turns(row: dict) -> tuple[list[dict], tuple[str, ...] | None]:
