@@ -47,7 +47,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         """Placeholders of an image, or "all".
 
         Raises:
-            ValueError: It is below 1, or above the visual tokens of an image.
+            ValueError: It is below 1.
         """
         budget = self.num_merged_tokens
         if isinstance(budget, list):
@@ -58,12 +58,21 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             raise ValueError(
                 f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
             )
-        if self.patch_size is not None and budget > self.num_patches:
+        return budget
+
+    def check_budgets(self):
+        """Refuses a budget above the visual tokens of an image, once a call.
+
+        Raises:
+            ValueError: There is one.
+        """
+        budgets = self.num_merged_tokens if isinstance(self.num_merged_tokens, list) else [self.num_merged_tokens]
+        numbers = [budget for budget in budgets if isinstance(budget, int)]
+        if numbers and self.patch_size is not None and max(numbers) > self.num_patches:
             raise ValueError(
                 f"num_merged_tokens={self.num_merged_tokens}: an image has {self.num_patches} visual tokens, and "
                 f"merging makes no more of them. Ask for fewer, or for 'all'."
             )
-        return budget
 
     @property
     def num_patches(self) -> int:

@@ -15,8 +15,10 @@ from .configuration_llava_merge import (
     DEFAULT_MERGER_TYPE,
     LlavaMergeConfig,
     MergerConfig,
+    as_fields,
     check_trained_with,
     lay_over,
+    refuse_merger_fields,
     stock_or_own_fields,
 )
 from .merging_base import MERGING_METHODS, find_merging_method
@@ -121,13 +123,30 @@ def check_adapter_is_safetensors(path: str, hub_kwargs: dict):
         )
 
 
+def is_method(name: str | None) -> bool:
+    """Whether a `merger` is the name of a method and not a folder."""
+    return name in MERGING_METHODS and not Path(name).is_dir()
+
+
+def read_request(merger: str | None, merger_config, arguments: dict) -> tuple:
+    """`merger` and `merger_config` of a call of `from_pretrained`, either of which may be the name of a method.
+
+    Raises:
+        ValueError: A field of the merger stands among the other `arguments`.
+    """
+    refuse_merger_fields(arguments)
+    if merger_config is None and is_method(merger):
+        return None, as_fields(merger)
+    return merger, as_fields(merger_config)
+
+
 def find_bundled(name: str) -> str:
     """The folder of a merger that the installed package bundles, by its name; any other name as it is.
 
     Raises:
         ValueError: It is the name of a method, which has no checkpoint.
     """
-    if name in MERGING_METHODS and not Path(name).is_dir():
+    if is_method(name):
         raise ValueError(
             f"{name!r} is a method and no checkpoint of a merger: call model.set_merger({name!r}), or pass "
             f"merger_config={name!r} when loading."

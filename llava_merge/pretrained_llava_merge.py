@@ -2,7 +2,6 @@
 """Loading and saving, and changing of the merger, for LLaVA with and without its head."""
 
 import copy
-import os
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +13,7 @@ from transformers.utils import logging
 from .bypass import bypassing
 from .checkpoint_files import BoundsMissingWeights, for_other_repo, hub_arguments, naming_broken_files
 from .compat import MERGER_IN_MODULE_LISTS, usable_device_map
-from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig, as_fields, lay_over, refuse_merger_fields
+from .configuration_llava_merge import BUDGET, LlavaMergeConfig, MergerConfig, as_fields, lay_over
 from .hub import MODEL
 from .loading import (
     as_merge_config,
@@ -25,8 +24,9 @@ from .loading import (
     is_merger_key,
     log_merger,
     read_checkpoint,
+    read_request,
 )
-from .merging_base import MERGING_METHODS, find_merging_method
+from .merging_base import find_merging_method
 from .modeling_token_merger import TokenMerger
 from .projector_files import (
     check_replaceable,
@@ -129,10 +129,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         """
         if pretrained_model_name_or_path is None:  # a config and a state_dict
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        refuse_merger_fields(kwargs)
-        merger_config = as_fields(merger_config)
-        if merger in MERGING_METHODS and merger_config is None and not os.path.isdir(merger):
-            merger_config, merger = {"merger_type": merger}, None
+        merger, merger_config = read_request(merger, merger_config, kwargs)
         path = str(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
         checkpoint = read_checkpoint(path, hub_kwargs)

@@ -23,6 +23,13 @@ def count_images(images: ImageInput) -> int:
     return len(images) if getattr(images, "ndim", 0) == 4 else 1
 
 
+def bos_options(tokenizer, text: Texts | None) -> dict[str, bool]:
+    """What a tokenizer has to be told where each of the prompts begins with the BOS token already."""
+    texts, bos = [text] if isinstance(text, str) else text, tokenizer.bos_token
+    begun = bool(bos and texts) and all(isinstance(each, str) and each.startswith(bos) for each in texts)
+    return {"add_special_tokens": False} if begun else {}
+
+
 class LlavaMergeProcessor(MergedPlaceholderProcessor):
     """LLaVA's processor, with as many image placeholders in the prompt as the merger gives tokens.
 
@@ -91,12 +98,6 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         save_at_once(save, save_directory)
         return [str(Path(save_directory) / path) for path in said]
 
-    def bos_options(self, text: Texts | None) -> dict[str, bool]:
-        """What the tokenizer has to be told where each of the prompts begins with the BOS token already."""
-        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
-        begun = bool(bos and texts) and all(isinstance(each, str) and each.startswith(bos) for each in texts)
-        return {"add_special_tokens": False} if begun else {}
-
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -116,11 +117,14 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
             ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images.
         """
         if "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
-            kwargs |= self.bos_options(text)
+            kwargs |= bos_options(self.tokenizer, text)
         if num_merged_tokens is None or images is None:
+            if images is not None:
+                self.check_budgets()
             return super().__call__(images=images, text=text, **kwargs)
         for_this_call = copy.copy(self)
         for_this_call.num_merged_tokens = budget_of_each_image(num_merged_tokens, count_images(images))
+        for_this_call.check_budgets()
         inputs = super(LlavaMergeProcessor, for_this_call).__call__(images=images, text=text, **kwargs)
         inputs["num_merged_tokens"] = num_merged_tokens
         return inputs

@@ -47,6 +47,7 @@ from llava_merge.training.settings import (
     typed,
 )
 from llava_merge.training.trainer import MAX_BAD_STEPS, MergerTrainer
+from llava_merge.training.validation import AnswerScorer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -956,6 +957,7 @@ class TestSettingsOfTraining:
             ("bf16", "false", False),
             ("data_seed", None, None),
             ("optim", "sgd", "sgd"),
+            ("parallelism_config", None, None),
             ("report_to", ["tensorboard"], ["tensorboard"]),
         ],
     )
@@ -995,6 +997,16 @@ class TestSettingsOfTraining:
         arguments = command(write_yaml(plain, tmp_path / "run.yaml"), ranks=2)
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
         assert done.returncode and "2 processes were started (WORLD_SIZE), but training runs on 1" in done.stderr
+
+
+def test_validation_asks_the_first_turn_with_its_pictures_alone():
+    """Of a row whose later turns have pictures of their own."""
+    turns = [turn for _ in range(2) for turn in rows(1)[0]["conversations"][:2]]
+    row = {"images": rows(1)[0]["images"] * 2, "conversations": turns}
+    processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9)
+    scorer = AnswerScorer(ChatDataset([row, *rows(2)], "rows"), processor)
+    right, asked = scorer.count(tiny_model(agnostic(9)), 9)
+    assert asked == 3 and 0 <= right <= 3
 
 
 class TestReconstruction:

@@ -97,6 +97,10 @@ GOOD = {  # shape: (file, its content)
     "TRL, plain prompt and completion": ("a.json", [{"prompt": ASKED, "completion": ANSWER, "image": PNG}]),
     "chat, image in its part": ("a.json", [{"messages": INLINE}]),
     "chat, image_url": ("a.json", [{"messages": chat(parts({"type": "image_url", "image_url": {"url": data_url()}}))}]),
+    "chat, image as base64": (
+        "a.json",
+        [{"messages": chat(parts({"type": "image", "base64": data_url().partition(",")[2]}))}],
+    ),
     "chat, image without type": ("a.json", [{"messages": chat(parts({"type": "image"})), "image": PNG}]),
     "chat, content of texts": ("a.json", [{"messages": chat(["<image>", ASKED]), "image": PNG}]),
     "chat, content an object": ("a.json", [{"messages": chat(parts()[0]), "image": PNG}]),

@@ -21,7 +21,7 @@ from llava_merge.demo.scenes import (
 )
 from llava_merge.pictures import scheme_of
 from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset, read_dataset, sample_name
-from llava_merge.training.samples import images_of, kept_turns, located, open_images, read_turns, text_of
+from llava_merge.training.samples import first_turn, images_of, kept_turns, located, open_images, read_turns
 
 
 logger = logging.get_logger(__name__)
@@ -139,13 +139,11 @@ def read_question(row: dict, name: str, image_folder: Path) -> PictureQuestion:
     try:
         turns, answers = read_turns(row)
         images = [located(image, image_folder) for image in images_of(row, turns)]
-        last = len(turns) - 1
         if answers is None:
-            asked = [turn["role"] for turn in turns].index("user")
-            replies = (at for at, turn in enumerate(turns) if at > asked and turn["role"] == "assistant")
-            reply = next(replies, None)
-            answers, last = ((), last) if reply is None else ((text_of(turns[reply]),), reply - 1)
-        messages, images = kept_turns(turns, images, last)
+            messages, images, answer = first_turn(turns, images)
+            answers = () if answer is None else (answer,)
+        else:
+            messages, images = kept_turns(turns, images, len(turns))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     kind = next((str(row[key]) for key in TYPES if row.get(key) is not None), "all")

@@ -13,6 +13,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.evaluation.candidates import Candidate, budgets_of
 from llava_merge.evaluation.data import PictureQuestion
 from llava_merge.placeholders import tokens_of_budget
+from llava_merge.processing_llava_merge import bos_options
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Grid:
         num_tokens = tokens_of_budget(budget, self.model.config.num_patches)
         mark = self.processor.image_token
         texts = [text.replace(mark, mark * num_tokens) for text in texts]
-        options = {"padding": True, "padding_side": "left", **self.processor.bos_options(texts)}
+        options = {"padding": True, "padding_side": "left", **bos_options(self.processor.tokenizer, texts)}
         batch = self.processor.tokenizer(texts, **options, return_tensors="pt")
         ids, mask = batch["input_ids"].to(self.model.device), batch["attention_mask"].to(self.model.device)
         if tower is None:

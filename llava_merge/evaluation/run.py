@@ -77,9 +77,7 @@ def evaluate(
         ValueError: A setting, file or question cannot be used, a report is of another protocol, `output` is, holds or
             lies in a checkpoint that is read, or what is written would replace a file that is read.
     """
-    check_settings(settings)
-    if choose is not None and not 0 < choose <= 1:
-        raise ValueError(f"choose={choose}: has to be above 0 and up to 1, such as 0.98.")
+    check_settings(settings, choose)
     mergers = settings.mergers or default_mergers(settings.model)
     refuse_output_in_input(output, settings.model, *checkpoints_of(mergers))
     data = settings.data, settings.split, settings.image_folder, settings.limit, settings.prompt
@@ -132,12 +130,14 @@ def settings_of_options(options: dict) -> EvaluationSettings:
     return EvaluationSettings(**options, mergers=merger or [], budgets=budgets or [], image_folder=folder)
 
 
-def check_settings(settings: EvaluationSettings):
+def check_settings(settings: EvaluationSettings, choose: float | None = None):
     """Refuses settings that can be told to be wrong without a model.
 
     Raises:
         ValueError: So they are.
     """
+    if choose is not None and not 0 < choose <= 1:
+        raise ValueError(f"choose={choose}: has to be above 0 and up to 1, such as 0.98.")
     if settings.metric not in METRICS:
         raise ValueError(f"metric={settings.metric!r}: has to be one of {', '.join(METRICS)}.")
     if settings.dtype not in DTYPES:

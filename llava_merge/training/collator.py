@@ -6,6 +6,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_merge.processing_llava_merge import bos_options
 from llava_merge.training.budgets import IGNORED
 from llava_merge.training.samples import Sample
 
@@ -70,10 +71,9 @@ class MergerCollator:
         except TemplateError as error:
             raise ValueError(f"{sample.name}: the chat template refuses its messages: {error}") from error
         text = "".join(piece for piece, _ in pieces)
-        bos = self.tokenizer.bos_token
         encoding = self.tokenizer(
             text,
-            add_special_tokens=not (bos and text.startswith(bos)),
+            **bos_options(self.tokenizer, text),
             return_offsets_mapping=True,
             return_tensors="pt",
             verbose=False,

@@ -2,6 +2,7 @@
 """Datasets of conversations: LLaVA-Instruct JSON, chat messages in files or on the Hub, whole or streamed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.data import Dataset, IterableDataset
@@ -184,48 +185,53 @@ def read_dataset(
     folder = Path(image_folder) if image_folder is not None else (file if file.is_dir() else file.parent)
     if image_folder is not None and not folder.is_dir():
         raise ValueError(f"data.image_folder={str(image_folder)!r}: there is no such folder.")
-    files = [file] if file.suffix in (".json", ".jsonl") else json_files_in(path, split)
+    with naming_what_cannot_be_read(path):
+        files = [file] if file.suffix in (".json", ".jsonl") else json_files_in(path, split)
     if files and not streaming:
         return ChatDataset([row for each in files for row in read_json(each)], path, folder, **rules)
     if any(each.suffix == ".json" for each in files):
         raise ValueError(f"data.streaming: {path} is one JSON list, which is read whole; use JSONL or parquet.")
-    rows = without_decoding(load_table(path, split, streaming, [*map(str, files)]))
+    with naming_what_cannot_be_read(path):
+        rows = without_decoding(load_table(path, split, streaming, [*map(str, files)]))
     return (ChatStream if streaming else ChatDataset)(rows, path, folder, **rules)
 
 
 def json_files_in(path: str, split: str) -> list[Path]:
     """The files of a split of a folder where all of them are JSON; none of another folder, or of something else."""
-    try:
-        files = [Path(each) for each in data_files_of(path).get(split, ())] if Path(path).is_dir() else []
-    except Exception:  # said where it is read
-        return []
+    files = [Path(each) for each in data_files_of(path).get(split, ())] if Path(path).is_dir() else []
     return files if all(each.suffix in (".json", ".jsonl") for each in files) else []
 
 
 def load_table(path: str, split: str, streaming: bool, files: list[str]):
-    """A dataset of the datasets library, or a stream of `files` of lines.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
+    """A dataset of the datasets library, or a stream of `files` of lines."""
     from datasets import IterableDataset as Stream  # slow to import
     from datasets import load_dataset
     from pyarrow.parquet import read_metadata
 
+    file = Path(path)
+    if file.suffix in (".jsonl", ".parquet") and not file.is_file():
+        raise FileNotFoundError("there is no such file")
+    if files:
+        return Stream.from_generator(stream_json, gen_kwargs={"files": files})
+    if file.suffix == ".parquet":
+        if not read_metadata(file).num_rows:
+            raise ValueError("it holds no samples")
+        return load_dataset("parquet", data_files=path, split="train", streaming=streaming)
+    if file.is_file():
+        raise ValueError(f"{file.suffix or 'a file without an extension'} is not read")
+    return load_dataset(path, split=split, streaming=streaming)
+
+
+@contextmanager
+def naming_what_cannot_be_read(path: str):
+    """Names the dataset in what the library of its format, or the Hub, raises inside.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
-        file = Path(path)
-        if file.suffix in (".jsonl", ".parquet") and not file.is_file():
-            raise FileNotFoundError("there is no such file")
-        if files:
-            return Stream.from_generator(stream_json, gen_kwargs={"files": files})
-        if file.suffix == ".parquet":
-            if not read_metadata(file).num_rows:
-                raise ValueError("it holds no samples")
-            return load_dataset("parquet", data_files=str(file), split="train", streaming=streaming)
-        if file.is_file():
-            raise ValueError(f"{file.suffix or 'a file without an extension'} is not read")
-        return load_dataset(path, split=split, streaming=streaming)
-    except Exception as error:  # of the library of the format, or of the Hub
+        yield
+    except Exception as error:
         reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"data: {path!r} cannot be read: {reason}. Give a .json, .jsonl or .parquet file, a folder of them, or a "

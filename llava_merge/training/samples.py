@@ -29,7 +29,7 @@ PICTURES = (
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPTIONS = ("choices", "options")
 NOT_READ = ("videos", "video", "audios", "audio")
-INLINE = ("image", "image_url", "url", "path", "base64")  # of a part of a message
+INLINE = ("image", "image_url", "url", "path")  # of a part of a message
 NAMED_LIKE_PICTURE = re.compile(r"image|img|picture|photo", re.IGNORECASE)
 FILE_OF_PICTURE = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)|data:image/.*", re.IGNORECASE | re.DOTALL)
 TAG_OF_PICTURE = re.compile(r"<img>[^<\n]{1,500}</img>")
@@ -305,6 +305,8 @@ def read_part(part, name: str) -> list[dict]:
     if kind not in ("image", "image_url"):
         raise ValueError(f"content of type {kind!r} in {name}: has to be 'text' or 'image'.")
     shown = first_of(part, INLINE)
+    if shown is None and isinstance(part.get("base64"), str):
+        shown = f"data:image/png;base64,{part['base64']}"  # Pillow looks at the file itself
     return [{"type": "image"} if shown is None else {"type": "image", "shown": shown}]
 
 
@@ -332,8 +334,8 @@ def images_of(row: dict, turns: list[dict]) -> list:
     images = list(given) if isinstance(given, list | tuple) else [given]
     images = [image for image in images if is_filled(image)]
     refuse_unread(row, bool(images or places))
-    asked = next((turn for turn in turns if turn["role"] == "user"), None)
-    if images and not places and asked is not None:
+    if images and not places:
+        asked = next(turn for turn in turns if turn["role"] == "user")
         asked["content"] = [{"type": "image"} for _ in images] + asked["content"]
         return images
     num_open = inline.count(None)
@@ -373,7 +375,7 @@ def is_picture(value) -> bool:
 
 def kept_turns(turns: list[dict], images: list, last: int) -> tuple[list[dict], list]:
     """Turns from the first question to number `last`, and their images; a system message stays."""
-    first = next((at for at, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    first = [turn["role"] for turn in turns].index("user")
     kept, kept_images, remaining = [], [], iter(images)
     for at, turn in enumerate(turns):
         shown = [next(remaining) for part in turn["content"] if part["type"] == "image"]
@@ -381,6 +383,14 @@ def kept_turns(turns: list[dict], images: list, last: int) -> tuple[list[dict], 
             kept.append(turn)
             kept_images += shown
     return kept, kept_images
+
+
+def first_turn(turns: list[dict], images: list) -> tuple[list[dict], list, str | None]:
+    """The turns up to the first answer to a question, their images, and that answer, None where there is none."""
+    asked = [turn["role"] for turn in turns].index("user")
+    reply = next((at for at, turn in enumerate(turns) if at > asked and turn["role"] == "assistant"), None)
+    last = len(turns) if reply is None else reply - 1
+    return *kept_turns(turns, images, last), None if reply is None else text_of(turns[reply])
 
 
 def refuse_images_in_answers(turns: list[dict]):

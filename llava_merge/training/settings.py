@@ -5,7 +5,6 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -286,9 +285,8 @@ def check_values(settings: Settings, source: str):
         raise ValueError(f"{source}: data.streaming=true: {NOT_OF_A_STREAM}")
     weights = losses.cross_entropy + losses.distillation + losses.reconstruction
     check(weights > 0, "losses", "all 0", "above 0 in one place, or nothing is trained")
-    for name, least in (("num_validation", 1), ("max_length", 1)):
-        value = getattr(data, name)
-        check(value is None or value >= least, f"data.{name}", value, f"{least} or more")
+    for name in ("num_validation", "max_length"):
+        check(getattr(data, name) is None or getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "1 or more")
     for name, why in NOT_OF_TRAINING.items():
         if settings.training.get(name):
             raise ValueError(f"{source}: training.{name}: {why}.")
@@ -360,7 +358,7 @@ def typed(name: str, value):
     hint = get_type_hints(TrainingArguments)[name]
     kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
     if not kinds <= RULES.keys():
-        if value is None or any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
+        if value is None or isinstance(value, str) and str in kinds:
             return value  # such as the name of a scheduler, which transformers looks up
         raise ValueError(f"training.{name}={value!r}: it is an object of Python, which settings cannot hold.")
     read = read_yaml_number(value) if isinstance(value, str) and str not in kinds else value

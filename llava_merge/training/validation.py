@@ -6,6 +6,7 @@ from torch import nn
 
 from llava_merge.evaluation.metrics import exact_match
 from llava_merge.training.data import ChatDataset
+from llava_merge.training.samples import first_turn
 
 
 class AnswerScorer:
@@ -34,12 +35,10 @@ class AnswerScorer:
     def _count_batch(self, model, budget, indices) -> int:
         prompts, expected, pictures = [], [], []
         for item in map(self.dataset.__getitem__, indices):
-            messages = item["sample"].messages
-            first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-            prompts.append(self.processor.apply_chat_template(messages[:first], add_generation_prompt=True))
-            expected.append("".join(part["text"] for part in messages[first]["content"]))
-            num_shown = sum(part["type"] == "image" for message in messages[:first] for part in message["content"])
-            pictures += item["pictures"][:num_shown]
+            messages, shown, answer = first_turn(item["sample"].messages, item["pictures"])
+            prompts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+            expected.append(answer)
+            pictures += shown
         inputs = self.processor(
             images=pictures or None,
             text=prompts,
