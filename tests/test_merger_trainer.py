@@ -1029,6 +1029,7 @@ class TestReconstruction:
             trainer.train()
             weights.append(torch.cat([weight.detach().flatten() for weight in trainer.merger.parameters()]))
             assert (weights[-1] - before).norm() > 1e-5
+            assert logged(trainer, "loss")[:2] == pytest.approx(logged(trainer, "reconstruction")[:2], rel=1e-3)
         for other in weights[1:]:
             assert (other - weights[0]).norm() < 1e-3 * (weights[0] - before).norm()
 
