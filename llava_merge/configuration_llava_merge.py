@@ -150,7 +150,8 @@ class MergerConfig(PretrainedConfig):
         position_ids: Where merged tokens sit. `"source"`: each at the position of its patches in the unmerged prompt,
             and the text behind an image as if all N tokens were there. `"packed"`: one behind the other, as in 0.1.0.
         attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
-            in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. Not with FlashAttention.
+            in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. None, the default, is 1 in
+            a model whose attention takes a bias (SDPA, eager), else 0 with a warning; the model writes here which.
         trained_num_tokens: Budgets M that the merger was trained with; smaller ones give a warning.
         has_projector: Whether the checkpoint of the merger also holds the projector trained with it; saving sets it.
         question_start_token_ids: Id sequences that open what a user writes, such as those of "USER:" behind a space
@@ -186,7 +187,7 @@ class MergerConfig(PretrainedConfig):
         final_temperature: float = 0.1,
         text_tower: str | None = None,
         position_ids: str = "source",
-        attention_mass: float = 0.0,
+        attention_mass: float | None = None,
         trained_num_tokens: list[int] | None = None,
         has_projector: bool = False,
         question_start_token_ids: list[list[int]] | None = None,
@@ -266,10 +267,10 @@ class MergerConfig(PretrainedConfig):
             raise ValueError(f"merge_ratio={ratio!r}: it is the share of tokens kept, above 0 and at most 1.")
         self._check_options()
         mass = self.attention_mass
-        if not is_number(mass) or not 0 <= mass <= 1:
+        if mass is not None and not (is_number(mass) and 0 <= mass <= 1):
             raise ValueError(
                 f"attention_mass={mass!r}: has to be a number from 0 (a merged token weighs as one token) to 1 (as all "
-                f"the patches that it stands for)."
+                f"the patches that it stands for), or None."
             )
         if self.position_ids not in ("source", "packed"):
             raise ValueError(f"position_ids={self.position_ids!r}: has to be 'source' or 'packed'.")
@@ -632,8 +633,8 @@ def stock_or_own_fields(fields: dict, own_type: str = LlavaMergeConfig.model_typ
 
 
 def as_saved_by_this_release(merger_fields: dict) -> dict:
-    """The saved fields of a merger; those of 0.1.0, which did not say so, were for packed positions."""
-    return {"position_ids": "packed", **merger_fields}
+    """The saved fields of a merger; those of 0.1.0, which did not say so, were for packed positions without mass."""
+    return {"position_ids": "packed", "attention_mass": 0.0, **merger_fields}
 
 
 def as_fields(merger_config: MergerConfig | dict | str | None) -> MergerConfig | dict | None:
@@ -669,8 +670,9 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
     if saved is None or merger_type not in (None, saved.get("merger_type", DEFAULT_MERGER_TYPE)):
         return given
     if not isinstance(given, dict):
-        for name in ("query_grid", "feature_layers"):
-            setattr(given, name, getattr(given, name) or saved.get(name))
+        for name in ("query_grid", "feature_layers", "attention_mass"):
+            if getattr(given, name) is None:
+                setattr(given, name, saved.get(name))
         check_trained_with(saved, given.to_dict())
         return given
     check_trained_with(saved, given)

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _saving = threading.RLock()
 STAGED = ".saving-"  # prefix of a folder that is being written

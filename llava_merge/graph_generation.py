@@ -23,7 +23,7 @@ from .stock_signature import takes_arguments_of
 from .token_placing import find_cache
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Arguments of generate that a call from graphs may have, of those that go to forward.
 INPUTS = {"input_ids", "attention_mask", "pixel_values", "num_merged_tokens", "use_cache"}

@@ -24,7 +24,7 @@ from .configuration_llava_merge import (
 from .merging_base import MERGING_METHODS, find_merging_method
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ADAPTER_MERGER = "merger_config.json"  # beside an adapter
 

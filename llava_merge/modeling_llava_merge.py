@@ -167,6 +167,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
             check_backend(config, {*self.merger.state_dict()})
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.settle_mass()
         self.post_init()
 
     @property

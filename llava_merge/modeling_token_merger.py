@@ -70,7 +70,7 @@ from .text_tower import TextTower  # noqa: F401
 from .weights import weights_of
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):

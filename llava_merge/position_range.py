@@ -7,7 +7,7 @@ The warnings of transformers and of engines count tokens, of which such a prompt
 from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def warn_of_positions(num_positions: int, num_tokens: int, limit: int, name: str = "max_position_embeddings"):

@@ -41,7 +41,7 @@ from .running_calls import counted
 from .saving import SavesAtOnce
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def unused_layers_pattern(config: LlavaMergeConfig) -> str:
@@ -273,6 +273,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         with self._no_call_beside("load_merger"):
             self.headless_model.find_text_tower(merger.config, **tower_kwargs)
             self.config.set_merger_config(self._fit_merger_config(merger.config))
+            self.headless_model.settle_mass()
             self.config.merger_config.has_projector = False  # it is the model's now
             if projector is not None:
                 replace_projectors(self.headless_model, projector, self.dtype, str(path))
@@ -285,26 +286,21 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         """Puts a fresh merger in the place of the present one: `model.set_merger("tome")`.
 
         Args:
-            merger_config: Its configuration, or the name of a method. Budget, `position_ids` and `attention_mass` that
-                it leaves out stay as they are.
+            merger_config: Its configuration, or the name of a method. The budget stays as it is where it has none.
 
         Raises:
             ValueError: It does not fit the model; the model is as before then.
             RuntimeError: A call of this model is running.
         """
         present, merger_config = self.config.merger_config, as_fields(merger_config)
-        if isinstance(merger_config, dict):
-            kept = {name: getattr(present, name) for name in ("position_ids", "attention_mass")}
-            if not {*BUDGET} & {*merger_config} and "none" not in (
-                merger_config.get("merger_type"),
-                present.merger_type,
-            ):
-                kept["num_merged_tokens"] = present.num_merged_tokens
-            merger_config = {**kept, **merger_config}
+        if isinstance(merger_config, dict) and not {*BUDGET} & {*merger_config}:
+            if "none" not in (merger_config.get("merger_type"), present.merger_type):
+                merger_config = {"num_merged_tokens": present.num_merged_tokens, **merger_config}
         merger = TokenMerger(self._fit_merger_config(merger_config)).to(self.dtype)
         with self._no_call_beside("set_merger"):
             self.headless_model.find_text_tower(merger.config)
             self.config.set_merger_config(merger.config)
+            self.headless_model.settle_mass()
             warn_if_another_merger_s(self.headless_model.multi_modal_projector)
             self._put_merger(merger)
 

@@ -15,7 +15,7 @@ from .configuration_llava_merge import LlavaMergeConfig
 from .saving import PROJECTOR, offloaded_weights
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 LAYERS = ("linear_1", "linear_2")
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .compat_processing import MergedPlaceholderProcessor
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 CHAT = {"QUESTIONONE": "user", "ANSWERONE": "assistant", "QUESTIONTWO": "user"}
 CHAT_OF_USERS = {"QUESTIONONE": "user", "QUESTIONTWO": "user"}

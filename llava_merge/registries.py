@@ -10,7 +10,7 @@ from transformers.utils import logging
 LIGER = "liger_kernel.transformers.monkey_patch"
 PEFT = "peft.utils.constants"
 STOCK = "llava"
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def register_names(model_type: str, for_generation: str, headless: str):

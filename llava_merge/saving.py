@@ -17,7 +17,7 @@ from .hub import push_arguments, push_card_if_missing, push_folder, refuse_pickl
 from .merging_base import method_file
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
 

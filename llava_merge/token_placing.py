@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .compat import cache_mask_sizes
 from .merging_grid import slot_places
@@ -25,6 +26,8 @@ from .token_layout import (
 from .vllm_backend import is_run_by_vllm
 
 
+logger = logging.get_logger(f"transformers.{__name__}")
+
 LOST_LAYOUT = (
     "The cache holds {past} tokens, but does not know where its merged images sit, as position_ids='source' and "
     "attention_mass need: it was filled by another model, or copied into a new object. Go on with the cache that "
@@ -41,6 +44,14 @@ NO_MASS = (
     "attn_implementation='sdpa' or 'eager'. Load the model with one of them, or with "
     "merger_config={{'attention_mass': 0}}."
 )
+
+
+NO_BIAS = (
+    "Merged tokens weigh as one token each (attention_mass=0): a bias on them needs attn_implementation='sdpa' or "
+    "'eager' and text layers of one kind, and this model has {attention!r} and {kinds}. An untrained merger answers "
+    "worse without it; pass merger_config={{'attention_mass': 0}} to say that it is meant."
+)
+TAKE_BIAS = ("sdpa", "eager")
 
 
 @dataclass
@@ -91,13 +102,18 @@ def is_empty(past: int | Tensor) -> bool:
     return isinstance(past, int) and past == 0
 
 
+def attention_kinds(text_config) -> set[str]:
+    """Kinds of attention of the text model's layers, full or sliding; empty where it does not say."""
+    return set(getattr(text_config, "layer_types", None) or ())
+
+
 def sliding_window_of(text_config) -> int | None:
     """Tokens that the text model's attention looks back on, None where it is all.
 
     Raises:
         ValueError: Some layers have a window and others not, so that one mask does not serve all.
     """
-    kinds = set(getattr(text_config, "layer_types", None) or ())  # only some text models have these two
+    kinds = attention_kinds(text_config)
     if kinds == {"full_attention"}:
         return None
     if len(kinds) > 1:
@@ -105,7 +121,7 @@ def sliding_window_of(text_config) -> int | None:
             f"The text model has layers of {', '.join(sorted(kinds))}, but attention_mass and packed rows need one "
             f"attention mask for all layers. Use attention_mass=0 and one sample a row."
         )
-    return getattr(text_config, "sliding_window", None)
+    return getattr(text_config, "sliding_window", None)  # only some text models have it
 
 
 def flash_lengths(past: int, length: int, samples: Tensor | None, device: torch.device) -> dict:
@@ -145,6 +161,20 @@ class PlacesTokens:
         merger_config = self.config.merger_config
         moves = merger_config.position_ids == "source" or merger_config.attention_mass > 0
         return moves and merger_config.merger_type != "none"
+
+    def settle_mass(self):
+        """Gives merged tokens the mass of their patches where nobody has said what they weigh and attention allows it.
+
+        Language models that are not trained along expect it; where attention takes no bias, one warning says so.
+        """
+        merger_config, text_config = self.config.merger_config, self.language_model.config
+        if merger_config.attention_mass is not None:
+            return
+        attention, kinds = text_config._attn_implementation, attention_kinds(text_config)
+        takes_bias = attention in TAKE_BIAS and len(kinds) <= 1
+        if not takes_bias and merger_config.merger_type != "none":
+            logger.warning_once(NO_BIAS.format(attention=attention, kinds=", ".join(sorted(kinds)) or "one kind"))
+        merger_config.attention_mass = float(takes_bias and merger_config.merger_type != "none")
 
     def place_tokens(self, images: BaseModelOutputWithPooling | None, arguments: dict) -> TokenLayout | None:
         """Puts positions and mask into the `arguments` of a forward; None where nothing differs from packed tokens.
@@ -289,7 +319,7 @@ class PlacesTokens:
         length, mass = positions.shape[1], self.config.merger_config.attention_mass
         placed = {"position_ids": positions + layout.shift(past, length).to(positions.device)}
         attention = self.language_model.config._attn_implementation
-        if mass and attention not in ("sdpa", "eager"):
+        if mass and attention not in TAKE_BIAS:
             raise ValueError(NO_MASS.format(mass=mass, attention=attention))
         if "flash" in attention:
             if len(layout.skipped) == 1 and length > 1:

@@ -33,11 +33,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+from transformers.utils import logging
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
 from llava_merge.compat import TRANSFORMERS_VERSION
 
 
+logging.enable_propagation()  # to caplog
 WORDS = (
     "<pad> <s> </s> <unk> <image> USER: ASSISTANT: what color is the star ? red blue how many circles are there".split()
 )
@@ -240,6 +242,13 @@ def said_of_positions(monkeypatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def stock_dir(tmp_path):
+    """A checkpoint of a tiny stock LLaVA."""
+    tiny_stock().save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
 
 
 LONGEST = 10  # tokens of a segment of CLIP's, with start and end

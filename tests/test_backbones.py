@@ -101,6 +101,7 @@ def test_language_model(name, attention_mass):
 @pytest.mark.parametrize("name", MIXED)
 def test_language_model_with_and_without_windows(name):
     check(make_stock(text=MIXED[name]), attention_mass=0.0)
+    check(make_stock(text=MIXED[name]), attention_mass=None)
     with pytest.raises(ValueError, match="attention_mass and packed rows need one attention mask for all layers"):
         check(make_stock(text=MIXED[name]), attention_mass=1.0)
 

@@ -47,7 +47,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A question-aware merger with a projector of its own."""
-    model = tiny_model(aware(9), train_merger=True)
+    model = tiny_model({**aware(9), "attention_mass": 0.0}, train_merger=True)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight.mul_(2)
     model.save_merger(folder := tmp_path_factory.mktemp("merger"), projector=True)
@@ -134,14 +134,28 @@ class TestConvert:
         assert config.merger_type == merger.partition(":")[0]
         if merger != "none":
             assert (config.num_merged_tokens, config.position_ids) == (9, "packed")
-            fields = {"merger_type": "tome", "num_merged_tokens": 9, "position_ids": "packed"}
+            fields = {"merger_type": "tome", "num_merged_tokens": 9, "position_ids": "packed", "attention_mass": 0.0}
             batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
             assert torch.equal(model(**batch).logits, load(base, merger_config=fields)(**batch).logits)
+
+    @pytest.mark.parametrize(
+        ("merger", "is_said"),
+        [("tome", True), ("fixed_pooling:num_heads=4", True), ("tome:attention_mass=0", False), ("none", False)],
+    )
+    def test_it_says_that_an_untrained_merger_has_lost_its_mass(self, merger, is_said, base, tmp_path, caplog):
+        convert(str(base), tmp_path / "out", merger)
+        said = [record.getMessage() for record in caplog.records if "attention_mass=0" in record.getMessage()]
+        assert len(said) == is_said and load(tmp_path / "out").config.merger_config.attention_mass == 0
+
+    def test_a_trained_merger_is_converted_without_a_word(self, base, trained, tmp_path, caplog):
+        convert(str(base), tmp_path / "out", str(trained), 9)
+        assert not [record for record in caplog.records if "attention_mass" in record.getMessage()]
 
     def test_a_fresh_v3_pools_averages(self, base, tmp_path):
         convert(str(base), tmp_path / "out", "fixed_pooling:num_heads=4", 9)
         batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}
-        pooled = load(base, merger_config={"merger_type": "average_pooling", "num_merged_tokens": 9})
+        fields = {"merger_type": "average_pooling", "num_merged_tokens": 9, "attention_mass": 0}
+        pooled = load(base, merger_config=fields)
         torch.testing.assert_close(load(tmp_path / "out")(**batch).logits, pooled(**batch).logits, atol=1e-5, rtol=1e-5)
 
     def test_a_question_aware_merger_learns_the_marks_of_the_template(self, base, tmp_path):
@@ -224,7 +238,8 @@ def test_weights_may_be_links_to_another_folder(base, tmp_path):
         file.rename(tmp_path / "elsewhere" / file.name)
         file.symlink_to(tmp_path / "elsewhere" / file.name)
     convert(str(tmp_path / "base"), tmp_path / "out", "tome", 9)
-    assert_equal(load(tmp_path / "out"), load(base, merger_config={"merger_type": "tome", "num_merged_tokens": 9}))
+    fields = {"merger_type": "tome", "num_merged_tokens": 9, "attention_mass": 0.0}
+    assert_equal(load(tmp_path / "out"), load(base, merger_config=fields))
 
 
 class TestRefused:
@@ -251,7 +266,7 @@ class TestRefused:
         ("merger", "num_merged_tokens", "message"),
         [
             ("nothing", 9, "neither a method"),
-            ("tome:attention_mass=1", 9, "attention_mass=1: serving engines cannot .* NAME:attention_mass=0"),
+            ("tome:attention_mass=1", 9, "attention_mass=1: serving engines cannot .* has none unless asked for"),
             ("tome", 37, "more than the 36 visual tokens"),
             ("tome", 0, "num_merged_tokens=0"),
             ("none", 9, "merger_type='none' keeps all tokens"),

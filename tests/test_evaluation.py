@@ -180,17 +180,18 @@ class TestCandidates:
 
     def test_fields_and_places(self, model, processor):
         layers = "fixed_pooling:feature_layers=[1, 2],num_heads=4"
-        mergers = ["random:seed=3", "tome:position_ids=packed,attention_mass=0.5", "own:attention_mass=1", layers]
-        found = {each.name: each.config for each in make_candidates(model, processor, mergers, PLACES, seed=2)}
+        mergers = ["random:seed=3", "tome:position_ids=packed,attention_mass=0.5", "own:attention_mass=0.75", layers]
+        places = {**PLACES, "attention_mass": 0.25}
+        found = {each.name: each.config for each in make_candidates(model, processor, mergers, places, seed=2)}
         assert (found["random"].seed, found["random:seed=3"].seed) == (2, 3)
         tome = found[mergers[1]]
         assert (tome.position_ids, tome.attention_mass) == ("packed", 0.5)
         assert (found[layers].feature_layers, found[layers].num_heads) == ([1, 2], 4)
-        assert found[mergers[2]].attention_mass == 1.0
-        assert found["average_pooling"].attention_mass == 1.0 and model.config.merger_config.attention_mass == 0.0
+        assert found[mergers[2]].attention_mass == 0.75
+        assert found["average_pooling"].attention_mass == 0.25 and model.config.merger_config.attention_mass == 1.0
 
     def test_a_checkpoint_with_its_projector(self, processor, tmp_path):
-        model = tiny_model(agnostic(), train_merger=True)
+        model = tiny_model(agnostic(attention_mass=0.0), train_merger=True)
         with torch.no_grad():
             model.model.multi_modal_projector.linear_1.weight.mul_(2)
         model.save_merger(tmp_path / "trained", projector=True)

@@ -809,7 +809,7 @@ class TestCommand:
 
     def test_long_samples_are_skipped(self, llava_folder, tmp_path, caplog):
         plain = settings_for(llava_folder, tmp_path, METHODS[0], data={"max_length": 60}, budgets={"train": [9]})
-        with caplog.at_level("WARNING", logger="llava_merge.training.data"):
+        with caplog.at_level("WARNING", logger="transformers.llava_merge.training.data"):
             train(settings_of(plain))
         assert "it is longer than data.max_length" in caplog.text
 

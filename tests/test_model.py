@@ -168,7 +168,7 @@ class TestFeaturesPutInByHand:
         model.generate(**given, tokens_are_placed=True, max_new_tokens=2)
 
     def test_packed_tokens_and_other_vectors_that_nobody_attends_to_are_fine(self):
-        packed = tiny_model({**agnostic(9), "position_ids": "packed"}, train_merger=True)
+        packed = tiny_model(agnostic(9, position_ids="packed", attention_mass=0), train_merger=True)
         batch = prompts([1], 9)
         embeds = self.embeds(packed, batch, pixels(1))
         by_hand = packed(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
@@ -801,15 +801,15 @@ class TestBadInput:
 
 class TestSetMerger:
     def test_another_method_on_the_same_model(self):
+        """The budget is the processor's too and stays; where tokens sit and what they weigh was the old merger's."""
         model = tiny_model(agnostic(4, attention_mass=0.5, position_ids="packed"), train_merger=True)
         batch = {**prompts([1, 1], 4), "pixel_values": pixels(2)}
         for merger_type in ("tome", "visionzip"):
             model.set_merger({"merger_type": merger_type})
             config = model.config.merger_config
             assert config is model.model.merger.config is model.model.merger.method.config
-            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (4, 0.5, "packed")
-            fields = {"merger_type": merger_type, "num_merged_tokens": 4, "attention_mass": 0.5}
-            expected = tiny_model({**fields, "position_ids": "packed"})
+            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (4, 1.0, "source")
+            expected = tiny_model({"merger_type": merger_type, "num_merged_tokens": 4})
             torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
 
     def test_budget_dtype_and_mode_are_those_of_the_model(self):

@@ -4,6 +4,7 @@
 import copy
 import inspect
 import itertools
+import json
 import math
 import pickle
 import random
@@ -32,8 +33,16 @@ from conftest import (
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM, MistralConfig, StaticCache
+from transformers.utils import logging
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergeOutput, MergingMethod
+from llava_merge import (
+    LlavaMergeConfig,
+    LlavaMergeForConditionalGeneration,
+    MergeOutput,
+    MergerConfig,
+    MergingMethod,
+    TokenMerger,
+)
 from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.merging_grid import slot_places, slots_per_row
 from llava_merge.token_layout import layout_of_images
@@ -46,7 +55,7 @@ CACHE = "cache" if TRANSFORMERS_VERSION >= Version("5.24") else "past_key_values
 PREFILLS_IMAGES_IN_CHUNKS = TRANSFORMERS_VERSION >= Version("5.23")
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE_ID, PAD_ID]}
 MODES = [
-    {"position_ids": "source"},
+    {"position_ids": "source", "attention_mass": 0.0},
     {"position_ids": "source", "attention_mass": 1.0},
     {"position_ids": "packed", "attention_mass": 0.5},
 ]
@@ -906,7 +915,7 @@ def varlen_attention(query, key, value, attention_mask, query_length, **kwargs):
 @pytest.fixture
 def flash_model(monkeypatch):
     monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", varlen_attention)
-    model = tiny_model(agnostic(M), train_merger=True)
+    model = tiny_model(agnostic(M, attention_mass=0), train_merger=True)
     model.config.text_config._attn_implementation = "flash_attention_2"
     assert model.model.language_model.config._attn_implementation == "flash_attention_2"
     return model
@@ -945,6 +954,78 @@ def test_flash_attention_in_generate(flash_model):
     assert answers(generated, len(whole)) == [slow_answer(slow, whole, images)]
 
 
+class TestMassThatNobodyChose:
+    """A merger that was not trained starts with the mass of its patches, wherever attention can add it."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_was_said_before(self):
+        logging.warning_once.cache_clear()
+
+    def fields(self, model):
+        return model.config.merger_config.attention_mass, model.model.merger.config.attention_mass
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    @pytest.mark.parametrize("merger_type", ["fixed_pooling", "tome", "divprune", "mqt"])
+    def test_is_1(self, attention, merger_type, stock_dir, caplog):
+        fields = {"merger_type": merger_type, "num_merged_tokens": M, "num_heads": 4}
+        options = {"attn_implementation": attention}
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=fields, **options)
+        assert self.fields(model) == (1.0, 1.0) and "attention_mass" not in caplog.text
+        chosen = {**fields, "attention_mass": 1.0}
+        same = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=chosen, **options)
+        batch = {**prompts([1, 2], M), "pixel_values": pixels(3)}
+        if merger_type != "mqt":  # which starts random
+            assert torch.equal(model(**batch).logits, same(**batch).logits)
+
+    def test_is_0_with_a_warning_where_attention_takes_no_bias(self, stock_dir, caplog):
+        for fields, number in (({"attention_mass": 0}, 0), ({}, 1), ({}, 1), ({"merger_type": "none"}, 1)):
+            merger_config = fields if "merger_type" in fields else agnostic(M, **fields)
+            options = {"attn_implementation": {"text_config": "flex_attention"}, "merger_config": merger_config}
+            model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, **options)
+            assert self.fields(model) == (0.0, 0.0)
+            assert caplog.text.count("this model has 'flex_attention'") == number
+
+    def test_is_0_where_layers_differ(self, caplog):
+        from test_backbones import make_stock
+
+        config = LlavaMergeConfig.from_dict(make_stock(text="gemma2").config.to_dict(), merger_config=agnostic(M))
+        assert self.fields(LlavaMergeForConditionalGeneration(config)) == (0.0, 0.0)
+        assert "full_attention, sliding_attention" in caplog.text
+
+    def test_trained_mergers_keep_theirs(self, stock_dir, tmp_path):
+        tiny_model(agnostic(M, attention_mass=0), train_merger=True).save_merger(tmp_path / "merger")
+        tiny_model(agnostic(M, attention_mass=0), train_merger=True).save_pretrained(tmp_path / "model")
+        from_merger = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path / "merger")
+        assert self.fields(from_merger) == (0.0, 0.0)
+        from_merger.set_merger("tome")  # untrained
+        assert self.fields(from_merger) == (1.0, 1.0)
+        from_merger.load_merger(tmp_path / "merger")
+        assert self.fields(from_merger) == (0.0, 0.0)
+        for given in (None, {"num_merged_tokens": 4}, MergerConfig(num_merged_tokens=4, vision_dim=32, num_heads=4)):
+            model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model", merger_config=given)
+            assert self.fields(model) == (0.0, 0.0)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model", merger_config="tome")
+        assert self.fields(model) == (1.0, 1.0)
+
+    @pytest.mark.parametrize("name", ["merger", "model"])
+    def test_checkpoints_of_0_1_0_have_none(self, name, stock_dir, tmp_path):
+        saved = tiny_model(agnostic(M), train_merger=True)
+        (saved.save_merger if name == "merger" else saved.save_pretrained)(tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text())
+        del (fields if name == "merger" else fields["merger_config"])["attention_mass"]
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        where = {"merger": tmp_path} if name == "merger" else {}
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir if where else tmp_path, **where)
+        assert self.fields(model) == (0.0, 0.0)
+
+    def test_is_kept_by_a_merger_alone_until_a_model_has_it(self, stock_dir, tmp_path):
+        merger = TokenMerger(MergerConfig(num_merged_tokens=M, vision_dim=32, text_dim=64, num_heads=4))
+        merger.save_pretrained(tmp_path)
+        assert TokenMerger.from_pretrained(tmp_path).config.attention_mass is None
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path)
+        assert self.fields(model) == (1.0, 1.0)
+
+
 def test_mass_with_flash_attention_is_refused(flash_model):
     flash_model.config.merger_config.attention_mass = 0.5
     inputs = {**prompts([1], M), "pixel_values": pixels(1)}
@@ -981,7 +1062,8 @@ def test_all_tokens_are_stock_bit_for_bit(mode):
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_packed_positions_without_mass_are_0_1_0_bit_for_bit(with_mask):
     """Which gave stock's forward the merged features, and nothing else."""
-    ours, stock = tiny_model(agnostic(M, position_ids="packed"), train_merger=True), tiny_stock()
+    fields = agnostic(M, position_ids="packed", attention_mass=0)
+    ours, stock = tiny_model(fields, train_merger=True), tiny_stock()
     batch, images = prompts([1, 2, 0], M), pixels(3)
     embeds = stock.get_input_embeddings()(batch["input_ids"])
     features = torch.cat(ours.model.encode_images(images).pooler_output)

@@ -390,7 +390,7 @@ class TestBrokenRows:
     def test_training_leaves_them_out_and_counts_them(self, folder, caplog):
         rows = [LLAVA, {"conversations": "hi"}, {**LLAVA, "id": "2"}]
         path = written(folder, "a.jsonl", lines(*rows) + "{cut")
-        with caplog.at_level("WARNING", logger="llava_merge"):
+        with caplog.at_level("WARNING", logger="transformers.llava_merge"):
             dataset = read_dataset(path, on_broken_row="skip").check(progress=False)
         assert [dataset.sample(at).name.partition("sample ")[2] for at in range(len(dataset))] == ["'1'", "'2'"]
         assert "2 of 4 rows are broken and left out" in caplog.text and "line 4 of a.jsonl is no JSON" in caplog.text
@@ -428,7 +428,7 @@ class TestBrokenRows:
 
     def test_evaluation_leaves_them_out_and_counts_them(self, folder, caplog):
         rows = [{**QA, "image": PNG}, {"caption": "x"}, {**QA, "image": "gone.png"}, QA | {"image": None}]
-        with caplog.at_level("WARNING", logger="llava_merge"):
+        with caplog.at_level("WARNING", logger="transformers.llava_merge"):
             questions = read_questions(written(folder, "a.json", rows), on_broken_row="skip")
         assert [len(question.images) for question in questions] == [1, 0]
         assert "2 of 4 rows cannot be asked and are left out" in caplog.text
@@ -452,7 +452,7 @@ class TestBrokenRows:
     def test_turns_that_are_left_out_are_counted(self, folder, caplog):
         shapes = ("ShareGPT that begins with the answer", "ShareGPT that ends with a question about an image")
         path = written(folder, "a.json", [row for shape in shapes for row in GOOD[shape][1]])
-        with caplog.at_level("WARNING", logger="llava_merge"):
+        with caplog.at_level("WARNING", logger="transformers.llava_merge"):
             read_dataset(path).check(progress=False)
         assert f"{path}: 2 turns are left out" in caplog.text
 

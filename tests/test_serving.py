@@ -28,7 +28,7 @@ from llava_merge.token_layout import place_on_slots
 
 def config(**fields) -> LlavaMergeConfig:
     """That of a tiny model with a merger of these fields."""
-    return tiny_model({**agnostic(9), **fields}).config
+    return tiny_model({**agnostic(9), "attention_mass": 0.0, **fields}).config
 
 
 class TestBudgets:
@@ -193,7 +193,7 @@ def served(tmp_path):
     """A folder with a checkpoint and its processor, and its configuration as vLLM's Transformers backend sets it."""
 
     def make(**fields) -> LlavaMergeConfig:
-        tiny_model({**agnostic(9), **fields}).save_pretrained(tmp_path)
+        tiny_model({**agnostic(9), "attention_mass": 0.0, **fields}).save_pretrained(tmp_path)
         make_processor().save_pretrained(tmp_path)
         edit(tmp_path / "processor_config.json", num_merged_tokens=9)
         return load(tmp_path)

@@ -192,7 +192,7 @@ class TestBrokenPictures:
 
     def test_they_are_skipped_counted_and_logged(self, rows, folder, caplog):
         dataset = ChatDataset(rows, "rows", folder)
-        with caplog.at_level("WARNING", logger="llava_merge.training.data"):
+        with caplog.at_level("WARNING", logger="transformers.llava_merge.training.data"):
             items = [dataset[index] for index in range(4)]
         assert [item["index"] for item in items] == [0, 3, 3, 3]
         assert [item["num_skipped"] for item in items] == [0, 2, 1, 0]

@@ -71,7 +71,7 @@ def base(tmp_path_factory):
 
 def make_checkpoint(base, folder, fields: dict, *tower, **options):
     """A converted checkpoint in `folder` / "served" with the merger that `fields` describe, trained if it can be."""
-    model = tiny_model(fields, *tower, train_merger=True, text_hidden_size=WIDTH, **options)
+    model = tiny_model({"attention_mass": 0.0, **fields}, *tower, train_merger=True, text_hidden_size=WIDTH, **options)
     model.save_merger(folder / "merger")
     convert(str(base), folder / "served", str(folder / "merger"), fields["num_merged_tokens"])
     return folder / "served"

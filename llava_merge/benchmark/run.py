@@ -33,7 +33,7 @@ from llava_merge.inference_graphs import InferenceGraphs
 from llava_merge.placeholders import ALL_TOKENS
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 @dataclass

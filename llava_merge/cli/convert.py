@@ -31,11 +31,8 @@ def convert(
     installed. Weight files of the base are hard links where they can be, so that it takes hardly any room. All at once
     or not at all.
     """
-    from transformers.utils import logging
-
     from llava_merge.serving.convert import convert as run
 
-    logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     config = run(base, out, merger, num_merged_tokens, revision).merger_config
     done = {"out": str(out), "merger_type": config.merger_type, "num_merged_tokens": config.num_merged_tokens}
     typer.echo(

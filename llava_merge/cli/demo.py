@@ -27,7 +27,8 @@ def demo(
         ),
     ] = None,
     attention_mass: Annotated[
-        float | None, typer.Option(help="Weight of merged tokens, from 0 (one token) to 1 (all their patches).")
+        float | None,
+        typer.Option(help="Weight of merged tokens, 0 (as one token) to 1 (as their patches); default the merger's."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("llava_merge_demo.png"),
     as_json: JsonOption = False,

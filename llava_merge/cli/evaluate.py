@@ -61,8 +61,12 @@ def evaluate(
     ] = None,
     position_ids: Annotated[str, typer.Option(help="`source` or `packed`, of methods named above.")] = "source",
     attention_mass: Annotated[
-        float, typer.Option(help="Weight of merged tokens, from 0 (one token) to 1 (all their patches).")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Weight of merged tokens of methods named above, from 0 (one token) to 1 (all their patches); default "
+            "1 where attention takes a bias."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 32,
     dtype: Annotated[

@@ -17,8 +17,9 @@ def serve_app(
     ] = None,
     num_merged_tokens: Annotated[int | None, typer.Option(help="Tokens per picture at the start.")] = None,
     attention_mass: Annotated[
-        float, typer.Option(help="Weight of tokens that methods merge, from 0 (one token) to 1 (all their patches).")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Weight of merged tokens, 0 (as one token) to 1 (as their patches); default the merger's."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets everybody on the network in.")
     ] = "127.0.0.1",

@@ -20,8 +20,7 @@ def train(
     """Trains a merger, on one GPU, or on many under torchrun or accelerate: `torchrun -m llava_merge train ...`."""
     import logging
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llava_merge").setLevel(logging.INFO)
+    logging.getLogger("transformers.llava_merge").setLevel(logging.INFO)
     from accelerate import PartialState
 
     from llava_merge.training.run import train as run

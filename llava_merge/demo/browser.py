@@ -107,14 +107,12 @@ def for_visitors(function):
     return shown
 
 
-def merger_choices(bundled: bool, given: list[str], attention_mass: float) -> list[tuple[str, str]]:
-    """What is shown and what it names: mergers that were given, bundled ones, the model's own, all methods.
-
-    Methods are not trained for the model, so their tokens weigh what they stand for.
-    """
+def merger_choices(bundled: bool, given: list[str]) -> list[tuple[str, str]]:
+    """What is shown and what it names: mergers that were given, bundled ones, the model's own, all methods."""
     names = [*given, *(MERGERS if bundled else [OWN])]
-    methods = [method.name for method in list_mergers() if method.name not in (UNMERGED, *given)]
-    return [*((name, name) for name in names), *((name, f"{name}:attention_mass={attention_mass}") for name in methods)]
+    methods = [method for method in list_mergers() if method.name not in (UNMERGED, *given)]
+    shown = [(f"{method.name} (untrained)" if method.trained else method.name, method.name) for method in methods]
+    return [*((name, name) for name in names), *shown]
 
 
 def draw_other_scene() -> Image.Image:
@@ -174,7 +172,7 @@ def make_app(
     model: str | None = None,
     mergers: list[str] | None = None,
     num_merged_tokens: int | None = None,
-    attention_mass: float = 1.0,
+    attention_mass: float | None = None,
 ) -> gr.Blocks:
     """The page, to be launched with `launch(**LAUNCH)`.
 
@@ -182,16 +180,16 @@ def make_app(
         model: Directory or Hub repo of a LLaVA; default the bundled one.
         mergers: To choose among, first; see [`Comparison.use`]. Bundled ones, the model's own and all methods follow.
         num_merged_tokens: Tokens per image at the start; default 16 of the bundled model, else the merger's.
-        attention_mass: Of methods that are named alone.
+        attention_mass: What merged tokens weigh, instead of what a merger says; see [`MergerConfig`].
 
     Raises:
         ValueError: The model, or the first merger, cannot be used.
     """
     bundled = model is None
-    choices = merger_choices(bundled, mergers or [], attention_mass)
+    choices = merger_choices(bundled, mergers or [])
     if bundled and num_merged_tokens is None:
         num_merged_tokens = NUM_MERGED_TOKENS
-    comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, choices[0][1])
+    comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, choices[0][1], attention_mass)
     asking = Asking(comparison)
     with gr.Blocks(title="llava_merge", analytics_enabled=False) as page:
         gr.Markdown(f"{TITLE} {ABOUT_THE_BUNDLED if bundled else f'The model is `{model}`.'}")

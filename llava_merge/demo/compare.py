@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.demo import MODEL_DIR
-from llava_merge.evaluation.candidates import OWN, PLACES, Candidate, parse_candidate, put_merger
+from llava_merge.evaluation.candidates import OWN, Candidate, parse_candidate, put_merger
 from llava_merge.placeholders import ALL_TOKENS
 from llava_merge.visualization import draw_merging, thumbnail
 
@@ -30,7 +30,7 @@ class Comparison:
     Args:
         model_dir: Directory or Hub repo of a LLaVA; default the embedded one.
         num_merged_tokens: Tokens per image after merging; may be set anew between calls.
-        attention_mass: What merged tokens weigh, see [`MergerConfig`].
+        attention_mass: What merged tokens weigh, instead of what a merger says; see [`MergerConfig`].
         merger: The first merger, see [`use`]; default the model's own, which in a stock LLaVA pools averages.
     """
 
@@ -60,8 +60,7 @@ class Comparison:
 
         Args:
             merger: Name of a method or of a bundled merger, or directory or Hub repo of a merger checkpoint, or "own";
-                `NAME:FIELD=VALUE,FIELD=VALUE` sets fields. A method sits and weighs as the merger before, a checkpoint
-                as it was saved.
+                `NAME:FIELD=VALUE,FIELD=VALUE` sets fields.
 
         Raises:
             ValueError: It is none of these.
@@ -74,11 +73,10 @@ class Comparison:
 
     def _make(self, merger: str) -> Candidate:
         """The merger, on the device, and the model as it was."""
-        places = {name: getattr(self.used.config, name) for name in PLACES}
         mass = {name: value for name, value in self.given.items() if name == "attention_mass"}
         name, fields = parse_candidate(merger)
         with self.own.answering(self.model):
-            put_merger(self.model, self.processor, name, {**mass, **fields}, places)
+            put_merger(self.model, self.processor, name, {**mass, **fields}, places={})
             return Candidate.of(merger, self.model)
 
     @property

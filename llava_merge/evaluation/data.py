@@ -24,7 +24,7 @@ from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset
 from llava_merge.training.samples import first_turn, images_of, kept_turns, located, open_images, read_turns
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 DEMO, HARD_DEMO = "demo", "demo-hard"  # in the place of a file
 TYPES = ("type", "category", "question_type")  # columns, in the order in which they are looked for

@@ -32,7 +32,7 @@ class EvaluationSettings:
         mergers: See [`make_candidates`].
         budgets: Merged tokens of an image.
         position_ids: Of mergers that do not say their own.
-        attention_mass: The same.
+        attention_mass: The same; None leaves it to the model, see [`MergerConfig`].
         batch_size: Questions at once.
         max_new_tokens: Of an answer.
         dtype: Of the model.
@@ -53,7 +53,7 @@ class EvaluationSettings:
     mergers: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
     position_ids: str = "source"
-    attention_mass: float = 1.0
+    attention_mass: float | None = None
     batch_size: int = 16
     max_new_tokens: int = 32
     dtype: str = "float32"

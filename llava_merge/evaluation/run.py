@@ -46,7 +46,7 @@ from llava_merge.files import refuse_output_in_input, refuse_replaced_files, ren
 from llava_merge.loading import read_checkpoint
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 WRITTEN = ("answers.jsonl", "report.json", "report.md", "scores.png")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -147,7 +147,7 @@ def check_settings(settings: EvaluationSettings, choose: float | None = None):
     for name in ("batch_size", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: has to be 1 or more.")
-    if not 0 <= settings.attention_mass <= 1:
+    if settings.attention_mass is not None and not 0 <= settings.attention_mass <= 1:
         raise ValueError(f"attention_mass={settings.attention_mass}: has to be from 0 to 1.")
     if settings.flips < 0:
         raise ValueError(f"flips={settings.flips}: has to be 0 or more.")

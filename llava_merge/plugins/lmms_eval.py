@@ -32,7 +32,7 @@ class LlavaMergeChat(lmms):
         merger: A method, a bundled merger, a directory or Hub repo of one, "own" for the model's, or "none".
         num_merged_tokens: Tokens of an image; default the merger's.
         position_ids: Of a method; a saved merger has its own.
-        attention_mass: The same.
+        attention_mass: The same; None leaves it to the model, see [`MergerConfig`].
         dtype: Of the model.
         attn_implementation: As in `from_pretrained`.
         device: "cuda", or "cpu"; with several processes each has the GPU of its rank.
@@ -50,7 +50,7 @@ class LlavaMergeChat(lmms):
         merger: str = "own",
         num_merged_tokens: int | None = None,
         position_ids: str = "source",
-        attention_mass: float = 1.0,
+        attention_mass: float | None = None,
         dtype: str = "bfloat16",
         attn_implementation: str | None = None,
         device: str = "cuda",

@@ -8,17 +8,30 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
-from llava_merge.evaluation.candidates import checkpoints_of, parse_candidate, put_merger, text_towers_of
+from llava_merge.evaluation.candidates import (
+    UNMERGED,
+    checkpoints_of,
+    parse_candidate,
+    put_merger,
+    text_towers_of,
+)
 from llava_merge.files import refuse_link_outside, refuse_output_in_input, save_at_once
-from llava_merge.merging_base import method_file
+from llava_merge.merging_base import MERGING_METHODS, method_file
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
 
+logger = logging.get_logger(f"transformers.{__name__}")
+
+WITHOUT_MASS = (
+    "is untrained and converted with attention_mass=0, since servers cannot add a bias to the attention: it answers "
+    "worse than with from_pretrained, where merged tokens weigh as their patches. `llava-merge evaluate "
+    "--attention-mass 0` says how much; a merger that was trained without the mass loses little."
+)
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of what is downloaded: no pickles, no code
 READ = (*PATTERNS, "*/*.jinja")  # of a base: files whose content may get into the output, besides shards below
 GENERATION_CONFIG = "generation_config.json"
@@ -29,8 +42,9 @@ def convert(
 ) -> LlavaMergeConfig:
     """Writes a folder that loads as `from_pretrained(base, merger=merger)` does, with code and processor.
 
-    Weight files of the base are hard links where they can be; one that holds a projector that another one replaces is
-    copied without. All at once or not at all.
+    A method that starts fresh gets no `attention_mass`, which servers cannot add; a warning says so. Weight files of
+    the base are hard links where they can be; one that holds a projector that another one replaces is copied without.
+    All at once or not at all.
 
     Args:
         base: Directory or Hub repo of a stock LLaVA, in safetensors.
@@ -49,6 +63,9 @@ def convert(
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     refuse_output_in_input(output, directory, *text_towers_of(model))
+    name, fields = parse_candidate(merger)
+    if name in MERGING_METHODS and name != UNMERGED and "attention_mass" not in fields:
+        logger.warning(f"{name} {WITHOUT_MASS}")
     check_servable(model.config)
     files = weight_files(directory)
     own = name_as_saved(model, files)
@@ -126,7 +143,7 @@ def make_hollow_model(
     with torch.device("meta"):
         model = LlavaMergeForConditionalGeneration(config)
     processor = LlavaMergeProcessor.from_pretrained(directory)
-    put_merger(model, processor, *parse_candidate(merger), places={})
+    put_merger(model, processor, *parse_candidate(merger), places={"attention_mass": 0.0})
     if num_merged_tokens is None:
         num_merged_tokens = model.config.merger_config.num_merged_tokens
     if num_merged_tokens is not None:  # as of merger_type="none"

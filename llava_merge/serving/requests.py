@@ -30,8 +30,8 @@ def check_servable(config: LlavaMergeConfig):
     if mass:
         raise ValueError(
             f"attention_mass={mass}: serving engines cannot add a bias to the attention on merged tokens. Train the "
-            f"merger with attention_mass=0, or go on training it so: trained with it, it is bad without. Methods that "
-            f"need no training take it from `--merger NAME:attention_mass=0`."
+            f"merger with attention_mass=0, or go on training it so: trained with it, it is bad without. A method that "
+            f"starts fresh has none unless asked for."
         )
 
 

@@ -13,7 +13,7 @@ from llava_merge.training.json_rows import read_json, stream_json
 from llava_merge.training.samples import Sample, read_sample
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 SKIP, ERROR = "skip", "error"  # what is done about a row or picture that cannot be used
 

@@ -28,7 +28,7 @@ from llava_merge.training.trainer import MergerTrainer
 from llava_merge.training.validation import AnswerScorer
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 WRITTEN = (  # into output_dir, or removed from there, with what tokenizers and processors save
     *("config.json", "generation_config.json", "adapter_config.json", "merger_config.json", "metrics.json"),

@@ -30,7 +30,7 @@ from llava_merge.training.teacher import LogitsCache, Teacher
 from llava_merge.training.validation import AnswerScorer
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 MAX_BAD_STEPS = 10  # in a row
 
