@@ -1,7 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Load on vLLM's server: a stock LLaVA against merged ones, with several clients at once.
 
-pip install 'llava-merge[serve]'
+pip install '.[serve]'
 python examples/benchmark_serving.py --model demo --merger served --merger average_pooling --output serving_demo.json
 python examples/benchmark_serving.py --model 0.2b-narrow-tower --merger average_pooling --output serving_02b.json
 

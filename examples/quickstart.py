@@ -23,7 +23,7 @@ def answer(model, processor, image: Image.Image, question: str, num_merged_token
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def main(base: str = str(MODEL_DIR), picture: str = str(PICTURE), question: str = "What color is the star?"):
+def main(base: str = str(MODEL_DIR), picture: str = str(PICTURE), question: str = "What color is the tiny diamond?"):
     merger_config = {"merger_type": "fixed_pooling", "merge_ratio": 0.25, "attention_mass": 1.0}
     model = LlavaMergeForConditionalGeneration.from_pretrained(base, merger_config=merger_config, dtype=torch.float32)
     num_merged_tokens = model.config.merger_config.num_merged_tokens

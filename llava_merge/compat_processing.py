@@ -79,6 +79,26 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         """Visual tokens of an image before merging, as the processor's sizes have it."""
         return super()._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens[0]
 
+    def with_placeholders(self, text: str | list[str], num_images: int) -> list[str]:
+        """The prompts with as many placeholders for each image as its budget, in the place of one.
+
+        Raises:
+            ValueError: They are for more or fewer images.
+        """
+        texts = [text] if isinstance(text, str) else text
+        found = sum(sample.count(self.image_token) for sample in texts)
+        if found != num_images:
+            raise ValueError(
+                f"The prompts hold {found} {self.image_token} for {num_images} images. Write one for each image, in "
+                f"reading order."
+            )
+        budgets, num_patches = map(self.budget, range(found)), self.num_patches
+
+        def placeholders(_: re.Match) -> str:
+            return self.image_token * tokens_of_budget(next(budgets), num_patches)
+
+        return [re.sub(re.escape(self.image_token), placeholders, sample) for sample in texts]
+
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
         """As in transformers; also warns of source positions behind what the tokenizer says a model takes."""
         super()._check_special_mm_tokens(text, text_inputs, modalities)
@@ -108,6 +128,12 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             kwargs["tokenizer_type"] = "llava"
             return super()._load_tokenizer_from_pretrained(sub_processor_type, pretrained_model_name_or_path, **kwargs)
 
+        def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
+            """As in transformers, to which the placeholders of encoded images are no more than text."""
+            if images is None and getattr(self, "images_are_encoded", False):
+                text = [sample.replace(self.image_token, "") for sample in text]
+            super().validate_inputs(images=images, text=text, **kwargs)
+
         def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
             """The placeholders of one image, as many as its budget."""
             budget = self.budget(image_idx)
@@ -134,9 +160,8 @@ class MergedPlaceholderProcessor(LlavaProcessor):
                 return super().__call__(images=images, text=text, **kwargs)
             merged = self._merge_kwargs(ProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
-            texts = [text] if isinstance(text, str) else text
             # with pictures, stock would write its own number of placeholders for each of ours
-            inputs = super().__call__(text=self._with_placeholders(texts, len(image_inputs["pixel_values"])), **kwargs)
+            inputs = super().__call__(text=self.with_placeholders(text, len(image_inputs["pixel_values"])), **kwargs)
             inputs.update(image_inputs)
             return inputs
 
@@ -152,22 +177,6 @@ class MergedPlaceholderProcessor(LlavaProcessor):
             if given.get("num_merged_tokens") is not None:
                 kwargs["num_merged_tokens"] = given["num_merged_tokens"]
             return super().apply_chat_template(conversation, chat_template, **kwargs)
-
-        def _with_placeholders(self, texts: list[str], num_images: int) -> list[str]:
-            found = sum(sample.count(self.image_token) for sample in texts)
-            if isinstance(self.num_merged_tokens, list) and found != num_images:
-                raise ValueError(
-                    f"The prompts hold {found} {self.image_token} for {num_images} images. Write one for each image, "
-                    f"in reading order."
-                )
-            budgets = map(self.budget, range(found))
-            num_patches = self.num_patches
-
-            def placeholders(_: re.Match) -> str:
-                budget = next(budgets)
-                return self.image_token * tokens_of_budget(budget, num_patches)
-
-            return [re.sub(re.escape(self.image_token), placeholders, sample) for sample in texts]
 
 
 def name_plain_tokenizer(path: Path, tokenizer):

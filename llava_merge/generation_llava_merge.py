@@ -187,8 +187,13 @@ def images_to_merge(pixel_values: Tensor | None, mm_encoder_outputs: dict | None
     """The images of a call that are not merged yet, if any: pixels, or what the tower made of them.
 
     Raises:
-        ValueError: There are pixels and encoded images.
+        ValueError: There are pixels and encoded images, or `mm_encoder_outputs` has them by another key.
     """
+    if mm_encoder_outputs and "image" not in mm_encoder_outputs:
+        raise ValueError(
+            f"mm_encoder_outputs has {', '.join(map(repr, mm_encoder_outputs))}: what encode_images returned belongs "
+            f"to the key 'image'."
+        )
     encoded = (mm_encoder_outputs or {}).get("image")
     if pixel_values is not None and encoded is not None:
         raise ValueError("Pass images either as pixel_values or encoded as mm_encoder_outputs, not both.")

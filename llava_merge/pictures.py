@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_merge.files import renamed_when_whole
+from llava_merge.processing_llava_merge import check_proportions
 
 
 TIMEOUT = 60  # seconds that a server may be silent
@@ -35,6 +36,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     name = shown(source)
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(readable(source))
+        check_proportions(opened)
         return in_8_bits(ImageOps.exif_transpose(opened)).convert("RGB")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{name}: there is no such file. Give the path of a picture, or a URL.") from error

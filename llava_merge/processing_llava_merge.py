@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from transformers import BatchFeature
-from transformers.image_utils import ImageInput
+from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import MultiModalData, Unpack
 
 from .compat import TRANSFORMERS_VERSION  # noqa: F401 - transformers 4.57 copies only what is named here
@@ -16,11 +16,34 @@ from .placeholders import budget_of_each_image
 from .position_range import warn_of_positions  # noqa: F401
 
 
-def count_images(images: ImageInput) -> int:
+MOST_ELONGATED = 100  # longer side by the shorter; resized to the tower's, a picture grows by that
+
+
+def count_images(images: ImageInput | int) -> int:
     """How many there are: pictures, arrays, tensors, paths or URLs, one, in a batch of one tensor, or in lists."""
+    if isinstance(images, int):
+        return images
     if isinstance(images, list | tuple):
         return sum(map(count_images, images))
     return len(images) if getattr(images, "ndim", 0) == 4 else 1
+
+
+def check_proportions(images: ImageInput):
+    """Refuses pictures, in lists or alone, that would become huge where their shorter side is made the tower's.
+
+    Raises:
+        ValueError: There is one; arrays of two or three sizes are looked at too.
+    """
+    if isinstance(images, list | tuple):
+        for each in images:
+            check_proportions(each)
+        return
+    shape = images.size if is_pil_image(images) else getattr(images, "shape", None)
+    short, long = sorted(shape)[-2:] if shape is not None and 2 <= len(shape) <= 3 else (1, 1)
+    if long > MOST_ELONGATED * short:
+        raise ValueError(
+            f"An image of {short} × {long} pixels: its longer side may be {MOST_ELONGATED} times the shorter. Crop it."
+        )
 
 
 def bos_options(tokenizer, text: Texts | None) -> dict[str, bool]:
@@ -100,7 +123,7 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
 
     def __call__(
         self,
-        images: ImageInput | None = None,
+        images: ImageInput | int | None = None,
         text: Texts | None = None,
         *,
         num_merged_tokens: int | str | list | None = None,
@@ -109,24 +132,31 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         """As in transformers, for a budget of this call; prompts that begin with the BOS token get no second one.
 
         Args:
+            images: Also the number of images, for prompts of images that [`encode_images`] has encoded; what is
+                returned has no `pixel_values` then.
             num_merged_tokens: Tokens of an image, or one number for each image in reading order; "all" does not merge.
                 Returned too, for `generate` and `forward`: nothing is kept here or on the model. Default the
                 processor's own, which the model has to share.
 
         Raises:
-            ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images.
+            ValueError: `num_merged_tokens` is no such number, or a list for more or fewer images; or an image is far
+                longer than wide.
         """
         if "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
             kwargs |= bos_options(self.tokenizer, text)
-        if num_merged_tokens is None or images is None:
-            if images is not None:
-                self.check_budgets()
-            return super().__call__(images=images, text=text, **kwargs)
-        for_this_call = copy.copy(self)
-        for_this_call.num_merged_tokens = budget_of_each_image(num_merged_tokens, count_images(images))
-        for_this_call.check_budgets()
-        inputs = super(LlavaMergeProcessor, for_this_call).__call__(images=images, text=text, **kwargs)
-        inputs["num_merged_tokens"] = num_merged_tokens
+        if images is None:
+            return super().__call__(text=text, **kwargs)
+        processor = copy.copy(self)  # nothing of this call is kept
+        if num_merged_tokens is not None:
+            processor.num_merged_tokens = budget_of_each_image(num_merged_tokens, count_images(images))
+        processor.check_budgets()
+        if isinstance(images, int):
+            processor.images_are_encoded = True
+            images, text = None, processor.with_placeholders(text, images)
+        check_proportions(images)
+        inputs = super(LlavaMergeProcessor, processor).__call__(images=images, text=text, **kwargs)
+        if num_merged_tokens is not None:
+            inputs["num_merged_tokens"] = num_merged_tokens
         return inputs
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:

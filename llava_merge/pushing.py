@@ -6,18 +6,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
+from llava_merge.evaluation.fingerprints import check_is_of_report
 from llava_merge.files import CONFIG, refuse_link_outside, replaced_weights
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
+from llava_merge.merging_base import find_merging_method
 from llava_merge.saving import PROJECTOR
+from llava_merge.serving.shards import weight_files
 
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 NOT_PUSHED = ("*.bin", "*.pt", "*.pth", "*.pkl", "trainer_state.json")  # pickles, as Trainer writes some too
 
@@ -79,6 +85,23 @@ class SavedFolder:
             refuse_link_outside(self.path, files[name])
         return [name.as_posix() for name in pushed]
 
+    @property
+    def merger_config(self) -> MergerConfig:
+        """Configuration of its merger."""
+        return self.config.merger_config if self.kind == MODEL else self.config
+
+    def merger_weights(self) -> dict[str, Tensor]:
+        """Weights of its merger, by the names that they have in it."""
+        if find_merging_method(self.merger_config).training_free:
+            return {}
+        weights = {}
+        for file in [self.path / ADAPTER_WEIGHTS] if self.kind == ADAPTER else weight_files(self.path):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    if self.kind == MERGER or "merger." in name:
+                        weights[name.partition("merger.")[2] or name] = tensors.get_tensor(name)
+        return weights
+
 
 def push_directory(
     directory: Path,
@@ -103,12 +126,14 @@ def push_directory(
         token: Of the Hub; default the one that was logged in with.
 
     Raises:
-        ValueError: The folder holds nothing that can be pushed, or a link out of it, or the report has no such merger.
+        ValueError: The folder holds nothing that can be pushed, or a link out of it; or the report has no such merger,
+            or is of another merger than the folder's.
     """
     saved, api = SavedFolder.read(Path(directory)), HfApi(token=token)
     files = saved.files()  # before anything is made on the Hub
     if report is not None:
         merger = find_merger_of_report(report, merger)
+        check_is_of_report(saved.merger_config, saved.merger_weights(), report, merger)
     if not create_pr:
         repo_id = prepare_repo(api, repo_id, private, revision)
     there = api.list_repo_files(repo_id, revision=None if create_pr else revision)

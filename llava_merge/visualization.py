@@ -83,15 +83,17 @@ def thumbnail(image: Image.Image, size: int = 336) -> Image.Image:
 
 
 def side_by_side(images: list[Image.Image], captions: list[str] | None = None, gap: int = GAP) -> Image.Image:
-    """The pictures in a row on white, all as high as the first, each with its caption above."""
-    height, top = images[0].height, CAPTION_HEIGHT if captions else 0
+    """The pictures in a row on white, all as high as the first, each with its caption, of one line or more, above."""
+    lines = max((caption.count("\n") + 1 for caption in captions or ()), default=0)
+    height, top = images[0].height, CAPTION_HEIGHT * lines
     scaled = [image.resize((round(image.width * height / image.height), height)) for image in images]
     row = Image.new("RGB", (sum(image.width for image in scaled) + gap * (len(scaled) - 1), height + top), "white")
     draw, left = ImageDraw.Draw(row), 0
     for index, image in enumerate(scaled):
         row.paste(image, (left, top))
         if captions:
-            draw.text((left, 3), captions[index], fill="black", font=caption_font(captions[index], image.width))
+            for line, text in enumerate(captions[index].split("\n")):
+                draw.text((left, 3 + line * CAPTION_HEIGHT), text, fill="black", font=caption_font(text, image.width))
         left += image.width + gap
     return row
 

@@ -13,7 +13,7 @@ from .merging_base import find_merging_method
 
 
 ATTENTION = "vllm"  # the attention that it gives to language models
-NEEDS_PLUGIN = "{what}, which vLLM can do with the plugin alone: pip install 'llava-merge[serve]'{fix}."
+NEEDS_PLUGIN = "{what}, which vLLM can do with the plugin alone: pip install '.[serve]' in a clone of llava_merge{fix}."
 
 
 def is_run_by_vllm(config: LlavaMergeConfig) -> bool:

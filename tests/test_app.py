@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import tomllib
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -60,7 +61,7 @@ def page(request, chromium, address):
     page.on("request", lambda asked: page.hosts.add(urllib.parse.urlsplit(asked.url).hostname))
     page.on("pageerror", lambda error: page.problems.append(f"{error} {error.stack}"))
     page.goto(address)
-    expect_answer(page, "merged", "yellow")
+    expect_answer(page, "merged", "314")
     yield page
     if "SCREENSHOTS" in os.environ:  # a folder: to be looked at
         page.screenshot(path=f"{os.environ['SCREENSHOTS']}/{request.node.name}.png", full_page=True)
@@ -112,8 +113,8 @@ class TestInABrowser:
         page.get_by_label("Merger").click()
         page.get_by_role("option", name="tome").click()
         sync_api.expect(page.locator("#merged_answer")).to_contain_text("16 visual tokens")
-        page.get_by_role("button", name="What shape is the blue object?").click()
-        expect_answer(page, "unmerged", "cross")
+        page.get_by_role("button", name="Where is the yellow square?").click()
+        expect_answer(page, "unmerged", "bottom left")
         page.get_by_role("button", name="Draw another scene").click()
         sync_api.expect(page.locator("#unmerged_answer h3")).to_have_count(0)
 
@@ -130,7 +131,7 @@ class TestInABrowser:
         page.get_by_test_id("toast-close").click()
         page.locator("input[type=file]").first.set_input_files(PICTURE)
         page.get_by_role("button", name="Ask", exact=True).click()
-        expect_answer(page, "merged", "yellow")
+        expect_answer(page, "merged", "314")
 
     def test_a_large_upload_is_refused(self, page, tmp_path):
         (tmp_path / "large.png").write_bytes(PICTURE.read_bytes() + bytes(21 << 20))
@@ -188,7 +189,13 @@ def test_the_space(monkeypatch):
     assert launched[0][0].blocks and launched[0][1] == LAUNCH
     data = ModelCard((folder / "README.md").read_text()).data.to_dict()
     assert data["sdk"] == "gradio" and (folder / data["app_file"]).exists()
-    assert (folder / "requirements.txt").read_text().strip() == "llava-merge[app]"
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["demo"], *extras["app"]]
+    assert (folder / "requirements.txt").read_text().split("\n") == [
+        *(name for name in needed if not name.startswith("llava-merge")),  # which is uploaded
+        "",
+    ]
 
 
 class TestRequests:
@@ -214,7 +221,7 @@ class TestRequests:
         yield f"http://127.0.0.1:{server.server_port}/internal.png", asked
         server.shutdown()
 
-    def ask(self, address: str, picture=None, question="What color is the star?", merger="question_aware", budget=16):
+    def ask(self, address: str, picture=None, question="What number is shown?", merger="question_aware", budget=16):
         """The last event of a question about what the inputs are given."""
         api, session = f"{address}gradio_api", uuid.uuid4().hex
         functions = httpx.get(f"{address}config").json()["dependencies"]
@@ -234,6 +241,11 @@ class TestRequests:
             event = self.ask(address, {"path": path, "is_stream": stream, **meta})
             assert '"success":false' in event and "visual tokens" not in event, path
         assert not asked
+
+    def test_errors_of_visitors_are_not_in_the_log(self, address, capfd):
+        event = self.ask(address)
+        assert '"success":false' in event and "There is no picture" in event
+        assert "Traceback" not in capfd.readouterr().err
 
     @pytest.mark.parametrize("name", ["picture", "question", "merger", "budget"])
     def test_no_input_makes_gradio_fetch_a_url(self, address, internal, name, monkeypatch):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_ID, NUM_PATCHES, PAD_ID, agnostic, aware, make_processor, pixels, tiny_model
+from PIL import Image
 from test_positions import CACHE, assert_answers, rows_of
 from torch._dynamo.testing import CompileCounter
 from transformers import pipeline
+from transformers.utils import logging
 
 from llava_merge import LlavaMergeProcessor, MergerConfig
 from llava_merge.compat import TRANSFORMERS_V5
@@ -291,7 +293,23 @@ def test_a_model_without_a_merger(processor, pictures):
     assert model(**everything).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["picture", "array", "channels first", "in a list"])
+@pytest.mark.parametrize("num_merged_tokens", [None, 4])
+def test_images_that_would_become_huge_are_refused(kind, num_merged_tokens):
+    """Where its shorter side is made the tower's, a picture of 1 × 3000 takes a minute and gigabytes."""
+    long = Image.new("RGB", (3000, 1))
+    images = {"picture": long, "array": np.asarray(long), "channels first": np.zeros((3, 1, 3000), np.uint8)}
+    images["in a list"] = [[Image.new("RGB", (100, 1)), long]]
+    text = "USER: " + "<image> " * (2 if kind == "in a list" else 1) + "what ? ASSISTANT:"
+    processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9)
+    with pytest.raises(
+        ValueError, match="An image of [13] × 3000 pixels: its longer side may be 100 times the shorter"
+    ):
+        processor(images=images[kind], text=text, num_merged_tokens=num_merged_tokens)
+
+
 def test_budgets_below_the_trained_ones_warn_once(caplog):
+    logging.warning_once.cache_clear()
     merger_config = agnostic(9, trained_num_tokens=[16, 4])
     model = tiny_model(merger_config, train_merger=True)
     counts = []

@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,19 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import agnostic, listen_to_ctrl_c, make_processor, tiny_model
+from conftest import agnostic, listen_to_ctrl_c, make_processor, tiny_model, tiny_stock
 from hub_server import HubServer, run_python
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeProcessor, __version__, list_mergers
 from llava_merge.cli import app
 from llava_merge.cli.common import one_line_errors
 from llava_merge.demo import MODEL_DIR, find_merger
+from llava_merge.evaluation.candidates import Candidate
 from llava_merge.evaluation.cards import add_evaluation
+from llava_merge.evaluation.fingerprints import check_is_of_report, describe_merger
 from llava_merge.evaluation.report import read_evaluation
 from llava_merge.evaluation.run import settings_of_options
 from llava_merge.hub import MERGER, make_card
+from llava_merge.pushing import SavedFolder
 
 
 pytestmark = pytest.mark.newest
@@ -147,7 +153,10 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "llava_merge.demo.browser", raising=False)
     done = CliRunner().invoke(app, ["app"])
-    assert done.exit_code == 2 and done.stderr == "Error: This needs gradio: pip install 'llava-merge[app]'\n"
+    assert (
+        done.exit_code == 2
+        and done.stderr == "Error: This needs gradio: pip install '.[app]' in a clone of llava_merge\n"
+    )
 
 
 class TestNetwork:
@@ -209,9 +218,18 @@ class TestPush:
         assert done.returncode == 0, errors
         return output
 
-    def test_a_merger_with_its_evaluation(self, server, tmp_path):
-        report = RESULTS / "evaluation_demo.json"
-        asked = ("--report", report, "--merger", "llava_merge/demo/mergers/agnostic")
+    @pytest.fixture(scope="class", params=["float32", "bfloat16"])
+    def report(self, request, tmp_path_factory):
+        """Of two bundled mergers, which were asked a few questions."""
+        folder = tmp_path_factory.mktemp("evaluated")
+        options = [f"--merger={find_merger(name)}" for name in ("agnostic", "salient")] + ["--merger=tome"]
+        options += ["--num-merged-tokens=16", "--num-merged-tokens=4", "--limit=1", f"--dtype={request.param}"]
+        done = CliRunner().invoke(app, ["evaluate", *options, "--output", str(folder)])
+        assert done.exit_code == 0, done.output
+        return folder / "report.json"
+
+    def test_a_merger_with_its_evaluation(self, server, report, tmp_path):
+        asked = ("--report", report, "--merger", find_merger("agnostic"))
         output = self.push(server, tmp_path, find_merger("agnostic"), "org/merger", *asked, "--json")
         files = server.repos["org/merger"]
         assert {"config.json", "model.safetensors", "multi_modal_projector.safetensors", "README.md"} <= set(files)
@@ -219,8 +237,56 @@ class TestPush:
         card = ModelCard(files["README.md"].decode())
         assert "| none | all |" in card.text and "mergers/agnostic | 16 |" in card.text and "tome" not in card.text
         scores = {each.metric_name: each.metric_value for each in card.data.eval_results}
-        row = json.loads(report.read_text())["results"]["llava_merge/demo/mergers/agnostic@16"]
-        assert scores["exact_match, 16 tokens"] == round(100 * row["scores"]["all"]["score"], 2) and len(scores) == 3
+        row = json.loads(report.read_text())["results"][f"{find_merger('agnostic')}@16"]
+        assert scores["exact_match, 16 tokens"] == round(100 * row["scores"]["all"]["score"], 2) and len(scores) == 2
+
+    def test_results_of_another_merger_are_refused(self, report, tmp_path):
+        """Before the Hub is asked, which is out of reach here."""
+
+        def refusal(folder, merger, source=report):
+            arguments = ["push", str(folder), "org/no", "--report", str(source), "--merger", merger]
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 2 and done.stderr.count("\n") == 1
+            return done.stderr
+
+        agnostic, salient = find_merger("agnostic"), find_merger("salient")
+        assert "is another than the folder's (merger_type: 'salient_pooling' there" in refusal(agnostic, salient)
+        assert "is another than the folder's (merger_type: 'tome' there" in refusal(agnostic, "tome")
+        shutil.copytree(agnostic, tmp_path / "trained")
+        weights = load_file(tmp_path / "trained" / "model.safetensors")
+        next(iter(weights.values())).add_(1)
+        save_file(weights, tmp_path / "trained" / "model.safetensors", metadata={"format": "pt"})
+        assert re.search(r"\(merger_sha256: '\w{64}' there, '\w{64}' here\)", refusal(tmp_path / "trained", agnostic))
+        earlier = RESULTS / "evaluation_demo.json"
+        assert "does not say which weights" in refusal(agnostic, "llava_merge/demo/mergers/agnostic", earlier)
+
+    @pytest.mark.parametrize("kind", ["model", "adapter", "tome"])
+    def test_results_of_models_and_adapters_are_theirs(self, kind, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
+        model = tiny_model({"merger_type": "tome"} if kind == "tome" else agnostic(), train_merger=kind != "tome")
+        candidate = Candidate.of("own", model)
+        folder = tmp_path / kind
+        if kind == "model":
+            model.save_pretrained(folder, max_shard_size="50KB")
+        elif kind == "tome":
+            model.save_merger(folder)
+        else:
+            tiny_stock().save_pretrained(tmp_path / "base")
+            adapted = LoraConfig(target_modules=["q_proj"], modules_to_save=["merger"])
+            peft_model = get_peft_model(model, adapted)
+            peft_model.save_pretrained(folder)
+            fields = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(
+                json.dumps({**fields, "base_model_name_or_path": str(tmp_path / "base")})
+            )
+            (folder / "merger_config.json").write_text(model.config.merger_config.to_json_string(use_diff=False))
+        saved = SavedFolder.read(folder)
+        report = {"candidates": {"own": describe_merger(candidate)}, "protocol": {"dtype": "float32"}}
+        check_is_of_report(saved.merger_config, saved.merger_weights(), report, "own")
+        report["candidates"]["own"]["merger_sha256"] = "0"
+        with pytest.raises(ValueError, match="is another than the folder's .merger_sha256"):
+            check_is_of_report(saved.merger_config, saved.merger_weights(), report, "own")
 
     def test_a_model_without_what_does_not_belong_there(self, server, tmp_path):
         folder = tmp_path / "model"

@@ -15,9 +15,17 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.cli import app
-from llava_merge.demo import MERGERS, MODEL_DIR, PICTURE, QUESTIONS, find_merger
+from llava_merge.demo import ANSWERS, KNOWS, MERGERS, MODEL_DIR, PICTURE, QUESTIONS, find_merger
 from llava_merge.demo.compare import Comparison
-from llava_merge.demo.scenes import HARD_QUESTION_TYPES, QUESTION_TYPES, draw_scene, sample_scene, scene_rng
+from llava_merge.demo.scenes import (
+    HARD_QUESTION_TYPES,
+    QUESTION_TYPES,
+    ask_question,
+    draw_scene,
+    sample_scene,
+    scene_of,
+    scene_rng,
+)
 from llava_merge.evaluation.data import demo_questions
 from llava_merge.pictures import open_image
 from llava_merge.visualization import CAPTION_HEIGHT, thumbnail
@@ -29,7 +37,6 @@ RESULTS = {
     for name in ("evaluation_demo", "evaluation_demo_hard")
 }
 README = EXAMPLES.parent / "README.md"
-ANSWERS = ("yellow", "cross", "5", "no", "left", "4")
 
 
 def ask(model, processor, asked: list[tuple]) -> list[str]:
@@ -145,7 +152,14 @@ class TestEmbeddedModel:
         model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
         picture = Image.open(PICTURE).convert("RGB")
         answers = ask(model, AutoProcessor.from_pretrained(MODEL_DIR), [(picture, question) for question in QUESTIONS])
-        assert tuple(answers) == ANSWERS
+        assert answers == [*ANSWERS.values()]
+
+    def test_the_bundled_answers_are_those_of_the_scene(self):
+        scene, rng = scene_of("test", 38, hard=True)
+        assert draw_scene(scene).tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+        asked = [ask_question(scene, kind, rng) for kind in HARD_QUESTION_TYPES for _ in range(400)]
+        right = {question.text: question.answer for question in filter(None, asked)}
+        assert ANSWERS == {question: right[question] for question in QUESTIONS}
 
     def test_prompts_are_tokenised_as_in_training(self):
         processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR, num_merged_tokens=1)
@@ -166,7 +180,7 @@ def test_quickstart_example_runs(capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     labels, answers = zip(*(line.split(": ") for line in lines), strict=True)
     assert labels == ("144 tokens", "16 tokens", "all tokens", "loaded again, 16 tokens")
-    assert answers[0] == answers[2] == ANSWERS[0] and answers[1] == answers[3]
+    assert answers[0] == answers[2] == "yellow" and answers[1] == answers[3]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +192,7 @@ class TestComparison:
     def test_all_tokens_are_those_of_the_stock_model(self, comparison):
         picture = Image.open(PICTURE).convert("RGB")
         answer = comparison.with_all_tokens(picture, QUESTIONS[0], repeats=1)
-        assert answer.text == ANSWERS[0] and answer.num_image_tokens == comparison.model.config.num_patches
+        assert answer.text == ANSWERS[QUESTIONS[0]] and answer.num_image_tokens == comparison.model.config.num_patches
         assert answer.milliseconds > 0
 
     def test_merged_tokens_are_fewer(self, comparison):
@@ -205,10 +219,14 @@ class TestCommand:
         heads = ["576 tokens", "16 tokens, question_aware", "16 tokens, random"]
         assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == heads and num_patches == 576
         assert all(question in output for question in QUESTIONS) and output.count(" ms") == 3 * len(QUESTIONS)
-        for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+        for question, answer in ANSWERS.items():
             line = next(line for line in output.splitlines() if line.startswith(question))
-            assert line.removeprefix(question).split()[0] == answer
-        assert Image.open(tmp_path / "demo.png").size == (680, 336 + CAPTION_HEIGHT)
+            assert line.removeprefix(question).strip().startswith(answer)
+        last = r"Right answers: 6/6 with all tokens; 6/6 with question_aware, \d+\.\d × as fast; 2/6 with random."
+        assert re.fullmatch(last, output.splitlines()[-1])
+        assert KNOWS not in output
+        # with all tokens, with those merged for two questions, and with random ones; captions of two lines
+        assert Image.open(tmp_path / "demo.png").size == (4 * 336 + 3 * 8, 336 + 2 * CAPTION_HEIGHT)
 
     def test_own_picture_question_and_budget(self, tmp_path):
         rng = scene_rng("test", 3)
@@ -218,6 +236,9 @@ class TestCommand:
             *("--num-merged-tokens", 9, "--output", tmp_path / "out.png"),
         )
         assert "How many shapes are there?" in output and " 9 tokens" in output
+        assert KNOWS in output  # which pictures of one's own are no photographs for
+        last = r"Answers as with all tokens: [01]/1 with question_aware, \d+\.\d × as fast; [01]/1 with random."
+        assert re.fullmatch(last, output.splitlines()[-1])
 
     def test_several_mergers_with_random_beside_them(self, tmp_path):
         output = self.run(
@@ -226,7 +247,13 @@ class TestCommand:
         )
         heads = [f"36 tokens, {name}" for name in ("visionzip", "cdpruner", "random")]
         assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == ["576 tokens", *heads]
-        assert Image.open(tmp_path / "out.png").size == (3 * 336 + 2 * 8, 336 + CAPTION_HEIGHT)
+        # cdpruner reads the question, of which there is one
+        assert Image.open(tmp_path / "out.png").size == (4 * 336 + 3 * 8, 336 + 2 * CAPTION_HEIGHT)
+
+    def test_what_is_untrained_says_so(self, tmp_path):
+        arguments = ("--merger", "c_abstractor", "--merger", "tome", "--question", QUESTIONS[0])
+        output = self.run(*arguments, "--output", tmp_path / "out.png")
+        assert "tokens, c_abstractor (untrained)" in output and "tokens, tome  " in output
 
     def test_random_alone_is_shown_once(self, tmp_path):
         arguments = ("--merger", "random", "--question", "What color is the star?", "--output", tmp_path / "out.png")

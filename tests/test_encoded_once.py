@@ -6,9 +6,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import IMAGE_ID, agnostic, aware, pixels, prompts, tiny_model
+from conftest import IMAGE_ID, agnostic, aware, make_processor, pixels, prompts, tiny_model
 from torch.utils import _pytree as pytree
 
+from llava_merge import LlavaMergeProcessor
 from llava_merge.compat import CACHE_ARGUMENT
 from llava_merge.merge_extras import TowerFeatures
 from llava_merge.token_placing import EncodedImages
@@ -35,6 +36,42 @@ def asking(model, counts: list[int], seed: int, num_tokens: int | None = None) -
     if model.config.merger_config.merger_type == "cdpruner" or model.config.merger_config.question_aware:
         batch["question_mask"] = batch["attention_mask"].bool()
     return batch
+
+
+@pytest.mark.parametrize("budget", [None, 4, [4, 1], ["all", 9]], ids=str)
+@torch.no_grad()
+def test_prompts_of_encoded_images_need_their_number_alone(budget, picture):
+    model, processor = (
+        tiny_model(agnostic()),
+        make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=NUM_TOKENS),
+    )
+    texts = ["USER: <image> what color ? ASSISTANT:", "USER: <image> how many circles ? ASSISTANT:"]
+    options = {"num_merged_tokens": budget, "padding": True, "return_tensors": "pt"}
+    with_pictures = processor(images=[picture, picture], text=texts, **options)
+    inputs = processor(images=2, text=texts, **options)
+    pixel_values = with_pictures.pop("pixel_values")
+    assert inputs.keys() == with_pictures.keys()
+    assert all(torch.equal(inputs[name], with_pictures[name]) for name in ("input_ids", "attention_mask"))
+    given = {} if budget is None else {"num_merged_tokens": budget}
+    encoded = {"image": model.encode_images(pixel_values, **given)}
+    plain = model.generate(**with_pictures, pixel_values=pixel_values, **GREEDY)
+    assert torch.equal(model.generate(**inputs, mm_encoder_outputs=encoded, **GREEDY), plain)
+    assert processor(images=1, text=texts[0])["input_ids"] == processor(images=picture, text=texts[0])["input_ids"]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_the_number_has_to_be_that_of_the_prompts(number):
+    processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=4)
+    with pytest.raises(ValueError, match=f"The prompts hold 2 <image> for {number} images"):
+        processor(images=number, text="USER: <image> <image> what ? ASSISTANT:")
+
+
+def test_they_are_found_by_their_key():
+    model = tiny_model(agnostic())
+    encoded, batch = model.encode_images(pixels(1)), asking(model, [1], 0)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="mm_encoder_outputs has 'images': .* belongs to the key 'image'"):
+            call(**batch, mm_encoder_outputs={"images": encoded})
 
 
 @pytest.mark.parametrize("name", MERGERS)

@@ -34,6 +34,7 @@ from llava_merge.demo.scenes import HARD_QUESTION_TYPES, draw_scene, scene_of
 from llava_merge.evaluation import run as run_module
 from llava_merge.evaluation.candidates import Candidate, make_candidates, parse_candidate
 from llava_merge.evaluation.data import PictureQuestion, demo_questions, fingerprint, read_questions
+from llava_merge.evaluation.fingerprints import describe_merger
 from llava_merge.evaluation.grid import Grid, make_cells, mean_divergence
 from llava_merge.evaluation.protocol import EvaluationSettings, check_same_protocol
 from llava_merge.evaluation.report import (
@@ -359,7 +360,7 @@ class TestRun:
         assert results["none@all"]["tokens_entered"] - results["tome@16"]["tokens_entered"] == 576 - 16
         assert set(report["flips"]["cells"]) == set(results)
         described = report["candidates"]["tome"]
-        assert len(described.pop("sha256")) == 64
+        assert len(described.pop("sha256")) == len(described.pop("merger_sha256")) == 64
         assert described == {"merger_type": "tome", "position_ids": "source", "attention_mass": 1.0}
         Image.open(tmp_path / "scores.png").load()
         table = (tmp_path / "report.md").read_text()
@@ -379,19 +380,19 @@ class TestRun:
 
     def test_a_merger_that_was_trained_on_is_another(self, model, processor):
         one, other = (make_candidates(model, processor, ["own"], PLACES)[-1] for _ in range(2))
-        assert run_module.describe_merger(one) == run_module.describe_merger(other)
+        assert describe_merger(one) == describe_merger(other)
         other = replace(other, merger=copy.deepcopy(other.merger))
         with torch.no_grad():
             next(other.merger.parameters())[0] += 1
-        assert run_module.describe_merger(one) != run_module.describe_merger(other)
+        assert describe_merger(one) != describe_merger(other)
 
     def test_a_merger_s_description_does_not_say_where_it_lies(self, model, processor, tmp_path):
         folders = [str(tmp_path / name) for name in ("one", "other")]
         for folder in folders:
             model.save_merger(folder)
         *_, one, other = make_candidates(model, processor, folders, PLACES)
-        assert run_module.describe_merger(one) == run_module.describe_merger(other)
-        assert "num_heads" in run_module.describe_merger(one)
+        assert describe_merger(one) == describe_merger(other)
+        assert "num_heads" in describe_merger(one)
 
     def test_reports_are_shown_along_where_the_protocol_is_the_same(self, tmp_path):
         evaluate(settings(), tmp_path / "one")

@@ -218,6 +218,7 @@ BAD_PICTURES = {  # what stands for the image, and what is said of it
     "a long data URL": ("data:image/png;base64," + "A" * 9999, r"… \(10021 characters\) is not a picture"),
     "no picture": ("a.json", "a.json is not a picture"),
     "nobody answers": ("http://127.0.0.1:9/a.png", "the download failed: .*refused"),
+    "1 × 3000 pixels": ("long.png", r"long\.png .*An image of 1 × 3000 pixels: .* Crop it"),
     "404": ("http://127.0.0.1:{port}/gone.png", "the download failed: HTTP Error 404"),
     "a server that breaks off": ("http://127.0.0.1:{port}/cut.png", "the download broke off 995 bytes before its end"),
 }
@@ -250,6 +251,7 @@ def folder(tmp_path):
     """One picture under the names that datasets have for it."""
     for name in (PNG, "n7.jpg", "COCO_val2014_000000000042.jpg"):
         Image.new("RGB", (20, 10), "red").save(tmp_path / name)
+    Image.new("RGB", (3000, 1)).save(tmp_path / "long.png")
     return tmp_path
 
 

@@ -239,7 +239,7 @@ class TestTransformersBackend:
         assert "the processor writes 4 tokens per image, the merger makes 9" in self.refusal(loaded)
 
     def test_a_merger_that_reads_the_question(self, served):
-        assert "pip install 'llava-merge[serve]'" in self.refusal(served(**aware(9)))
+        assert "pip install '.[serve]' in a clone of llava_merge" in self.refusal(served(**aware(9)))
 
     def test_places_that_depend_on_the_picture(self, served):
         refusal = self.refusal(served(**{"merger_type": "divprune", "num_heads": 16}))

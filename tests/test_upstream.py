@@ -308,6 +308,13 @@ RELIED_ON = [
     ),
     Reliance(
         LlavaMergeProcessor,
+        "validate_inputs",
+        "it is asked before placeholders are written",
+        parameters=("images", "text", "kwargs"),
+        releases=V5,
+    ),
+    Reliance(
+        LlavaMergeProcessor,
         "replace_image_token",
         "it is asked for each image's placeholders",
         parameters=("image_inputs", "image_idx"),
@@ -339,6 +346,7 @@ IMPORTED = {
     "transformers.dynamic_module_utils.custom_object_save": "the code of a training-free merger",
     "transformers.generation.GenerationMixin": "has to be a direct base",
     "transformers.image_utils.ImageInput": "what the processor takes",
+    "transformers.image_utils.is_pil_image": "whose sizes are width and height",
     "transformers.tokenization_utils_base.PreTokenizedInput": "what the processor takes",
     "transformers.tokenization_utils_base.TextInput": "what the processor takes",
     "transformers.modeling_outputs.BaseModelOutputWithPooling": "encoded images",

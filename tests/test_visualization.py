@@ -19,6 +19,7 @@ from llava_merge.merging_divprune import divprune
 from llava_merge.merging_grid import window_weights
 from llava_merge.merging_tome import tome
 from llava_merge.visualization import (
+    CAPTION_HEIGHT,
     MERGING,
     POOLING,
     SELECTION,
@@ -187,6 +188,7 @@ class TestDrawing:
         images = [Image.new("RGB", (50, 100)), Image.new("RGB", (100, 50))]
         assert side_by_side(images, gap=10).size == (50 + 10 + 200, 100)
         row = side_by_side(images, ["a", "a caption that is far too long for its picture"])
+        assert side_by_side(images, ["a", "of\ntwo lines"]).height == 100 + 2 * CAPTION_HEIGHT
         assert row.height > 110 and np.array(row.crop((0, 0, 50, 20))).min() < 100
 
     def test_a_thumbnail_leaves_the_picture_as_it_is(self):

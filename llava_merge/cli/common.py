@@ -14,7 +14,7 @@ try:
     import PIL  # noqa: F401 - said here what is missing, not in the middle
     import typer
 except ModuleNotFoundError as error:
-    sys.exit(f"The llava-merge command needs {error.name}: pip install 'llava-merge[demo]'")
+    sys.exit(f"The llava-merge command needs {error.name}: pip install '.[demo]' in a clone of llava_merge")
 
 INTERRUPTED = 130  # as shells have it
 ModelOption = Annotated[str | None, typer.Option(help="Directory or Hub repo of a LLaVA; default the bundled one.")]
@@ -80,7 +80,7 @@ def one_line_errors(extra: str | None = None):
     except ModuleNotFoundError as error:
         if extra is None:
             raise
-        fail(f"This needs {error.name}: pip install 'llava-merge[{extra}]'", error)
+        fail(f"This needs {error.name}: pip install '.[{extra}]' in a clone of llava_merge", error)
     except (OSError, ValueError, FloatingPointError, ImportError) as error:
         fail(str(error), error)
     except Exception as error:

@@ -2,6 +2,7 @@
 """`llava-merge demo`"""
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -10,6 +11,9 @@ from typing import Annotated
 import typer
 
 from llava_merge.cli.common import JsonOption, ModelOption, command
+
+
+UNMERGED, BASELINE = "none", "random"
 
 
 @command("demo")
@@ -39,9 +43,9 @@ def demo(
     """
     from transformers.utils import logging
 
-    from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
+    from llava_merge.demo import ANSWERS, KNOWS, MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
-    from llava_merge.evaluation.candidates import checkpoints_of, text_towers_of
+    from llava_merge.evaluation.candidates import checkpoints_of, shown_name, text_towers_of
     from llava_merge.files import refuse_output_in_input
     from llava_merge.pictures import check_writable, open_image, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
@@ -57,33 +61,67 @@ def demo(
         if not text.strip():
             raise ValueError(f"question={text!r} is empty; type one, or leave it out.")
     picture = open_image(image or PICTURE)
+    if model is None and image is not None:
+        typer.echo(KNOWS, err=True)
     comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, mergers[0], attention_mass)
-    columns = {"": [comparison.with_all_tokens(picture, text) for text in questions]}
-    drawn = {"the picture": thumbnail(picture)}
-    for index, name in enumerate([*mergers, *(["random"] if "random" not in mergers else [])]):
+    columns = {UNMERGED: [comparison.with_all_tokens(picture, text) for text in questions]}
+    panels = [(caption_of(columns, questions, UNMERGED, 0), thumbnail(picture))]
+    for index, merger_name in enumerate([*mergers, *([BASELINE] if BASELINE not in mergers else [])]):
         if index:
-            comparison.use(name)
-        columns[name or comparison.name] = [comparison.with_merged_tokens(picture, text) for text in questions]
-        if name in mergers:
-            caption = f"{name or comparison.name}, {comparison.num_merged_tokens} tokens"
-            drawn[caption] = comparison.picture(picture, questions[0])
+            comparison.use(merger_name)
+        name = comparison.name if merger_name is None else shown_name(merger_name)
+        columns[name] = [comparison.with_merged_tokens(picture, text) for text in questions]
+        for number, text in enumerate(questions[: 2 if comparison.used.config.question_aware else 1]):
+            panels.append((caption_of(columns, questions, name, number), comparison.picture(picture, text)))
     refuse_output_in_input(output, *text_towers_of(comparison.model, comparison.candidates.values()))
-    save_picture(side_by_side([*drawn.values()], [*drawn]), output)
+    captions, pictures = zip(*panels, strict=True)
+    save_picture(side_by_side(pictures, captions), output)
     if as_json:
-        answers = {name or "none": [asdict(answer) for answer in given] for name, given in columns.items()}
+        answers = {name: [asdict(answer) for answer in given] for name, given in columns.items()}
         typer.echo(json.dumps({"questions": questions, "answers": answers, "picture": str(output)}, indent=1))
         return
     print_answers(questions, columns)
-    typer.echo(f"\nWhat the merged tokens keep of the picture: {output}")
+    right = [ANSWERS.get(text) for text in questions] if image is None and model is None else [None]
+    typer.echo(f"\nWhat the merged tokens keep of the picture: {output}\n{summary(columns, right)}")
+
+
+def caption_of(columns: dict[str, list], questions: list[str], name: str, number: int) -> str:
+    """What stands above the picture of a merger: its name, a question, and the answer."""
+    answer = columns[name][number]
+    return f"{head_of(name, answer.num_image_tokens)}\n{questions[number]} {shorten(answer.text, 24, placeholder=' …')}"
+
+
+def head_of(name: str, num_image_tokens: int) -> str:
+    """Tokens of an image, and the merger that made them."""
+    return f"{num_image_tokens} tokens" + ("" if name == UNMERGED else f", {Path(name).name}")
+
+
+def summary(columns: dict[str, list], right: list[str | None]) -> str:
+    """One line: how many answers are right, or the unmerged ones where it is not known which are, and how fast.
+
+    Args:
+        right: The right answer to each question, None where it is not known.
+    """
+    (_, unmerged), *merged = columns.items()
+    known, found = None not in right, []
+    wanted = right if known else [answer.text for answer in unmerged]
+
+    def score(answers: list) -> str:
+        same = [answer.text.lower() == each.lower() for answer, each in zip(answers, wanted, strict=True)]
+        return f"{sum(same)}/{len(same)}"
+
+    speed = statistics.median(answer.milliseconds for answer in unmerged)
+    for name, answers in merged:
+        times = speed / statistics.median(answer.milliseconds for answer in answers)
+        found.append(f"{score(answers)} with {Path(name).name}" + (f", {times:.1f} × as fast" * (name != BASELINE)))
+    head = f"Right answers: {score(unmerged)} with all tokens; " if known else "Answers as with all tokens: "
+    return head + "; ".join(found) + "."
 
 
 def print_answers(questions: list[str], columns: dict[str, list]):
     """A table: each question, then answer and milliseconds with all tokens and with those of each merger."""
     rows = [[shorten(answer.text, 32, placeholder=" …") for answer in answers] for answers in columns.values()]
-    heads = [
-        f"{answers[0].num_image_tokens} tokens{', ' if name else ''}{Path(name).name}"
-        for name, answers in columns.items()
-    ]
+    heads = [head_of(name, answers[0].num_image_tokens) for name, answers in columns.items()]
     widths = [max(len(head) - 10, 11, *map(len, texts)) for head, texts in zip(heads, rows, strict=True)]
     first = max(map(len, questions))
     typer.echo("  ".join([" " * first, *(f"{head:{width + 10}}" for head, width in zip(heads, widths, strict=True))]))

@@ -12,10 +12,10 @@ from gradio_client.utils import is_http_url_like
 from PIL import Image, UnidentifiedImageError
 
 from llava_merge import list_mergers
-from llava_merge.demo import MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
+from llava_merge.demo import KNOWS, MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
 from llava_merge.demo.compare import Answer, Comparison
 from llava_merge.demo.scenes import draw_scene, scene_of
-from llava_merge.evaluation.candidates import OWN, UNMERGED
+from llava_merge.evaluation.candidates import OWN, UNMERGED, shown_name
 from llava_merge.pictures import open_image
 from llava_merge.visualization import draw_merging, draw_token_maps, thumbnail
 
@@ -23,11 +23,9 @@ from llava_merge.visualization import draw_merging, draw_token_maps, thumbnail
 MAX_QUESTION_LENGTH = 1000  # characters
 MAX_MEGAPIXELS = 50
 ONLY_UPLOADS = "Only pictures that were uploaded here can be asked about."
+OF_VISITORS = {"duration": None, "print_exception": False}  # errors that are theirs, and no news for the log
 PICTURE_SIZE = 448  # of what is drawn, in pixels
 TITLE = "# llava_merge\nAsk about a picture, and see what is left of it when its visual tokens are merged."
-ABOUT_THE_BUNDLED = (
-    "The bundled model knows drawn shapes, colors and numbers. For photos, start the app with `--model`."
-)
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
 LAUNCH = {"theme": THEME, "max_file_size": "20mb", "show_error": True, "ssr_mode": False, "footer_links": []}
 
@@ -102,7 +100,7 @@ def for_visitors(function):
             return function(*arguments)
         except ValueError as error:
             message = str(error).splitlines()[0].replace(arguments[0] or "\0", "The file")
-            raise gr.Error(message, duration=None) from error
+            raise gr.Error(message, **OF_VISITORS) from error
 
     return shown
 
@@ -110,9 +108,8 @@ def for_visitors(function):
 def merger_choices(bundled: bool, given: list[str]) -> list[tuple[str, str]]:
     """What is shown and what it names: mergers that were given, bundled ones, the model's own, all methods."""
     names = [*given, *(MERGERS if bundled else [OWN])]
-    methods = [method for method in list_mergers() if method.name not in (UNMERGED, *given)]
-    shown = [(f"{method.name} (untrained)" if method.trained else method.name, method.name) for method in methods]
-    return [*((name, name) for name in names), *shown]
+    names += [method.name for method in list_mergers() if method.name not in (UNMERGED, *given)]
+    return [(shown_name(name), name) for name in names]
 
 
 def draw_other_scene() -> Image.Image:
@@ -135,7 +132,7 @@ def stored_by_gradio(path: str | None) -> str | None:
         gr.Error: It is a file that nobody uploaded, or a URL.
     """
     if path is not None and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
-        raise gr.Error(ONLY_UPLOADS, duration=None)
+        raise gr.Error(ONLY_UPLOADS, **OF_VISITORS)
     return path
 
 
@@ -157,7 +154,7 @@ async def only_files(move: Callable, url_or_file_path: str | Path | None) -> str
         gr.Error: It is a URL.
     """
     if is_http_url_like(str(url_or_file_path)):
-        raise gr.Error(ONLY_UPLOADS, duration=None)
+        raise gr.Error(ONLY_UPLOADS, **OF_VISITORS)
     return await move(url_or_file_path)
 
 
@@ -192,7 +189,7 @@ def make_app(
     comparison = Comparison(model or str(MODEL_DIR), num_merged_tokens, choices[0][1], attention_mass)
     asking = Asking(comparison)
     with gr.Blocks(title="llava_merge", analytics_enabled=False) as page:
-        gr.Markdown(f"{TITLE} {ABOUT_THE_BUNDLED if bundled else f'The model is `{model}`.'}")
+        gr.Markdown(f"{TITLE} {KNOWS if bundled else f'The model is `{model}`.'}")
         with gr.Row():
             with gr.Column():
                 picture = picture_upload()

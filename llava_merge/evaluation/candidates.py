@@ -100,6 +100,12 @@ def parse_candidate(text: str) -> tuple[str, dict]:
     return name, fields
 
 
+def shown_name(text: str) -> str:
+    """A merger as it was named, and that it is untrained where it is a method that training is made for."""
+    is_untrained = any(method.trained and method.name == parse_candidate(text)[0] for method in list_mergers())
+    return f"{text} (untrained)" if is_untrained else text
+
+
 def checkpoints_of(mergers: Iterable[str] | None) -> list[str]:
     """The folders and Hub repos among the `mergers`, without the methods and "own"."""
     names = [find_merger(parse_candidate(text)[0]) for text in mergers or ()]

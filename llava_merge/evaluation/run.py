@@ -1,29 +1,26 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A whole evaluation, from settings to a report."""
 
-import hashlib
 import json
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, MergerConfig
-from llava_merge.configuration_llava_merge import BUDGET, QUESTION_MARKS, own_merger_fields
+from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MERGERS, MODEL_DIR
 from llava_merge.evaluation.answers_file import AnswersFile
 from llava_merge.evaluation.candidates import (
     OWN,
     UNMERGED,
-    Candidate,
     checkpoints_of,
     make_candidates,
     text_towers_of,
 )
 from llava_merge.evaluation.data import PictureQuestion, files_of_questions, read_questions
+from llava_merge.evaluation.fingerprints import describe_merger
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
 from llava_merge.evaluation.protocol import (
@@ -199,25 +196,6 @@ def load_model(settings: EvaluationSettings) -> tuple[LlavaMergeForConditionalGe
     options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": settings.attn_implementation}
     model = LlavaMergeForConditionalGeneration.from_pretrained(settings.model, **options)
     return model.to(settings.device).eval(), LlavaMergeProcessor.from_pretrained(settings.model)
-
-
-def describe_merger(candidate: Candidate) -> dict:
-    """What is particular to a merger: fields other than the default, without its budget, and a hash of its weights."""
-    config = candidate.config
-    widths = {name: getattr(config, name) for name in ("vision_dim", "text_dim", "tower_dim")}
-    fields, default = config.to_dict(), MergerConfig(**widths).to_dict()
-    described = own_merger_fields() - {*BUDGET, *QUESTION_MARKS, "query_grid"}
-    particular = {name: fields[name] for name in fields if name in described and fields[name] != default[name]}
-    weights = hash_of([*candidate.merger.parameters(), *candidate.projector.parameters()])
-    return {"merger_type": config.merger_type, "position_ids": config.position_ids, **particular, "sha256": weights}
-
-
-def hash_of(tensors: list[Tensor]) -> str:
-    """SHA-256 of the values of tensors, as float32."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def ask(
