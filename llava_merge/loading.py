@@ -3,6 +3,8 @@
 
 import importlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,17 +146,21 @@ def find_bundled(name: str) -> str:
     """The folder of a merger that the installed package bundles, by its name; any other name as it is.
 
     Raises:
-        ValueError: It is the name of a method, which has no checkpoint.
+        ValueError: It is the name of a method, which has no checkpoint, or the path of a folder that is not there.
     """
     if is_method(name):
         raise ValueError(
             f"{name!r} is a method and no checkpoint of a merger: call model.set_merger({name!r}), or pass "
             f"merger_config={name!r} when loading."
         )
-    try:  # by its name, for this file may be a copy on the Hub without the package
-        return importlib.import_module("llava_merge.demo").find_merger(name)
-    except ModuleNotFoundError:
-        return name
+    with suppress(ModuleNotFoundError):  # by its name, for this file may be a copy on the Hub without the package
+        name = importlib.import_module("llava_merge.demo").find_merger(name)
+    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise ValueError(
+            f"merger={name!r}: there is no such folder. Give the folder of a merger, its repo on the Hub as "
+            f"ORGANISATION/NAME, or the name of a method."
+        )
+    return name
 
 
 def check_merger_request(checkpoint: Checkpoint, merger: str | None, merger_config, merger_revision: str | None):
@@ -235,8 +241,8 @@ def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
     elif is_fresh:
         state = "fresh: " + ("random" if merger.init == "random" else method.starts_as)
     else:
-        budgets = merger.trained_num_tokens
-        state = "trained" + (f" with {', '.join(map(str, budgets))} tokens" if budgets else "")
+        budgets = merger.trained_num_tokens  # None of one that was saved fresh, or trained by other means than ours
+        state = f"trained with {', '.join(map(str, budgets))} tokens" if budgets else "as it was saved"
     mass = f", attention mass {merger.attention_mass}" if merger.attention_mass else ""
     logger.info(
         f"{path}: {config.num_patches} → {merger.num_merged_tokens} tokens, {merger.merger_type}, {state}, positions "

@@ -1,10 +1,12 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Saving of models: all at once, by one rank, with the file of a method of one's own."""
 
+import ast
 import importlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -20,6 +22,56 @@ from .merging_base import method_file
 logger = logging.get_logger(f"transformers.{__name__}")
 
 PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
+
+
+OWN_METHOD = "merging_of_checkpoint"
+ENTRIES = ("modeling_token_merger.py", "modeling_llava_merge.py")  # of the code of a checkpoint
+IMPORT_OF_METHOD = f"\n\nfrom .{OWN_METHOD} import *  # noqa: E402, F403\n"
+
+
+def save_method(file: Path, folder: Path):
+    """Copies the `file` of a method of one's own beside the code of a checkpoint, which finds it too.
+
+    That code imports a second copy, which takes from this code what it would take from the package.
+    """
+    shutil.copy(file, folder)
+    code = with_relative_imports(file.read_text(encoding="utf-8"), {path.stem for path in folder.glob("*.py")})
+    if code is None:
+        logger.warning(
+            f"{file.name} imports llava_merge otherwise than by `from llava_merge import NAME`, or more of it than a "
+            f"checkpoint brings: with trust_remote_code=True this checkpoint will not load."
+        )
+        return
+    (folder / f"{OWN_METHOD}.py").write_text(code, encoding="utf-8")
+    for entry in filter(Path.is_file, (folder / name for name in ENTRIES)):
+        entry.write_text(entry.read_text(encoding="utf-8") + IMPORT_OF_METHOD, encoding="utf-8")
+
+
+def with_relative_imports(code: str, siblings: set[str]) -> str | None:
+    """Code that imports from the modules beside it, the `siblings`, what it imports from this package.
+
+    None where it imports the package as a whole, or what no sibling has.
+    """
+    package, lines = __name__.partition(".")[0], code.splitlines()
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        if package not in {name.partition(".")[0] for name in modules}:
+            continue
+        if isinstance(node, ast.Import):
+            return None
+        names = defaultdict(list)
+        for alias in node.names:
+            found = getattr(importlib.import_module(node.module), alias.name, None)
+            home = node.module if "." in node.module else getattr(found, "__module__", package)
+            names[home.rpartition(".")[2]].append(ast.unparse(alias))
+        if not siblings.issuperset(names):
+            return None
+        indent = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [
+            f"{indent}from .{module} import {', '.join(imported)}" for module, imported in names.items()
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def is_first_rank() -> bool:
@@ -88,7 +140,7 @@ class SavesAtOnce:
         def save(staged: Path):
             self._write_files(staged, True, *args, **kwargs)
             if own_method is not None:
-                shutil.copy(own_method, staged)
+                save_method(own_method, staged)
 
         files = save_at_once(save, save_directory, self._optional_files)
         if pushes:

@@ -242,6 +242,20 @@ def test_weights_may_be_links_to_another_folder(base, tmp_path):
     assert_equal(load(tmp_path / "out"), load(base, merger_config=fields))
 
 
+def test_a_folder_with_other_files_is_left_alone(base, trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(str(base), tmp_path / "out", "tome", 9)  # an empty one is fine
+    convert(str(base), tmp_path / "out", str(trained), 9)  # and one of before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "stock" / "config.json").write_text('{"model_type": "llava"}')
+    for name in ("notes", "stock"):
+        with pytest.raises(ValueError, match=f"{name} holds files that are no checkpoint of llava_merge"):
+            convert(str(base), tmp_path / name, "tome", 9)
+        assert len(list((tmp_path / name).iterdir())) == 1
+
+
 class TestRefused:
     @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "additional_chat_templates"])
     def test_a_base_with_a_link_out_of_it(self, name, base, tmp_path):

@@ -128,6 +128,10 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
             [*shlex.split(program), *shlex.split(options)], cwd=tmp_path, capture_output=True, text=True, timeout=500
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if "llava-merge train" in command:
+            assert re.search(
+                r"Saved to demo_merger .*\n  .* all tokens: 100.0%\n  .* 16 tokens: [\d.]+% → [\d.]+%", done.stderr
+            )
     made = {path.name for path in tmp_path.iterdir()}
     assert made >= {"llava_merge_demo.png", "demo_data", "demo_merger", "llava_merge_evaluation", "llava-64"}
     assert (tmp_path / "demo_merger" / "metrics.json").exists()

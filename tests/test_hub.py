@@ -68,6 +68,7 @@ def test_every_sibling_that_travels_exists_and_is_named_by_the_entry_file(entry)
 def test_files_that_travel_import_only_the_core_dependencies(entry):
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging"}
     standard = {
+        "ast",
         "contextlib",
         "contextvars",
         "copy",
@@ -311,6 +312,44 @@ def test_a_save_that_pushes_brings_the_file_of_its_method_to_its_branch(saved, s
     assert {"config.json", "model.safetensors", "modeling_llava_merge.py", "README.md"} <= pushed.keys()
     assert "private.txt" not in pushed and not server.repos["org/own"], "main stays as it was, without a card too"
     assert {"first_tokens.py", "config.json", "README.md"} <= server.repos["tester/own-merger"].keys()
+
+
+@pytest.mark.parametrize("block", [BLOCK_PACKAGE, ""], ids=["without the package", "where it is not imported"])
+def test_a_method_of_one_s_own_loads_as_code_of_a_checkpoint(block, saved, tmp_path):
+    """Its file was saved with it; nobody imports it before, and no file of the package knows it."""
+    (tmp_path / "first_tokens.py").write_text(OWN_METHOD)
+    fields = {"merger_type": "first_tokens", "num_merged_tokens": 4, "num_heads": 4}
+    save = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import first_tokens
+from safetensors.torch import load_file, save_file
+from llava_merge import LlavaMergeForConditionalGeneration
+model = LlavaMergeForConditionalGeneration.from_pretrained({str(saved[0])!r}, merger_config={fields})
+model.save_pretrained({str(tmp_path / "model")!r})
+model.save_merger({str(tmp_path / "merger")!r})
+batch = {{name: load_file({str(saved[1])!r})[name] for name in ("pixel_values",)}}
+features = model.model.encode_images(**batch).pooler_output
+save_file({{str(number): each.detach() for number, each in enumerate(features)}}, {str(tmp_path / "features")!r})
+"""
+    run_python(save, {"PYTHONPATH": str(PACKAGE.parent)})
+    load = f"""
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+features = model.model.encode_images(load_file({str(saved[1])!r})["pixel_values"]).pooler_output
+expected = load_file({str(tmp_path / "features")!r})
+assert len(features) == len(expected)
+assert all(torch.equal(each, expected[str(number)]) for number, each in enumerate(features))
+merger = AutoModel.from_pretrained({str(tmp_path / "merger")!r}, trust_remote_code=True)
+assert merger.config.merger_type == "first_tokens"
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert again.config.merger_config.merger_type == "first_tokens"
+"""
+    run_python(block + load, {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PACKAGE.parent)})
 
 
 def test_push_leaves_what_it_does_not_replace(saved, server, tmp_path):

@@ -293,6 +293,19 @@ class TestStockCheckpoint:
         assert said == {f"{stock_dir}: 36 → 9 tokens, {state}, positions source, attention mass 1.0"}
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
+    def test_a_merger_that_was_saved_fresh_is_not_called_trained(self, stock_dir, tmp_path, caplog):
+        tiny_model(agnostic()).save_merger(tmp_path / "fresh")
+        tiny_model(agnostic(trained_num_tokens=[9, 4])).save_merger(tmp_path / "trained")
+        for name, state in (("fresh", "as it was saved"), ("trained", "trained with 9, 4 tokens")):
+            with caplog.at_level(logging.INFO, "transformers"):
+                LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(tmp_path / name))
+            assert f"36 → 9 tokens, fixed_pooling, {state}, positions source" in caplog.text
+
+    @pytest.mark.parametrize("name", ["./gone", "../gone", "~/gone", "/gone", "my/own/merger"])
+    def test_a_folder_of_a_merger_that_is_not_there(self, name, stock_dir):
+        with pytest.raises(ValueError, match=f"merger='{name}': there is no such folder. Give the folder of a merger"):
+            LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=name)
+
     def test_another_architecture_is_refused(self, tmp_path):
         LlavaNextConfig().save_pretrained(tmp_path)
         for loader in (LlavaMergeForConditionalGeneration, LlavaMergeModel, LlavaMergeConfig):

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -885,6 +886,9 @@ class TestProcesses:
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
+        folder, model = str(tmp_path / "out"), plain["backbone_settings"]["mllm_settings"]["model"]
+        last = rf"Saved to {folder} after \d+ s: from_pretrained\({model!r}, merger={folder!r}\)"
+        assert re.search(last, done.stderr), done.stderr
         report = json.loads((tmp_path / "out" / "metrics.json").read_text())
         assert report["metrics"]["train_loss"] > 0 and report["settings"]["training"]["max_steps"] == steps
         state = json.loads((tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").read_text())

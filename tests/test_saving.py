@@ -25,7 +25,7 @@ import llava_merge.saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.files import STAGED, replaced_weights, save_at_once
-from llava_merge.saving import PROJECTOR
+from llava_merge.saving import PROJECTOR, with_relative_imports
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed")
@@ -466,6 +466,42 @@ class TestOwnMethod:
         MERGING_METHODS.pop("first_tokens")
         with pytest.raises(ValueError, match="'first_tokens' does not exist.*has to be imported before"):
             TokenMerger.from_pretrained(tmp_path / "merger")
+        sys.modules.pop("my_method")
+
+    @pytest.mark.parametrize(
+        ("given", "wanted"),
+        [
+            (
+                "from llava_merge import MergingMethod as M, MergerConfig\n",
+                "from .merging_base import MergingMethod as M\nfrom .configuration_llava_merge import MergerConfig\n",
+            ),
+            ("from llava_merge.merging_grid import slot_places\n", "from .merging_grid import slot_places\n"),
+            (
+                "try:\n    from llava_merge import (\n        MergeOutput,\n    )\nfinally:\n    a = 1\n",
+                "try:\n    from .merging_base import MergeOutput\nfinally:\n    a = 1\n",
+            ),
+            (
+                "import torch\nfrom llava_mergers import a\nfrom .beside import b\n",
+                "import torch\nfrom llava_mergers import a\nfrom .beside import b\n",
+            ),
+            ("import llava_merge\n", None),
+            ("import llava_merge.merging_base as base\n", None),
+            ("from llava_merge.demo import MODEL_DIR\n", None),
+            ("from llava_merge import __version__\n", None),
+            ("from llava_merge import no_such_name\n", None),
+        ],
+    )
+    def test_imports_of_the_copy_for_the_checkpoint_s_code(self, given, wanted):
+        siblings = {"merging_base", "merging_grid", "configuration_llava_merge"}
+        assert with_relative_imports(given, siblings) == wanted
+
+    def test_what_the_code_of_a_checkpoint_cannot_import_is_said(self, tmp_path, monkeypatch, caplog):
+        (tmp_path / "my_method.py").write_text("import llava_merge\n" + METHOD)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.import_module("my_method")
+        tiny_model({"merger_type": "first_tokens", "num_merged_tokens": 4}).save_pretrained(tmp_path / "model")
+        assert "my_method.py imports llava_merge otherwise" in caplog.text
+        assert not (tmp_path / "model" / "merging_of_checkpoint.py").exists()
         sys.modules.pop("my_method")
 
     def test_of_a_script_it_is_refused(self, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import find_adapter_config_file, logging
 
@@ -21,6 +22,7 @@ from llava_merge.evaluation.candidates import (
 )
 from llava_merge.files import refuse_link_outside, refuse_output_in_input, save_at_once
 from llava_merge.merging_base import MERGING_METHODS, method_file
+from llava_merge.saving import save_method
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
@@ -57,9 +59,10 @@ def convert(
 
     Raises:
         ValueError: The base is no stock LLaVA or lacks weights, the merger does not fit it or cannot be served, or
-            `output` is or holds one of them.
+            `output` is or holds one of them, or holds other files.
     """
     refuse_output_in_input(output, base, *checkpoints_of([merger]))
+    refuse_full_folder(output)
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     refuse_output_in_input(output, directory, *text_towers_of(model))
@@ -71,18 +74,32 @@ def convert(
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)
     write_bos_in_chats(processor)
+    own_method = method_file(model.config.merger_config)
 
     def write(folder: Path):
         write_shards(files, own, folder)
         custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for file in (directory / GENERATION_CONFIG, method_file(model.config.merger_config)):
-            if file is not None and Path(file).is_file():
-                shutil.copy(file, folder)
+        if own_method is not None:
+            save_method(own_method, folder)
+        if (directory / GENERATION_CONFIG).is_file():
+            shutil.copy(directory / GENERATION_CONFIG, folder)
 
     save_at_once(write, output)
     return model.config
+
+
+def refuse_full_folder(output: Path):
+    """Refuses to write into a folder that holds something else than an earlier checkpoint of this kind.
+
+    Raises:
+        ValueError: So it does.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if PretrainedConfig.get_config_dict(output)[0].get("model_type") != LlavaMergeConfig.model_type:
+        raise ValueError(f"{output} holds files that are no checkpoint of llava_merge. Give a new folder.")
 
 
 def write_bos_in_chats(processor: LlavaMergeProcessor):

@@ -82,6 +82,7 @@ def train(settings: Settings, resume: bool = False, config: Path | None = None) 
     trainer.save_model()
     if args.should_save:
         write_report(settings, trainer, metrics)
+        logger.info(describe_result(settings, trainer, metrics))
     trainer.accelerator.wait_for_everyone()  # the files are there when any process returns
     return metrics
 
@@ -250,6 +251,20 @@ def last_evaluation(trainer: MergerTrainer) -> dict[str, float]:
     entries = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.global_step]
     values = {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
     return values if "eval_loss" in values else {}
+
+
+def describe_result(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]) -> str:
+    """Where the run was saved, how it is loaded, and how good it is."""
+    folder, model = trainer.args.output_dir, settings.backbone_settings.mllm_settings.model
+    loads = f"{model!r}, merger={folder!r}" if trainer.saves_parts else repr(folder)
+    lines = [f"Saved to {folder} after {metrics['train_runtime']:.0f} s: from_pretrained({loads})"]
+    fresh = {name: entry[name] for entry in trainer.state.log_history if not entry.get("step") for name in entry}
+    for name in (name for name in metrics if name.startswith("eval_") and name.endswith("_accuracy")):
+        before = f"{fresh[name]:.1%} → " if name in fresh and name != "eval_all_accuracy" else ""
+        lines.append(f"  right answers with {name.split('_')[1]} tokens: {before}{metrics[name]:.1%}")
+    if len(lines) == 1 and "eval_loss" in metrics:
+        lines.append(f"  loss of validation: {metrics['eval_loss']:.4g}")
+    return "\n".join(lines)
 
 
 def run_facts(settings: Settings, trainer: MergerTrainer, metrics: dict[str, float]) -> dict[str, str]:
