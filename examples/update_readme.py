@@ -148,7 +148,7 @@ def served_table(simple: dict, hard: dict) -> str:
 
 def serving_table(reports: dict[str, dict]) -> str:
     """Requests a second of a merged server as a multiple of the stock one's, by load."""
-    head = ["", "load", *(f"{number} at once" for number in next(iter(reports.values()))["protocol"]["clients"])]
+    head = ["", "load", *(f"{number} clients" for number in next(iter(reports.values()))["protocol"]["clients"])]
     rows = []
     for model, report in reports.items():
         for merger, loads in report["results"].items():
@@ -156,7 +156,10 @@ def serving_table(reports: dict[str, dict]) -> str:
             if merger != "stock":
                 name = f"{model}, `{merger.partition(':')[0]}`" + (", question-aware" if ":question" in merger else "")
                 of_kind = {kind: [row for key, row in loads.items() if key.startswith(kind)] for kind in kinds}
-                rows += [[name, kind, *map(ratio_with_spread, found)] for kind, found in of_kind.items()]
+                rows += [
+                    [name, kind.replace("pictures", "images"), *map(ratio_with_spread, found)]
+                    for kind, found in of_kind.items()
+                ]
     loads = [row for report in reports.values() for found in report["results"].values() for row in found.values()]
     lost, different = (sum(row[name] for row in loads) for name in ("lost", "different"))
     protocol = next(iter(reports.values()))["protocol"]
@@ -186,29 +189,32 @@ def flips_sentence(report: dict) -> str:
     sizes = ", ".join(map(str, flips["batch_sizes"][:-1])) + f" or {flips['batch_sizes'][-1]}"
     stock = flips["cells"]["none@all"]
     merged = max(cell["score"] for key, cell in flips["cells"].items() if key != "none@all")
+    found = f"{stock['score']:.1%} of the unmerged model's answers, and at most {merged:.1%} of a merged one's"
+    if stock["score"] == merged == 0:
+        found = "no answer of the unmerged model, and none of a merged one"
     return (
-        f"Of {stock['n']} questions about hard scenes, in {protocol['dtype']} on one {protocol['hardware']}, "
-        f"{100 * stock['score']:.1f} % get another answer from the unmerged model in batches of {sizes}, and at most "
-        f"{100 * merged:.1f} % from a merged one at 64 or 16 tokens (95 % interval up to {100 * stock['ci95'][1]:.1f} "
-        f"%; [evaluation_flips.json](examples/results/evaluation_flips.json))."
+        f"The size of the batch changes {found}: {stock['n']} questions about hard scenes, asked in batches of "
+        f"{sizes}, with all, 64 or 16 tokens, in {protocol['dtype']} on one {protocol['hardware']} (95 % interval up "
+        f"to {100 * stock['ci95'][1]:.1f} %; [evaluation_flips.json](examples/results/evaluation_flips.json))."
     )
 
 
-def first_numbers(simple: dict, hard: dict) -> str:
-    """The first measured sentence of README."""
-    merger, salient = "llava_merge/demo/mergers/question_aware", "demo_mergers/salient@16"
-    found = {report["protocol"]["data"]: report["results"] for report in (simple, hard)}
-    scores = {(data, budget): f"{percent(found[data][f'{merger}@{budget}'])} %" for data in found for budget in BUDGETS}
-    stock = {data: f"{percent(found[data]['none@all'])} %" for data in found}
-    others = sum(key.endswith("@16") and ":" not in key for key in simple["results"]) - 1
+def first_numbers(hard: dict, speed: dict) -> str:
+    """The first table of README, and what it is worth at 7B's size."""
+    names = [name for name in TRAINED if "gumbel" not in name and "agnostic" not in name]
+    names += ["divprune", "average_pooling", "random"]
+    rows = [["all 576 tokens", "", percent(hard["results"]["none@all"]), "", ""]]
+    for name in names:
+        cells = [percent(hard["results"][f"{name}@{budget}"]) for budget in BUDGETS]
+        rows.append([TRAINED.get(name, f"`{name}`"), "trained" if name in TRAINED else "untrained", *cells])
+    protocol, merged = speed["protocol"], speed["results"]["32"]["fixed_pooling@64"]
     return (
-        f"On the embedded demo model, 16 of 576 visual tokens, merged by a V3 that reads the question, answer "
-        f"{scores['demo', '16']} of the questions about simple drawn scenes and {scores['demo-hard', '16']} about hard "
-        f"ones, 64 tokens {scores['demo', '64']} and {scores['demo-hard', '64']}, 4 tokens {scores['demo', '4']} and "
-        f"{scores['demo-hard', '4']}; all 576 answer {stock['demo']} and {stock['demo-hard']}. 16 tokens of "
-        f"`salient`, which reads no question, answer {percent(found['demo'][salient])} % and "
-        f"{percent(found['demo-hard'][salient])} %. The language model was "
-        f"not trained along ([measured](#measured), with {others} other mergers, losses included)."
+        f"{table(['', '', *(f'{budget} tokens' for budget in BUDGETS)], rows)}\n\nRight answers in % to "
+        f"{hard['protocol']['questions']} questions about hard drawn scenes, of the bundled model, whose language "
+        f"model was not trained along ([all methods, losses included](#measured)). At the size of LLaVA-1.5-7B, with "
+        f"64 tokens on one {protocol['hardware']}, the first token comes {merged['first_token_ratio']:.1f} × as fast "
+        f"in batches of 32, and a whole answer of {protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with "
+        f"one prompt alone merging gains nothing ([Speed](#speed))."
     )
 
 
@@ -256,28 +262,27 @@ def speed_table(report: dict) -> str:
     head = [
         "",
         "tokens",
-        *(f"first token, {size} at once" for size in results),
-        f"answer, {largest} at once",
+        *(f"first token, batch {size}" for size in results),
+        f"answer, batch {largest}",
         "requests/s",
     ]
     rows = []
     for key, row in results[largest].items():
-        name = row["merger"].partition(":attention_mass")[0].replace(":question_aware=true", ", question-aware")
         times = [timed(rows_of_size[key], "first_token") for rows_of_size in results.values()]
         rate = throughput[key]
-        requests = f"{rate['requests_per_second']:.0f} ({rate['ratio']:.2f} ×), {rate['batch_size']} at once"
-        shown = "stock" if name == "none" else f"`{name}`"
-        rows.append([shown, row["budget"], *times, timed(row, "answer"), requests])
+        requests = f"{rate['requests_per_second']:.0f} ({rate['ratio']:.2f} ×), batch {rate['batch_size']}"
+        rows.append([timed_merger(row), row["budget"], *times, timed(row, "answer"), requests])
     phases = [row["milliseconds"] for row in results[largest].values()]
     share = max(each["merger"]["median"] for each in phases) / phases[0]["first_token"]["median"]
     versions = protocol["versions"]
     return (
         f"{table(head, rows)}\n\n{protocol['parameters'] / 1e9:.1f} billion parameters, random weights, "
         f"{protocol['dtype']}, one {protocol['hardware']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; prompts of a picture and {protocol['text_tokens']} other tokens, answers of "
-        f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock. The "
-        f"slowest merger takes {100 * share:.1f} % of the stock time to the first token at {largest} at once. Requests "
-        f"a second are measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
+        f"{versions['transformers']}; prompts of an image and {protocol['text_tokens']} other tokens, answers of "
+        f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock; "
+        f"merged tokens have no attention mass unless a row says so. The slowest merger takes {100 * share:.1f} % of "
+        f"the stock time to the first token in batches of {largest}. Requests a second are measured in "
+        f"{protocol['memory']:.0f} GiB, each row at the largest batch that fits "
         f"([benchmark_7b.json](examples/results/benchmark_7b.json))."
     )
 
@@ -286,23 +291,22 @@ def compiled_table(names: dict[str, str]) -> str:
     """Stock and merged, as they are and compiled.
 
     Args:
-        names: Results on one GPU, by prompts at once.
+        names: Results on one GPU, by batch size.
     """
     reports = {size: read_result(name) for size, name in names.items()}
     head = ["", "tokens"]
     for size in reports:
-        head += [f"first token, {size} at once", f"answer, {size} at once"]
+        head += [f"first token, batch {size}", f"answer, batch {size}"]
     rows = []
     for key, row in next(iter(reports.values()))["results"]["1"].items():
-        name = "stock" if row["merger"] == "none" else f"`{row['merger']}`"
         cells = [report["results"][size].get(key) for size, report in reports.items()]
         times = ["" if cell is None else timed(cell, part) for cell in cells for part in ("first_token", "answer")]
-        rows.append([name + ", compiled" * row["compiled"], row["budget"], *times])
+        rows.append([timed_merger(row) + ", compiled" * row["compiled"], row["budget"], *times])
     protocol = reports["1"]["protocol"]
-    links = ", ".join(f"[{size} at once](examples/results/{name}.json)" for size, name in names.items())
+    links = ", ".join(f"[batch {size}](examples/results/{name}.json)" for size, name in names.items())
     ours = {size: report["results"][size]["fixed_pooling@64, compiled"] for size, report in reports.items()}
     beside = [
-        f"{row['first_token_ratio_of_compiled']:.2f} and {row['answer_ratio_of_compiled']:.2f} × at {size} at once"
+        f"{row['first_token_ratio_of_compiled']:.2f} and {row['answer_ratio_of_compiled']:.2f} × in batches of {size}"
         for size, row in ours.items()
     ]
     return (
@@ -317,15 +321,15 @@ def another_host_sentence(name: str) -> str:
     """What compiling gains where the host is another one.
 
     Args:
-        name: A result of 8 at once.
+        name: A result of batches of 8.
     """
     report = read_result(name)
     stock, merged = (report["results"]["8"][key] for key in ("none@all", "fixed_pooling@64, compiled"))
     times = [f"{row['milliseconds']['answer']['median']:.0f} ms" for row in (stock, merged)]
     return (
-        f"What is not compiled waits for its host. With another one and an earlier version, answers to 8 at once on an "
-        f"{report['protocol']['hardware']} took {times[0]} and, compiled with `fixed_pooling`, "
-        f"{times[1]}: {merged['answer_ratio']:.2f} × ([8 at once](examples/results/{name}.json))."
+        f"What is not compiled waits for its host. With another one and an earlier version, answers in batches of 8 on "
+        f"an {report['protocol']['hardware']} took {times[0]} and, compiled with `fixed_pooling`, "
+        f"{times[1]}: {merged['answer_ratio']:.2f} × ([batch 8](examples/results/{name}.json))."
     )
 
 
@@ -363,7 +367,7 @@ def loads_of(report: dict) -> str:
 
 
 def cpu_table(reports: dict[str, dict]) -> str:
-    """One prompt at once on a CPU, in milliseconds, beside the stock model of the same run."""
+    """One prompt a batch on a CPU, in milliseconds, beside the stock model of the same run."""
     head = ["", "tokens", "first token", "another question about it", "answer"]
     rows = []
     for model, report in reports.items():
@@ -378,6 +382,16 @@ def cpu_table(reports: dict[str, dict]) -> str:
         f"transformers {protocol['versions']['transformers']}, answers of {protocol['new_tokens']} tokens "
         f"([demo](examples/results/benchmark_cpu_demo.json), [0.2b](examples/results/benchmark_cpu_02b.json))."
     )
+
+
+def timed_merger(row: dict) -> str:
+    """The merger of a row; reports name the mass of its tokens themselves only since it has another default than 0."""
+    if row["merger"] == "none":
+        return "stock"
+    name, _, fields = row["merger"].partition(":")
+    mass = row.get("attention_mass", float("attention_mass=1" in fields))
+    question = ", question-aware" if "question_aware=true" in fields else ""
+    return f"`{name}`{question}" + (f", mass {mass:g}" if mass else "")
 
 
 def timed(row: dict, name: str) -> str:
@@ -467,7 +481,7 @@ def updated(text: str) -> str:
     on_h200 = {size: f"benchmark_7b_compiled_{size}_h200" for size in ("1", "8")}
     tables = {
         "mergers": mergers_table(),
-        "first numbers": first_numbers(simple, hard),
+        "first numbers": first_numbers(hard, read_result("benchmark_7b")),
         "accuracy of mergers": f"{accuracy}\n\n{other_host_sentence(read_result('evaluation_demo_salient'))}",
         "rivals": rivals_table(*map(read_rivals, ("", "_hard"))),
         "accuracy with LoRA": lora_table(lora),

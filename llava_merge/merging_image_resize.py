@@ -44,7 +44,7 @@ def resize_pictures(pixel_values: Tensor, num_tokens: int, patch_shape: tuple[in
 
 @register_merging_method("image_resize")
 class ImageResize(MergingMethod):
-    """Makes the picture smaller before the tower, which then makes M tokens of it, with its places interpolated.
+    """Makes the image smaller before the tower, which then makes M tokens of it, with its places interpolated.
 
     The baseline that papers leave out, though it is ahead of many (VTC-Bench, arXiv 2510.07143): the only method that
     also saves time in the tower. M has to be rows × columns of patches. Training-free; for towers of CLIP and SigLIP.

@@ -41,7 +41,7 @@ class WindowAttention(nn.Module):
 
 @register_merging_method("tokenpacker")
 class TokenPacker(MergingMethod):
-    """Patches of a smaller picture, resized from the features, attend to the finer patches in their windows.
+    """Patches of a smaller image, resized from the features, attend to the finer patches in their windows.
 
     TokenPacker (arXiv 2407.02392), as the released code has it: what a query was is not added to what it found. Keys
     and values come from several layers of the tower, `feature_layers`. Starts random.

@@ -255,6 +255,7 @@ def summarize_row(
     return {
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
+        "attention_mass": row.cell.candidate.config.attention_mass,
         "compiled": row.graphs is not None,
         "compile_seconds": row.compile_seconds and round(row.compile_seconds, 1),
         "tokens_entered": num_tokens + settings.text_tokens,
