@@ -90,7 +90,7 @@ class Server:
         while not self.is_up():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"The server did not start:\n{self.log.read_text()[-4000:]}")
+                raise RuntimeError(f"The server did not start:\n{self.log.read_text()}")  # its cause may stand first
             time.sleep(1)
         return self
 

@@ -14,14 +14,11 @@ from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
 from llava_merge.serving import requests
 from llava_merge.serving.requests import (
-    check_budget,
+    RequestRules,
     check_named,
-    check_room,
     check_servable,
     num_rope_rows,
-    questions_of_images,
     served_budgets,
-    warn_of_long_prompt,
 )
 from llava_merge.token_layout import place_on_slots
 
@@ -31,44 +28,54 @@ def config(**fields) -> LlavaMergeConfig:
     return tiny_model({**agnostic(9), "attention_mass": 0.0, **fields}).config
 
 
+def rules(served: LlavaMergeConfig, max_model_len: int = 512) -> RequestRules:
+    return RequestRules(served, max_model_len)
+
+
 class TestBudgets:
     def test_those_that_the_merger_was_trained_with(self):
         assert served_budgets(config(trained_num_tokens=[16, 4])) == [4, 9, 16]
 
     def test_any_where_it_was_not_trained(self):
-        assert served_budgets(config()) == list(range(1, NUM_PATCHES + 1))
+        assert served_budgets(config()) == range(1, NUM_PATCHES + 1)
 
-    def test_the_method_is_looked_up_once(self, monkeypatch):
-        """Each request asks which budgets are served: 576 look-ups, one for each, took most of its time on the host."""
-        asked = []
-        found = requests.find_merging_method
-        monkeypatch.setattr(requests, "find_merging_method", lambda config: asked.append(1) or found(config))
-        served_budgets(config())
-        assert len(asked) == 1
+    @pytest.mark.parametrize("merger_type", ["tome", "image_resize", "fixed_pooling"])
+    def test_a_request_asks_for_nothing_that_the_start_has_worked_out(self, merger_type, monkeypatch):
+        """Methods were looked up for each of 576 budgets, which took most of a request's time on the host."""
+        made = rules(tiny_model({"merger_type": merger_type, "num_merged_tokens": 9}).config)
+        for name in ("find_merging_method", "served_budgets", "turn_marks_of", "num_rope_rows", "keeps_places"):
+            monkeypatch.setattr(requests, name, None)
+        assert made.budget() == 9 and made.budget(4) == 4
+        made.check_room(1, 4)
+        made.warn_of_long_prompt([USER_ID, IMAGE_ID, ANSWER_ID], 1, 4)
+        assert len(made.questions([USER_ID, IMAGE_ID, ANSWER_ID], 1)) == 1
+
+    def test_what_is_served_is_no_list_of_all_numbers(self):
+        assert isinstance(served_budgets(config()), range)
 
     def test_all_where_nothing_is_merged(self):
         untouched = tiny_model({"merger_type": "none"}).config
-        assert served_budgets(untouched) == [NUM_PATCHES] and check_budget(untouched) == NUM_PATCHES
+        assert served_budgets(untouched) == [NUM_PATCHES] and rules(untouched).budget() == NUM_PATCHES
 
     def test_the_checkpoints_by_default(self):
-        assert check_budget(config()) == 9 and check_budget(config(), 4) == 4
+        assert rules(config()).budget() == 9 and rules(config()).budget(4) == 4
 
     @pytest.mark.parametrize("asked", [0, -1, 37, "16", "auto", 4.0, True, [4]])
     def test_others_are_refused(self, asked):
         with pytest.raises(ValueError, match="is served with whole numbers from 1 to 36"):
-            check_budget(config(), asked)
+            rules(config()).budget(asked)
 
     def test_pictures_that_are_resized_have_rows_of_equal_length(self):
         resizing = tiny_model({"merger_type": "image_resize", "num_merged_tokens": 9}).config
-        assert served_budgets(resizing)[-6:] == [25, 28, 30, 32, 35, 36] and check_budget(resizing, 30) == 30
+        assert served_budgets(resizing)[-6:] == [25, 28, 30, 32, 35, 36] and rules(resizing).budget(30) == 30
         with pytest.raises(ValueError, match="num_merged_tokens=31: image_resize .* Choose 30 or 36"):
-            check_budget(resizing, 31)
+            rules(resizing).budget(31)
         with pytest.raises(ValueError, match="num_merged_tokens=41: this checkpoint is served with"):
-            check_budget(resizing, 41)
+            rules(resizing).budget(41)
 
     def test_those_listed_are_named(self):
         with pytest.raises(ValueError, match="num_merged_tokens=5: this checkpoint is served with 4, 9, 16"):
-            check_budget(config(trained_num_tokens=[16, 4]), 5)
+            rules(config(trained_num_tokens=[16, 4])).budget(5)
 
 
 @pytest.mark.parametrize("name", ["question_input_ids", "picture_ids", "size", "crop_size", "do_resize"])
@@ -87,19 +94,19 @@ class TestQuestions:
     def test_each_image_has_that_of_its_turn(self):
         first, second = "what color is the star ?", "how many circles ?"
         prompt = f"<s> USER: <image> {first} ASSISTANT: red </s> USER: <image> <image> {second} ASSISTANT:"
-        found = questions_of_images(self.ids(prompt), config(**aware(9)), 3)
+        found = rules(config(**aware(9))).questions(self.ids(prompt), 3)
         assert found == [self.ids(first), self.ids(second), self.ids(second)]
 
     def test_a_later_turn_changes_nothing(self):
         turn = "USER: <image> what color ? ASSISTANT:"
         found = [
-            questions_of_images(self.ids(prompt), config(**aware(9)), 1)
+            rules(config(**aware(9))).questions(self.ids(prompt), 1)
             for prompt in (turn, f"{turn} red </s> USER: how many ? ASSISTANT:")
         ]
         assert found[0] == found[1] == [self.ids("what color ?")]
 
     def test_none_at_all(self):
-        assert questions_of_images([USER_ID, IMAGE_ID, ANSWER_ID], config(**aware(9)), 1) == [[]]
+        assert rules(config(**aware(9))).questions([USER_ID, IMAGE_ID, ANSWER_ID], 1) == [[]]
 
     def test_it_is_what_the_model_reads(self):
         model = tiny_model(aware(9))
@@ -109,11 +116,11 @@ class TestQuestions:
             model.model.read_prompt(torch.tensor([expanded]), None, may_hold_answers=False), [9, 9]
         )
         read = [torch.tensor(expanded)[mask].tolist() for mask in question.mask]
-        assert read == questions_of_images(ids, model.config, 2)
+        assert read == rules(model.config).questions(ids, 2)
 
     def test_other_numbers_of_images_are_refused(self):
         with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
-            questions_of_images([IMAGE_ID, IMAGE_ID], config(**aware(9)), 1)
+            rules(config(**aware(9))).questions([IMAGE_ID, IMAGE_ID], 1)
 
 
 class TestPlaces:
@@ -162,23 +169,23 @@ class TestRoom:
         scaled = config()
         scaled.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
         assert num_rope_rows(scaled, 512) == scaled.text_config.max_position_embeddings == 1024
-        check_room(scaled, 18, 9, 512)
+        rules(scaled, 512).check_room(18, 9)
         with pytest.raises(ValueError, match="19 images could reach position 1025.*1024 are prepared"):
-            check_room(scaled, 19, 9, 512)
+            rules(scaled, 512).check_room(19, 9)
 
     def test_longer_prompts_than_the_language_model_was_made_for_are_warned_of(self, said_of_positions):
         served = config()
         limit = served.text_config.max_position_embeddings
         fitting = (limit - 5) // NUM_PATCHES
         ids = [5, *[IMAGE_ID] * (fitting + 1), 7, 7, 7, 6]
-        warn_of_long_prompt(served, [5, *[IMAGE_ID] * fitting, 7, 7, 7, 6], fitting, 9)
-        warn_of_long_prompt(config(position_ids="packed"), ids, fitting + 1, 9)
+        rules(served).warn_of_long_prompt([5, *[IMAGE_ID] * fitting, 7, 7, 7, 6], fitting, 9)
+        rules(config(position_ids="packed")).warn_of_long_prompt(ids, fitting + 1, 9)
         assert not said_of_positions
-        warn_of_long_prompt(served, ids, fitting + 1, 9)
+        rules(served).warn_of_long_prompt(ids, fitting + 1, 9)
         assert f"skip {(fitting + 1) * (NUM_PATCHES - 9)} positions" in said_of_positions[0]
 
     def test_packed_tokens_need_none(self):
-        check_room(config(position_ids="packed"), 10_000, 9, 512)
+        rules(config(position_ids="packed"), 512).check_room(10_000, 9)
 
 
 class TestRefusals:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import agnostic, aware, load_example, make_processor, scale_up, tiny_config, tiny_model
+from conftest import IMAGE_ID, agnostic, aware, load_example, make_processor, scale_up, tiny_config, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
@@ -27,6 +27,13 @@ vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 serving_model = pytest.importorskip("llava_merge.serving.vllm")
 benchmark_serving = load_example("benchmark_serving")
+
+
+from vllm.config import ModelConfig  # noqa: E402
+from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
+from vllm.multimodal.processing.context import TimingContext  # noqa: E402
+from vllm.multimodal.processing.inputs import ProcessorInputs  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
 
 
 pytestmark = pytest.mark.vllm
@@ -75,6 +82,27 @@ def make_checkpoint(base, folder, fields: dict, *tower, **options):
     model.save_merger(folder / "merger")
     convert(str(base), folder / "served", str(folder / "merger"), fields["num_merged_tokens"])
     return folder / "served"
+
+
+@pytest.mark.parametrize("fields", [{"merger_type": "tome", "num_merged_tokens": 9}, aware(9)], ids=["tome", "aware"])
+def test_a_request_asks_the_host_for_nothing_that_the_start_has_worked_out(fields, base, tmp_path, monkeypatch):
+    """What grows with patches, methods or budgets was done per request, and took longer than the prefill it saved."""
+    load_general_plugins()
+    config = ModelConfig(model=str(make_checkpoint(base, tmp_path, fields)), dtype="float32", max_model_len=256)
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    ids = processor.info.get_tokenizer()(chat(QUESTIONS[0]))["input_ids"]
+
+    def apply(image):
+        items = processor.info.parse_mm_data({"image": [image]})
+        asked = ProcessorInputs(ids, items, hf_processor_mm_kwargs={"num_merged_tokens": 4})
+        return processor.apply(asked, TimingContext(enabled=False))
+
+    first, second = pictures(2)
+    apply(first)
+    for name in ("served_budgets", "find_merging_method", "keeps_places", "num_rope_rows", "turn_marks_of"):
+        monkeypatch.setattr(f"llava_merge.serving.requests.{name}", None)
+    made = apply(second)
+    assert made["prompt_token_ids"].count(IMAGE_ID) == 4 and len(made["mm_hashes"]["image"]) == 1
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def check_named(mm_processor_kwargs: Mapping[str, object]):
         )
 
 
-def served_budgets(config: LlavaMergeConfig) -> list[int]:
+def served_budgets(config: LlavaMergeConfig) -> range | list[int]:
     """Tokens per image that a request may ask for, rising: those that the merger was trained with, else any."""
     merger_config = config.merger_config
     if merger_config.merger_type == "none":
@@ -57,50 +57,7 @@ def served_budgets(config: LlavaMergeConfig) -> list[int]:
     if merger_config.trained_num_tokens:
         return sorted({merger_config.num_merged_tokens, *merger_config.trained_num_tokens})
     budgets = range(1, config.num_patches + 1)
-    return [*filter(makes_picture, budgets)] if resizes_pictures(config) else [*budgets]
-
-
-def resizes_pictures(config: LlavaMergeConfig) -> bool:
-    """Whether the tower sees pictures of M patches, so that M has to be rows × columns."""
-    return find_merging_method(config.merger_config).resizes_pictures
-
-
-def check_budget(config: LlavaMergeConfig, asked: object = None) -> int:
-    """Tokens per image of a request that asks for `asked`; the checkpoint's where that is None.
-
-    Raises:
-        ValueError: It is not among the [`served_budgets`]; where pictures are resized, the nearest are named.
-    """
-    served = served_budgets(config)
-    if asked is None:
-        return config.merger_config.num_tokens(config.num_patches)
-    if is_whole_number(asked) and asked <= config.num_patches and resizes_pictures(config):
-        grid_of_budget(asked)
-    if not is_whole_number(asked) or asked not in served:
-        listed = ", ".join(map(str, served)) if len(served) < 20 else f"whole numbers from {served[0]} to {served[-1]}"
-        raise ValueError(f"num_merged_tokens={asked!r}: this checkpoint is served with {listed}. Ask for one of them.")
-    return asked
-
-
-def questions_of_images(ids: list[int], config: LlavaMergeConfig, num_images: int) -> list[list[int]]:
-    """What each image is merged for, as ids: the text of its turn, by the rule of `llava_merge.question_turns`.
-
-    Args:
-        ids: The prompt, with one placeholder for each image.
-        num_images: Images that came with it.
-
-    Raises:
-        ValueError: There are more or fewer placeholders.
-    """
-    row = torch.tensor([ids])
-    image_mask = row == config.image_token_id
-    if int(image_mask.sum()) != num_images:
-        raise ValueError(
-            f"The prompt holds {int(image_mask.sum())} image placeholders for {num_images} images. Write one for each."
-        )
-    turns = split_turns(row, image_mask, turn_marks_of(config))
-    number, text = turns.number[0], turns.is_text[0]
-    return [row[0][text & (number == turn)].tolist() for turn in number[image_mask[0]].tolist()]
+    return [*filter(makes_picture, budgets)] if find_merging_method(merger_config).resizes_pictures else budgets
 
 
 def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
@@ -109,27 +66,86 @@ def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
     return max(rows, ROPE_ROWS * max_model_len) if rope and rope["rope_type"] in PLAIN_ROPE else rows
 
 
-def warn_of_long_prompt(config: LlavaMergeConfig, ids: list[int], num_images: int, budget: int):
-    """Warns where a prompt takes more positions than the language model was made for, of which engines count tokens.
+class RequestRules:
+    """What requests may ask of a model; worked out once, when its server starts.
 
     Args:
-        ids: The prompt, with one placeholder for each image.
+        config: Of the model.
+        max_model_len: Tokens that a request may have, with its answer.
     """
-    limit = config.text_config.max_position_embeddings
-    if keeps_places(config.merger_config):
-        num_text = len(ids) - num_images
-        warn_of_positions(num_text + num_images * config.num_patches, num_text + num_images * budget, limit)
 
+    def __init__(self, config: LlavaMergeConfig, max_model_len: int):
+        self.served = served_budgets(config)
+        self.default_budget = config.merger_config.num_tokens(config.num_patches)
+        self.resizes = find_merging_method(config.merger_config).resizes_pictures
+        self.reads_question = config.merger_config.question_aware
+        self.keeps_places = keeps_places(config.merger_config)
+        self.num_patches, self.image_token_id = config.num_patches, config.image_token_id
+        self.max_positions = config.text_config.max_position_embeddings
+        self.max_model_len = max_model_len
+        self.rope_rows = num_rope_rows(config, max_model_len) if self.keeps_places else None
+        self.marks = turn_marks_of(config)
 
-def check_room(config: LlavaMergeConfig, num_images: int, budget: int, max_model_len: int):
-    """Refuses a request that could reach positions which are not prepared.
+    def budget(self, asked: object = None) -> int:
+        """Tokens per image of a request that asks for `asked`; the checkpoint's where that is None.
 
-    Raises:
-        ValueError: So it could.
-    """
-    highest, rows = max_model_len + num_images * (config.num_patches - budget), num_rope_rows(config, max_model_len)
-    if keeps_places(config.merger_config) and highest > rows:
-        raise ValueError(
-            f"{num_images} images could reach position {highest}, since merged tokens keep the positions of their "
-            f"patches, and {rows} are prepared. Send fewer images, or serve with a lower --max-model-len."
-        )
+        Raises:
+            ValueError: It is not among the [`served_budgets`]; where images are resized, the nearest are named.
+        """
+        if asked is None:
+            return self.default_budget
+        served = self.served
+        if is_whole_number(asked) and asked <= self.num_patches and self.resizes:
+            grid_of_budget(asked)
+        if not is_whole_number(asked) or asked not in served:
+            few = len(served) < 20
+            listed = ", ".join(map(str, served)) if few else f"whole numbers from {served[0]} to {served[-1]}"
+            raise ValueError(
+                f"num_merged_tokens={asked!r}: this checkpoint is served with {listed}. Ask for one of them."
+            )
+        return asked
+
+    def check_room(self, num_images: int, budget: int):
+        """Refuses a request that could reach positions which are not prepared.
+
+        Raises:
+            ValueError: So it could.
+        """
+        highest = self.max_model_len + num_images * (self.num_patches - budget)
+        if self.rope_rows is not None and highest > self.rope_rows:
+            raise ValueError(
+                f"{num_images} images could reach position {highest}, since merged tokens keep the positions of their "
+                f"patches, and {self.rope_rows} are prepared. Send fewer images, or serve with a lower --max-model-len."
+            )
+
+    def warn_of_long_prompt(self, ids: list[int], num_images: int, budget: int):
+        """Warns where a prompt takes more positions than the language model was made for; engines count tokens alone.
+
+        Args:
+            ids: The prompt, with one placeholder for each image.
+        """
+        if self.keeps_places:
+            num_text = len(ids) - num_images
+            positions = num_text + num_images * self.num_patches
+            warn_of_positions(positions, num_text + num_images * budget, self.max_positions)
+
+    def questions(self, ids: list[int], num_images: int) -> list[list[int]]:
+        """What each image is merged for, as ids: the text of its turn, by the rule of `llava_merge.question_turns`.
+
+        Args:
+            ids: The prompt, with one placeholder for each image.
+            num_images: Images that came with it.
+
+        Raises:
+            ValueError: There are more or fewer placeholders.
+        """
+        row = torch.tensor([ids])
+        image_mask = row == self.image_token_id
+        if int(image_mask.sum()) != num_images:
+            raise ValueError(
+                f"The prompt holds {int(image_mask.sum())} image placeholders for {num_images} images. Write one for "
+                f"each."
+            )
+        turns = split_turns(row, image_mask, self.marks)
+        number, text = turns.number[0], turns.is_text[0]
+        return [row[0][text & (number == turn)].tolist() for turn in number[image_mask[0]].tolist()]

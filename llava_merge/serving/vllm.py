@@ -1,9 +1,11 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """The model as vLLM runs it. Overrides what is no public API: written for the release that pyproject.toml names."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import regex
 import torch
@@ -28,7 +30,6 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageSize
 from vllm.multimodal.processing import PromptReplacement
@@ -50,14 +51,10 @@ from llava_merge.modeling_token_merger import TokenMerger
 from llava_merge.question_turns import Question
 from llava_merge.serving.requests import (
     BUDGET,
-    check_budget,
+    RequestRules,
     check_named,
-    check_room,
     check_servable,
     num_rope_rows,
-    questions_of_images,
-    served_budgets,
-    warn_of_long_prompt,
 )
 from llava_merge.text_tower import TextTower, read_for_question
 from llava_merge.token_layout import place_on_slots
@@ -82,13 +79,18 @@ class LlavaMergeProcessingInfo(LlavaProcessingInfo):
         """The processor, of which only the part for images is used."""
         return self.ctx.get_hf_processor(LlavaMergeProcessor, **kwargs)
 
+    @cached_property
+    def rules(self) -> RequestRules:
+        """What requests may ask for."""
+        return RequestRules(self.get_hf_config(), self.ctx.model_config.max_model_len)
+
     def budget(self, mm_kwargs: Mapping[str, object]) -> int:
         """Tokens per image of a request with these `mm_processor_kwargs`.
 
         Raises:
             ValueError: It asks for a number that is not served.
         """
-        return check_budget(self.get_hf_config(), self.ctx.get_merged_mm_kwargs(mm_kwargs).get(BUDGET))
+        return self.rules.budget(self.ctx.get_merged_mm_kwargs(mm_kwargs).get(BUDGET))
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Tokens of an image of any size: the default budget."""
@@ -101,7 +103,7 @@ class LlavaMergeProcessingInfo(LlavaProcessingInfo):
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """The largest budget that a request may ask for, so that memory is kept for it."""
-        return {"image": served_budgets(self.get_hf_config())[-1]}
+        return {"image": self.rules.served[-1]}
 
 
 class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
@@ -117,17 +119,17 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         num_images = inputs.mm_data_items.get_all_counts().get("image", 0)
         if isinstance(inputs.mm_data_items.get("image"), ImageEmbeddingItems):
             raise ValueError("image_embeds: this model merges images itself. Send pictures.")
-        config, kwargs = self.info.get_hf_config(), dict(inputs.hf_processor_mm_kwargs)
+        rules, kwargs = self.info.rules, dict(inputs.hf_processor_mm_kwargs)
         check_named(kwargs)
         budget = self.info.budget(kwargs)
-        check_room(config, num_images, budget, self.info.ctx.model_config.max_model_len)
+        rules.check_room(num_images, budget)
         if isinstance(inputs.prompt, list):
-            warn_of_long_prompt(config, inputs.prompt, num_images, budget)
+            rules.warn_of_long_prompt(inputs.prompt, num_images, budget)
         kwargs.pop(BUDGET, None)
         pictures = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs)).get("image", [])
         kwargs |= {BUDGET: budget, PICTURES: pictures}
-        if config.merger_config.question_aware:
-            kwargs[QUESTIONS] = questions_of_images(inputs.prompt, config, num_images)
+        if rules.reads_question:
+            kwargs[QUESTIONS] = rules.questions(inputs.prompt, num_images)
         return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
 
     def _get_mm_hashes(self, inputs) -> dict[str, list[str]]:
@@ -136,11 +138,8 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         # of each image its own question, so that a later turn changes none of an earlier one
         questions = kwargs.get(QUESTIONS, [None] * len(pictures))
         pairs = zip(pictures, questions, strict=True)
-        hashes = [self._hash(image=picture, budget=kwargs[BUDGET], question=ids) for picture, ids in pairs]
+        hashes = [hash_of_text(f"{picture} {kwargs[BUDGET]} {ids}") for picture, ids in pairs]
         return {"image": hashes} if hashes else {}
-
-    def _hash(self, **parts) -> str:
-        return MultiModalHasher.hash_kwargs(self.info.ctx.get_mm_config().mm_hasher_algorithm, **parts)
 
     def _get_cache_missing_processor_kwargs(self, inputs, mm_is_cached) -> Mapping[str, object]:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
@@ -154,7 +153,7 @@ class LlavaMergeMultiModalProcessor(LlavaMultiModalProcessor):
         inputs = super()._apply_hf_processor_main(mm_items, kwargs)
         if pictures:
             inputs[BUDGET] = torch.full((len(pictures),), budget)
-            inputs[PICTURES] = torch.tensor([int(self._hash(image=picture)[:15], 16) for picture in pictures])
+            inputs[PICTURES] = torch.tensor([int(hash_of_text(picture)[:15], 16) for picture in pictures])
             if questions is not None:
                 inputs[QUESTIONS] = [torch.tensor(ids, dtype=torch.long) for ids in questions]
         return inputs
@@ -385,6 +384,11 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             connector=["merger", "multi_modal_projector"],
             tower_model="vision_tower",
         )
+
+
+def hash_of_text(text: str) -> str:
+    """A hash that other texts do not have, as hexadecimal digits; SHA-256, whatever vLLM takes for images."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_positions(config: LlavaConfig, model_config):
