@@ -207,12 +207,12 @@ def first_numbers(hard: dict, speed: dict) -> str:
     for name in names:
         cells = [percent(hard["results"][f"{name}@{budget}"]) for budget in BUDGETS]
         rows.append([TRAINED.get(name, f"`{name}`"), "trained" if name in TRAINED else "untrained", *cells])
-    protocol, merged = speed["protocol"], speed["results"]["32"]["fixed_pooling@64"]
+    protocol, merged = speed["protocol"], speed["results"]["32"]["tome:attention_mass=1@64"]
     return (
         f"{table(['', '', *(f'{budget} tokens' for budget in BUDGETS)], rows)}\n\nRight answers in % to "
         f"{hard['protocol']['questions']} questions about hard drawn scenes, of the bundled model, whose language "
-        f"model was not trained along ([all methods, losses included](#measured)). At the size of LLaVA-1.5-7B, with "
-        f"64 tokens on one {protocol['hardware']}, the first token comes {merged['first_token_ratio']:.1f} × as fast "
+        f"model was trained with all 576 tokens alone ([all methods, losses included](#measured)). At the size of LLaVA-1.5-7B, with "
+        f"64 tokens of `tome` on one {protocol['hardware']}, the first token comes {merged['first_token_ratio']:.1f} × as fast "
         f"in batches of 32, and a whole answer of {protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with "
         f"one prompt alone merging gains nothing ([Speed](#speed))."
     )
@@ -280,7 +280,7 @@ def speed_table(report: dict) -> str:
         f"{protocol['dtype']}, one {protocol['hardware']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; prompts of an image and {protocol['text_tokens']} other tokens, answers of "
         f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock; "
-        f"merged tokens have no attention mass unless a row says so. The slowest merger takes {100 * share:.1f} % of "
+        f"merged tokens have no attention mass unless a row says so. The slowest merger of these takes {100 * share:.1f} % of "
         f"the stock time to the first token in batches of {largest}. Requests a second are measured in "
         f"{protocol['memory']:.0f} GiB, each row at the largest batch that fits "
         f"([benchmark_7b.json](examples/results/benchmark_7b.json))."

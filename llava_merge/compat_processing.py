@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .compat import TRANSFORMERS_V5
 from .files import write_whole
-from .placeholders import ALL_TOKENS, tokens_of_budget
+from .placeholders import ALL_TOKENS, is_whole_number, tokens_of_budget
 from .position_range import warn_of_positions
 
 
@@ -44,30 +44,24 @@ class MergedPlaceholderProcessor(LlavaProcessor):
     num_merged_tokens: int | list[int | str] | None
 
     def budget(self, image_idx: int) -> int | str:
-        """Placeholders of an image, or "all".
-
-        Raises:
-            ValueError: It is below 1.
-        """
+        """Placeholders of an image, or "all"."""
         budget = self.num_merged_tokens
         if isinstance(budget, list):
             budget = budget[image_idx]
-        if budget is None or budget == ALL_TOKENS:
-            return ALL_TOKENS
-        if budget < 1:
-            raise ValueError(
-                f"num_merged_tokens={self.num_merged_tokens}: an image needs 1 placeholder or more; None keeps all."
-            )
-        return budget
+        return ALL_TOKENS if budget is None else budget
 
     def check_budgets(self):
-        """Refuses a budget above the visual tokens of an image, once a call.
+        """Refuses a budget that is no number, or above the visual tokens of an image, once a call.
 
         Raises:
             ValueError: There is one.
         """
         budgets = self.num_merged_tokens if isinstance(self.num_merged_tokens, list) else [self.num_merged_tokens]
-        numbers = [budget for budget in budgets if isinstance(budget, int)]
+        numbers = [budget for budget in budgets if budget not in (None, ALL_TOKENS)]
+        if not all(map(is_whole_number, numbers)):
+            raise ValueError(
+                f"num_merged_tokens={self.num_merged_tokens!r}: has to be a whole number of at least 1; None keeps all."
+            )
         if numbers and self.patch_size is not None and max(numbers) > self.num_patches:
             raise ValueError(
                 f"num_merged_tokens={self.num_merged_tokens}: an image has {self.num_patches} visual tokens, and "
@@ -85,7 +79,7 @@ class MergedPlaceholderProcessor(LlavaProcessor):
         Raises:
             ValueError: They are for more or fewer images.
         """
-        texts = [text] if isinstance(text, str) else text
+        texts = [text] if isinstance(text, str) else text or []
         found = sum(sample.count(self.image_token) for sample in texts)
         if found != num_images:
             raise ValueError(

@@ -151,7 +151,8 @@ class MergerConfig(PretrainedConfig):
             and the text behind an image as if all N tokens were there. `"packed"`: one behind the other, as in 0.1.0.
         attention_mass: From 0 to 1: what is added to the attention logits of a merged token that stands for n patches,
             in units of log(n). With 1 it weighs as much as n tokens, with 0 as much as one. None, the default, is 1 in
-            a model whose attention takes a bias (SDPA, eager), else 0 with a warning; the model writes here which.
+            a model whose attention takes a bias (SDPA, eager), else 0 with a warning. In a model, a method that can be
+            trained gets the number.
         trained_num_tokens: Budgets M that the merger was trained with; smaller ones give a warning.
         has_projector: Whether the checkpoint of the merger also holds the projector trained with it; saving sets it.
         question_start_token_ids: Id sequences that open what a user writes, such as those of "USER:" behind a space
@@ -659,6 +660,7 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
     Raises:
         ValueError: A field does not exist, or is one that the checkpoint's weights were trained with.
     """
+    given = as_fields(given)
     if given is None:
         return saved
     if isinstance(given, dict):
@@ -676,6 +678,7 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
         check_trained_with(saved, given.to_dict())
         return given
     check_trained_with(saved, given)
+    given = {name: value for name, value in given.items() if name != "attention_mass" or value is not None}
     replaced = {*BUDGET, *given} if {*BUDGET} & {*given} else {*given}
     return {**{name: value for name, value in saved.items() if name not in replaced}, **given}
 

@@ -8,7 +8,7 @@ from .compat import CHUNKS_LACK_IMAGES, FORWARD_TAKES_ENCODED_IMAGES, TRANSFORME
 from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
 from .layout_cache import keep_layout
 from .merge_extras import TowerFeatures
-from .placeholders import check_num_features, repeat_rows_together, tokens_of_budget
+from .placeholders import check_num_features, check_on_device, repeat_rows_together, tokens_of_budget
 from .position_range import warn_of_positions
 from .question_turns import Prompt
 from .stock_signature import takes_arguments_of
@@ -16,6 +16,10 @@ from .token_layout import TokenLayout, counted_positions
 from .token_placing import ImagesOfPrompt, cached_length, find_cache
 
 
+NO_IMAGES = (
+    "The prompts hold {number} image placeholders, and no images come with them. Pass the pixel_values that the "
+    "processor returned, or mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}."
+)
 TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
@@ -44,6 +48,9 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
         if encoded is None and inputs_embeds is not None and not model_kwargs.get("tokens_are_placed"):
             new = inputs_embeds[:, -image_mask.shape[1] :]
             self.model.check_text_embeds(new, model_kwargs.get("attention_mask"))
+        if encoded is None and to_merge is None and inputs_embeds is None:
+            number = image_mask.sum()
+            check_on_device(number == 0, NO_IMAGES.format(number="some"), lambda: NO_IMAGES.format(number=int(number)))
         cache = find_cache(model_kwargs)
         if cache is not None and not image_mask.any():
             encoded = None  # they are in the cache: a draft model is given them again with each of its calls

@@ -29,7 +29,7 @@ projector, which then runs once, on the merged tokens.
 | trained with | {{ (merger.trained_num_tokens or ["not said"]) | join(", ") }} |
 | question-aware | {{ "yes" if merger.question_aware else "no" }} |
 | positions of merged tokens | {{ merger.position_ids }} |
-| attention mass | {{ merger.attention_mass }} |
+| attention mass | {{ "1 where attention takes a bias" if merger.attention_mass is none else merger.attention_mass }} |
 | width of the visual features | {{ merger.vision_dim }} |
 | width of the language model | {{ merger.text_dim }} |
 

@@ -426,6 +426,6 @@ def fingerprint_of(model) -> tuple:
         id(model.model.multi_modal_projector),
         model.lm_head.weight.data_ptr(),
         merger_config.position_ids,
-        merger_config.attention_mass,
+        model.model.attention_mass,
         "peft_config" in vars(model),  # as PEFT leaves it on a model that it puts adapters into
     )

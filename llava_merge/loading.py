@@ -18,6 +18,7 @@ from .configuration_llava_merge import (
     LlavaMergeConfig,
     MergerConfig,
     as_fields,
+    as_saved_by_this_release,
     check_trained_with,
     lay_over,
     refuse_merger_fields,
@@ -155,10 +156,10 @@ def find_bundled(name: str) -> str:
         )
     with suppress(ModuleNotFoundError):  # by its name, for this file may be a copy on the Hub without the package
         name = importlib.import_module("llava_merge.demo").find_merger(name)
-    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") != 1):
         raise ValueError(
-            f"merger={name!r}: there is no such folder. Give the folder of a merger, its repo on the Hub as "
-            f"ORGANISATION/NAME, or the name of a method."
+            f"merger={name!r}: there is no such folder, bundled merger or method. Give the folder of a merger, its "
+            f"repo on the Hub as ORGANISATION/NAME, or one of the methods {', '.join(sorted(MERGING_METHODS))}."
         )
     return name
 
@@ -204,6 +205,8 @@ def as_merge_config(config: PretrainedConfig, checkpoint: Checkpoint, merger_con
         config = LlavaMergeConfig.from_dict(fields, merger_config=merger_config)
     if checkpoint.has_weights_of(config.merger_config):
         check_trained_with(checkpoint.saved_merger, config.merger_config.to_dict())
+        if config.merger_config.attention_mass is None:
+            config.merger_config.attention_mass = as_saved_by_this_release(checkpoint.saved_merger)["attention_mass"]
     return config
 
 
@@ -229,7 +232,7 @@ def is_merger_key(key: str) -> bool:
     return key.startswith(("merger.", "model.merger."))
 
 
-def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
+def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool, attention_mass: float):
     """One line on what the loaded model does, also in the place of transformers' report of new weights."""
     merger = config.merger_config
     if merger.merger_type == "none":
@@ -243,7 +246,7 @@ def log_merger(path: str, config: LlavaMergeConfig, is_fresh: bool):
     else:
         budgets = merger.trained_num_tokens  # None of one that was saved fresh, or trained by other means than ours
         state = f"trained with {', '.join(map(str, budgets))} tokens" if budgets else "as it was saved"
-    mass = f", attention mass {merger.attention_mass}" if merger.attention_mass else ""
+    mass = f", attention mass {attention_mass}" if attention_mass else ""
     logger.info(
         f"{path}: {config.num_patches} → {merger.num_merged_tokens} tokens, {merger.merger_type}, {state}, positions "
         f"{merger.position_ids}{mass}"

@@ -139,6 +139,10 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         check_merger_request(checkpoint, merger, merger_config, merger_revision)
         if merger is not None and checkpoint.saved_merger is None:
             merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced
+        if (
+            isinstance(merger_config, MergerConfig) and config is None
+        ):  # which 4.57 would take for a setting of generate
+            config = cls.config_class.from_dict(checkpoint.config_fields)
         if isinstance(config, PretrainedConfig):
             config = as_merge_config(config, checkpoint, merger_config)
             merger_config = config.merger_config
@@ -158,7 +162,7 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
             check_loaded_keys(checkpoint, model.config, info)
         if merger is not None:
             model.load_merger(merger, **for_other_repo(hub_kwargs), revision=merger_revision)
-        log_merger(path, model.config, fresh_merger and merger is None)
+        log_merger(path, model.config, fresh_merger and merger is None, model.headless_model.attention_mass)
         model._prepare_questions(checkpoint.adapter_base or path, hub_kwargs, fetches_text_tower)
         return (model, info) if wants_info else model
 

@@ -16,6 +16,7 @@ from .placeholders import budget_of_each_image
 from .position_range import warn_of_positions  # noqa: F401
 
 
+CHANNELS = (1, 3, 4)
 MOST_ELONGATED = 100  # longer side by the shorter; resized to the tower's, a picture grows by that
 
 
@@ -32,18 +33,27 @@ def check_proportions(images: ImageInput):
     """Refuses pictures, in lists or alone, that would become huge where their shorter side is made the tower's.
 
     Raises:
-        ValueError: There is one; arrays of two or three sizes are looked at too.
+        ValueError: There is one.
     """
     if isinstance(images, list | tuple):
         for each in images:
             check_proportions(each)
         return
-    shape = images.size if is_pil_image(images) else getattr(images, "shape", None)
-    short, long = sorted(shape)[-2:] if shape is not None and 2 <= len(shape) <= 3 else (1, 1)
+    short, long = sides_of(images)
     if long > MOST_ELONGATED * short:
         raise ValueError(
             f"An image of {short} × {long} pixels: its longer side may be {MOST_ELONGATED} times the shorter. Crop it."
         )
+
+
+def sides_of(image) -> tuple[int, int]:
+    """Shorter and longer side of a picture, an array or a tensor, the channels first or last; 1 and 1 of others."""
+    if is_pil_image(image):
+        return min(image.size), max(image.size)
+    shape = tuple(getattr(image, "shape", ()))[-3:]
+    if len(shape) == 3:
+        shape = shape[:2] if shape[2] in CHANNELS and shape[0] not in CHANNELS[1:] else shape[1:]
+    return (min(shape), max(shape)) if len(shape) == 2 else (1, 1)
 
 
 def bos_options(tokenizer, text: Texts | None) -> dict[str, bool]:
@@ -153,7 +163,9 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
         if isinstance(images, int):
             processor.images_are_encoded = True
             images, text = None, processor.with_placeholders(text, images)
-        check_proportions(images)
+        else:
+            images = self.image_processor.fetch_images(images)  # of paths and URLs, which have no sides yet
+            check_proportions(images)
         inputs = super(LlavaMergeProcessor, processor).__call__(images=images, text=text, **kwargs)
         if num_merged_tokens is not None:
             inputs["num_merged_tokens"] = num_merged_tokens

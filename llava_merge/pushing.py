@@ -1,12 +1,14 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Pushing of a folder that was saved: a merger, a LLaVA with one, or an adapter."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file
@@ -14,7 +16,7 @@ from transformers.utils import find_adapter_config_file
 from llava_merge.checkpoint_files import check_safetensors_files
 from llava_merge.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
-from llava_merge.evaluation.fingerprints import check_is_of_report
+from llava_merge.evaluation.fingerprints import check_is_of_report, is_norm_of_text
 from llava_merge.files import CONFIG, refuse_link_outside, replaced_weights
 from llava_merge.hub import ADAPTER, MERGER, MODEL, make_card, prepare_repo
 from llava_merge.loading import read_checkpoint
@@ -90,16 +92,40 @@ class SavedFolder:
         """Configuration of its merger."""
         return self.config.merger_config if self.kind == MODEL else self.config
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether it holds a whole LLaVA."""
+        return self.kind == MODEL
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether it holds a projector that was trained with the merger."""
+        return self.kind == MERGER and self.config.has_projector
+
     def merger_weights(self) -> dict[str, Tensor]:
         """Weights of its merger, by the names that they have in it."""
         if find_merging_method(self.merger_config).training_free:
             return {}
+        if self.kind == MERGER:
+            return self._weights(lambda name: True)
+        own = self._weights(lambda name: "merger." in name)
+        return {name.partition("merger.")[2]: weight for name, weight in own.items()}
+
+    def projector_weights(self) -> dict[str, Tensor]:
+        """Weights of the projector that was trained with the merger, by the names that they have in it."""
+        return load_file(self.path / PROJECTOR)
+
+    def text_norms(self) -> dict[str, Tensor]:
+        """Weights of the norms of the language model."""
+        return self._weights(is_norm_of_text)
+
+    def _weights(self, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The weights of the names that are wanted."""
         weights = {}
         for file in [self.path / ADAPTER_WEIGHTS] if self.kind == ADAPTER else weight_files(self.path):
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                    if self.kind == MERGER or "merger." in name:
-                        weights[name.partition("merger.")[2] or name] = tensors.get_tensor(name)
+                names = filter(is_wanted, tensors.keys())
+                weights |= {name: tensors.get_tensor(name) for name in names}
         return weights
 
 
@@ -133,7 +159,7 @@ def push_directory(
     files = saved.files()  # before anything is made on the Hub
     if report is not None:
         merger = find_merger_of_report(report, merger)
-        check_is_of_report(saved.merger_config, saved.merger_weights(), report, merger)
+        check_is_of_report(saved, report, merger)
     if not create_pr:
         repo_id = prepare_repo(api, repo_id, private, revision)
     there = api.list_repo_files(repo_id, revision=None if create_pr else revision)

@@ -26,52 +26,71 @@ PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
 
 OWN_METHOD = "merging_of_checkpoint"
 ENTRIES = ("modeling_token_merger.py", "modeling_llava_merge.py")  # of the code of a checkpoint
-IMPORT_OF_METHOD = f"\n\nfrom .{OWN_METHOD} import *  # noqa: E402, F403\n"
+IMPORT_OF_METHOD = f"\n\nfrom .{OWN_METHOD} import __name__ as _  # noqa: E402 - it registers its method\n"
 
 
 def save_method(file: Path, folder: Path):
     """Copies the `file` of a method of one's own beside the code of a checkpoint, which finds it too.
 
     That code imports a second copy, which takes from this code what it would take from the package.
+
+    Raises:
+        ValueError: It is called as a file of that code.
     """
+    siblings = {path.stem for path in folder.glob("*.py")}
+    if file.stem in siblings:
+        raise ValueError(
+            f"The file {file.name} of merger_type's method is called as one of llava_merge's own, which it would "
+            f"replace in the checkpoint. Rename it."
+        )
     shutil.copy(file, folder)
-    code = with_relative_imports(file.read_text(encoding="utf-8"), {path.stem for path in folder.glob("*.py")})
-    if code is None:
+    tree = with_relative_imports(ast.parse(file.read_text(encoding="utf-8")), siblings, file.parent)
+    if tree is None:
         logger.warning(
-            f"{file.name} imports llava_merge otherwise than by `from llava_merge import NAME`, or more of it than a "
-            f"checkpoint brings: with trust_remote_code=True this checkpoint will not load."
+            f"{file.name} imports llava_merge otherwise than by `from llava_merge import NAME`, more of it than a "
+            f"checkpoint brings, or a file beside it: with trust_remote_code=True this checkpoint will not load."
         )
         return
-    (folder / f"{OWN_METHOD}.py").write_text(code, encoding="utf-8")
+    (folder / f"{OWN_METHOD}.py").write_text(ast.unparse(tree) + "\n", encoding="utf-8")
     for entry in filter(Path.is_file, (folder / name for name in ENTRIES)):
         entry.write_text(entry.read_text(encoding="utf-8") + IMPORT_OF_METHOD, encoding="utf-8")
 
 
-def with_relative_imports(code: str, siblings: set[str]) -> str | None:
-    """Code that imports from the modules beside it, the `siblings`, what it imports from this package.
+def with_relative_imports(tree: ast.Module, siblings: set[str], place: Path) -> ast.Module | None:
+    """Code that imports from the `siblings`, modules beside it, what it imports from this package by name.
 
-    None where it imports the package as a whole, or what no sibling has.
+    None where it imports the package as a whole, what no sibling has, or a module that lies in its `place` alone.
     """
-    package, lines = __name__.partition(".")[0], code.splitlines()
-    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):
-        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        if package not in {name.partition(".")[0] for name in modules}:
-            continue
-        if isinstance(node, ast.Import):
-            return None
-        names = defaultdict(list)
-        for alias in node.names:
-            found = getattr(importlib.import_module(node.module), alias.name, None)
-            home = node.module if "." in node.module else getattr(found, "__module__", package)
-            names[home.rpartition(".")[2]].append(ast.unparse(alias))
-        if not siblings.issuperset(names):
-            return None
-        indent = " " * node.col_offset
-        lines[node.lineno - 1 : node.end_lineno] = [
-            f"{indent}from .{module} import {', '.join(imported)}" for module, imported in names.items()
-        ]
-    return "\n".join(lines) + "\n"
+    package = __name__.partition(".")[0]
+
+    class ToSiblings(ast.NodeTransformer):
+        def visit_Import(self, node: ast.Import) -> ast.Import:  # noqa: N802 - ast's name
+            for alias in node.names:
+                refuse_local(alias.name)
+            return node
+
+        def visit_ImportFrom(self, node: ast.ImportFrom):  # noqa: N802
+            if node.level or node.module.partition(".")[0] != package:
+                refuse_local("." if node.level else node.module)
+                return node
+            names = defaultdict(list)
+            for alias in node.names:
+                found = getattr(importlib.import_module(node.module), alias.name, None)
+                home = node.module if "." in node.module else getattr(found, "__module__", package)
+                names[home.rpartition(".")[2]].append(alias)
+            if not siblings.issuperset(names):
+                raise LookupError
+            return [ast.ImportFrom(module, imported, level=1) for module, imported in names.items()]
+
+    def refuse_local(name: str):
+        head = name.partition(".")[0]
+        if head in ("", package) or (place / head).is_dir() or (place / f"{head}.py").is_file():
+            raise LookupError
+
+    try:
+        return ast.fix_missing_locations(ToSiblings().visit(tree))
+    except LookupError:
+        return None
 
 
 def is_first_rank() -> bool:

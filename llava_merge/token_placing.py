@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .compat import cache_mask_sizes
+from .merging_base import find_merging_method
 from .merging_grid import slot_places
 from .placeholders import check_on_device
 from .token_layout import (
@@ -156,25 +157,39 @@ class PlacesTokens:
     """Mixin of the headless model: positions and attention mask of prompts with merged images."""
 
     @property
+    def attention_mass(self) -> float:
+        """What merged tokens weigh, see [`MergerConfig`]: where nobody has said it, 1 if attention takes a bias."""
+        mass = self.config.merger_config.attention_mass
+        return float(self.takes_bias) if mass is None else mass
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the text model's attention can add a bias to merged tokens, by one mask for all layers."""
+        text_config = self.language_model.config
+        return text_config._attn_implementation in TAKE_BIAS and len(attention_kinds(text_config)) <= 1
+
+    @property
     def places_tokens(self) -> bool:
         """Whether merged tokens sit or weigh otherwise than tokens of text."""
         merger_config = self.config.merger_config
-        moves = merger_config.position_ids == "source" or merger_config.attention_mass > 0
-        return moves and merger_config.merger_type != "none"
+        return merger_config.merger_type != "none" and (
+            merger_config.position_ids == "source" or self.attention_mass > 0
+        )
 
     def settle_mass(self):
-        """Gives merged tokens the mass of their patches where nobody has said what they weigh and attention allows it.
+        """Writes what merged tokens weigh into the configuration of a method that can be trained, if nobody has said it.
 
-        Language models that are not trained along expect it; where attention takes no bias, one warning says so.
+        What is trained belongs to its mass; other methods have what attention allows, wherever they are loaded. Where
+        it takes no bias, one warning says so.
         """
         merger_config, text_config = self.config.merger_config, self.language_model.config
-        if merger_config.attention_mass is not None:
+        if merger_config.attention_mass is not None or merger_config.merger_type == "none":
             return
-        attention, kinds = text_config._attn_implementation, attention_kinds(text_config)
-        takes_bias = attention in TAKE_BIAS and len(kinds) <= 1
-        if not takes_bias and merger_config.merger_type != "none":
-            logger.warning_once(NO_BIAS.format(attention=attention, kinds=", ".join(sorted(kinds)) or "one kind"))
-        merger_config.attention_mass = float(takes_bias and merger_config.merger_type != "none")
+        if not self.takes_bias:
+            kinds = ", ".join(sorted(attention_kinds(text_config))) or "one kind"
+            logger.warning_once(NO_BIAS.format(attention=text_config._attn_implementation, kinds=kinds))
+        if not find_merging_method(merger_config).training_free:
+            merger_config.attention_mass = self.attention_mass
 
     def place_tokens(self, images: BaseModelOutputWithPooling | None, arguments: dict) -> TokenLayout | None:
         """Puts positions and mask into the `arguments` of a forward; None where nothing differs from packed tokens.
@@ -231,7 +246,7 @@ class PlacesTokens:
             number == 0,
             "inputs_embeds hold image features.",
             lambda: FEATURES_IN_EMBEDS.format(
-                number=int(number), positions=merger_config.position_ids, mass=merger_config.attention_mass
+                number=int(number), positions=merger_config.position_ids, mass=self.attention_mass
             ),
         )
 
@@ -299,7 +314,7 @@ class PlacesTokens:
             sizes = None
         if merger_config.position_ids == "packed":
             places = None
-        mass = merger_config.attention_mass
+        mass = self.attention_mass
         return layout_of_images(image_mask, places, num_tokens, num_patches, mass, sizes, samples)
 
     def placed_arguments(
@@ -316,7 +331,7 @@ class PlacesTokens:
         Raises:
             ValueError: `attention_mass` with an attention that takes no bias.
         """
-        length, mass = positions.shape[1], self.config.merger_config.attention_mass
+        length, mass = positions.shape[1], self.attention_mass
         placed = {"position_ids": positions + layout.shift(past, length).to(positions.device)}
         attention = self.language_model.config._attn_implementation
         if mass and attention not in TAKE_BIAS:

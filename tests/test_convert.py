@@ -250,8 +250,10 @@ def test_a_folder_with_other_files_is_left_alone(base, trained, tmp_path):
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock" / "config.json").write_text('{"model_type": "llava"}')
-    for name in ("notes", "stock"):
-        with pytest.raises(ValueError, match=f"{name} holds files that are no checkpoint of llava_merge"):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[1]")
+    for name in ("notes", "stock", "list"):
+        with pytest.raises(ValueError, match=f"{name} is no checkpoint of llava_merge, which could be replaced"):
             convert(str(base), tmp_path / name, "tome", 9)
         assert len(list((tmp_path / name).iterdir())) == 1
 

@@ -317,7 +317,9 @@ def test_a_save_that_pushes_brings_the_file_of_its_method_to_its_branch(saved, s
 @pytest.mark.parametrize("block", [BLOCK_PACKAGE, ""], ids=["without the package", "where it is not imported"])
 def test_a_method_of_one_s_own_loads_as_code_of_a_checkpoint(block, saved, tmp_path):
     """Its file was saved with it; nobody imports it before, and no file of the package knows it."""
-    (tmp_path / "first_tokens.py").write_text(OWN_METHOD)
+    (tmp_path / "first_tokens.py").write_text(
+        OWN_METHOD.replace("FirstTokens", "TokenMerger")
+    )  # as a class of the code
     fields = {"merger_type": "first_tokens", "num_merged_tokens": 4, "num_heads": 4}
     save = f"""
 import sys

@@ -481,9 +481,15 @@ class TestOwnMethod:
                 "try:\n    from .merging_base import MergeOutput\nfinally:\n    a = 1\n",
             ),
             (
-                "import torch\nfrom llava_mergers import a\nfrom .beside import b\n",
-                "import torch\nfrom llava_mergers import a\nfrom .beside import b\n",
+                "import torch\nfrom llava_mergers import a\n",
+                "import torch\nfrom llava_mergers import a\n",
             ),
+            (
+                "import torch; from llava_merge import MergeOutput\n",
+                "import torch\nfrom .merging_base import MergeOutput\n",
+            ),
+            ("import helper\n", None),
+            ("from helper import a\n", None),
             ("import llava_merge\n", None),
             ("import llava_merge.merging_base as base\n", None),
             ("from llava_merge.demo import MODEL_DIR\n", None),
@@ -491,9 +497,22 @@ class TestOwnMethod:
             ("from llava_merge import no_such_name\n", None),
         ],
     )
-    def test_imports_of_the_copy_for_the_checkpoint_s_code(self, given, wanted):
+    def test_imports_of_the_copy_for_the_checkpoint_s_code(self, given, wanted, tmp_path):
         siblings = {"merging_base", "merging_grid", "configuration_llava_merge"}
-        assert with_relative_imports(given, siblings) == wanted
+        (tmp_path / "helper.py").write_text("")
+        tree = with_relative_imports(ast.parse(given), siblings, tmp_path)
+        assert (tree and ast.unparse(tree) + "\n") == wanted
+
+    def test_a_file_that_is_called_as_one_of_the_package_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / "merging_tome.py").write_text(METHOD)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.import_module("merging_tome")
+        model = tiny_model({"merger_type": "first_tokens", "num_merged_tokens": 4})
+        for save, name in ((model.save_pretrained, "model"), (model.save_merger, "merger")):
+            with pytest.raises(ValueError, match="merging_tome.py .* is called as one of llava_merge's own.*Rename it"):
+                save(tmp_path / name)
+            assert not (tmp_path / name).exists()
+        sys.modules.pop("merging_tome")
 
     def test_what_the_code_of_a_checkpoint_cannot_import_is_said(self, tmp_path, monkeypatch, caplog):
         (tmp_path / "my_method.py").write_text("import llava_merge\n" + METHOD)

@@ -130,6 +130,9 @@ def check_settings(settings: BenchmarkSettings):
             raise ValueError(f"{name}={getattr(settings, name)}: has to be whole numbers of 1 or more.")
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={settings.dtype!r}: has to be float32, bfloat16 or float16.")
+    if settings.compile not in (None, "none") and settings.compile not in torch._dynamo.list_backends(()):
+        backends = ", ".join(["none", *torch._dynamo.list_backends()])
+        raise ValueError(f"compile={settings.compile!r}: has to be one of {backends}.")
     check_device(settings.device)
     if settings.memory is not None and not settings.device.startswith("cuda"):
         raise ValueError(f"memory={settings.memory}: can be measured on a GPU only, not on {settings.device!r}.")
@@ -255,7 +258,7 @@ def summarize_row(
     return {
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
-        "attention_mass": row.cell.candidate.config.attention_mass,
+        "attention_mass": mass_of(model, row.cell.candidate),
         "compiled": row.graphs is not None,
         "compile_seconds": row.compile_seconds and round(row.compile_seconds, 1),
         "tokens_entered": num_tokens + settings.text_tokens,
@@ -266,6 +269,12 @@ def summarize_row(
         "milliseconds": milliseconds,
         **{name: round(ratio, 3) for name, ratio in ratios.items()},
     }
+
+
+def mass_of(model: LlavaMergeForConditionalGeneration, candidate: Candidate) -> float:
+    """What the tokens of a merger weigh in the model."""
+    with candidate.answering(model):
+        return model.model.attention_mass
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -58,8 +58,10 @@ def demo(
     refuse_output_in_input(output, image or PICTURE, model or MODEL_DIR, *checkpoints_of(filter(None, mergers)))
     check_writable(output)
     for text in questions:
-        if not text.strip():
-            raise ValueError(f"question={text!r} is empty; type one, or leave it out.")
+        if not text.strip() or "\n" in text:
+            raise ValueError(f"question={text!r}: give one line, which is not empty, or leave it out.")
+    if UNMERGED in mergers:
+        raise ValueError("--merger none: the answers with all tokens are shown beside every merger; leave it out.")
     picture = open_image(image or PICTURE)
     if model is None and image is not None:
         typer.echo(KNOWS, err=True)
@@ -71,8 +73,9 @@ def demo(
             comparison.use(merger_name)
         name = comparison.name if merger_name is None else shown_name(merger_name)
         columns[name] = [comparison.with_merged_tokens(picture, text) for text in questions]
-        for number, text in enumerate(questions[: 2 if comparison.used.config.question_aware else 1]):
-            panels.append((caption_of(columns, questions, name, number), comparison.picture(picture, text)))
+        for number in shown_questions(columns, name, comparison.used.config.question_aware):
+            drawn = comparison.picture(picture, questions[number])
+            panels.append((caption_of(columns, questions, name, number), drawn))
     refuse_output_in_input(output, *text_towers_of(comparison.model, comparison.candidates.values()))
     captions, pictures = zip(*panels, strict=True)
     save_picture(side_by_side(pictures, captions), output)
@@ -85,6 +88,15 @@ def demo(
     typer.echo(f"\nWhat the merged tokens keep of the picture: {output}\n{summary(columns, right)}")
 
 
+def shown_questions(columns: dict[str, list], name: str, question_aware: bool) -> list[int]:
+    """Which questions a merger is drawn for: two if it reads them, else one, of the baseline one that it fails."""
+    if question_aware:
+        return [*range(min(2, len(columns[name])))]
+    pairs = zip(columns[UNMERGED], columns[name], strict=True)
+    failed = [number for number, (one, other) in enumerate(pairs) if one.text != other.text]
+    return (failed if name == BASELINE else [])[:1] or [0]
+
+
 def caption_of(columns: dict[str, list], questions: list[str], name: str, number: int) -> str:
     """What stands above the picture of a merger: its name, a question, and the answer."""
     answer = columns[name][number]
@@ -93,7 +105,12 @@ def caption_of(columns: dict[str, list], questions: list[str], name: str, number
 
 def head_of(name: str, num_image_tokens: int) -> str:
     """Tokens of an image, and the merger that made them."""
-    return f"{num_image_tokens} tokens" + ("" if name == UNMERGED else f", {Path(name).name}")
+    return f"{num_image_tokens} tokens" + ("" if name == UNMERGED else f", {short_name(name)}")
+
+
+def short_name(name: str) -> str:
+    """A method, or the last two parts of the path of a merger."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def summary(columns: dict[str, list], right: list[str | None]) -> str:
@@ -113,7 +130,7 @@ def summary(columns: dict[str, list], right: list[str | None]) -> str:
     speed = statistics.median(answer.milliseconds for answer in unmerged)
     for name, answers in merged:
         times = speed / statistics.median(answer.milliseconds for answer in answers)
-        found.append(f"{score(answers)} with {Path(name).name}" + (f", {times:.1f} × as fast" * (name != BASELINE)))
+        found.append(f"{score(answers)} with {short_name(name)}" + (f", {times:.1f} × as fast" * (name != BASELINE)))
     head = f"Right answers: {score(unmerged)} with all tokens; " if known else "Answers as with all tokens: "
     return head + "; ".join(found) + "."
 

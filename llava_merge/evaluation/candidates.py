@@ -152,6 +152,7 @@ def put_merger(model, processor, name: str, fields: dict, places: dict, seed: in
         MergerConfig(**{**model.config.merger_config.to_dict(), **fields})  # refuses values that cannot be
         model.config.merger_config = copy.deepcopy(model.config.merger_config)
         model.config.merger_config.update(fields)
+        model.model.settle_mass()
     else:
         raise ValueError(
             f"merger {name!r} is neither a method ({', '.join(methods)}), nor a folder or Hub repo of a merger, nor "

@@ -20,7 +20,7 @@ from llava_merge.evaluation.candidates import (
     text_towers_of,
 )
 from llava_merge.evaluation.data import PictureQuestion, files_of_questions, read_questions
-from llava_merge.evaluation.fingerprints import describe_merger
+from llava_merge.evaluation.fingerprints import TEXT_HASH, describe_merger, hash_of_text_model
 from llava_merge.evaluation.grid import Grid, make_cells
 from llava_merge.evaluation.metrics import METRICS
 from llava_merge.evaluation.protocol import (
@@ -92,7 +92,7 @@ def evaluate(
     others = [read_report(path, protocol) for path in against or ()]
     keys = [cell.key for cell in grid.cells]
     output.mkdir(parents=True, exist_ok=True)
-    described = {candidate.name: describe_merger(candidate) for candidate in candidates}
+    described = {candidate.name: describe_merger(candidate, model) for candidate in candidates}
     answers = AnswersFile(output / "answers.jsonl", {"protocol": protocol, "candidates": described, "cells": keys})
     rows = ask(grid, questions, settings.batch_size, answers, "asked")
     flips = None
@@ -106,6 +106,7 @@ def evaluate(
         "command": command,
         "protocol": protocol,
         "candidates": described,
+        TEXT_HASH: hash_of_text_model(dict(model.named_parameters())),
         "results": results,
         "flips": flips,
         "choice": None if choose is None else {"agreement": choose, "budgets": choose_budgets(results, choose)},

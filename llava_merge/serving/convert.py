@@ -1,13 +1,13 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A whole checkpoint, of a stock LLaVA and a merger, without loading the LLaVA."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import find_adapter_config_file, logging
 
@@ -20,7 +20,7 @@ from llava_merge.evaluation.candidates import (
     put_merger,
     text_towers_of,
 )
-from llava_merge.files import refuse_link_outside, refuse_output_in_input, save_at_once
+from llava_merge.files import CONFIG, refuse_link_outside, refuse_output_in_input, save_at_once
 from llava_merge.merging_base import MERGING_METHODS, method_file
 from llava_merge.saving import save_method
 from llava_merge.serving.requests import check_servable
@@ -66,9 +66,11 @@ def convert(
     directory = find_base(base, revision)
     model, processor = make_hollow_model(directory, merger, num_merged_tokens)
     refuse_output_in_input(output, directory, *text_towers_of(model))
-    name, fields = parse_candidate(merger)
-    if name in MERGING_METHODS and name != UNMERGED and "attention_mass" not in fields:
-        logger.warning(f"{name} {WITHOUT_MASS}")
+    merger_config = model.config.merger_config
+    if merger_config.attention_mass is None:
+        merger_config.attention_mass = 0.0
+        if merger_config.merger_type != UNMERGED:
+            logger.warning(f"{merger} {WITHOUT_MASS}")
     check_servable(model.config)
     files = weight_files(directory)
     own = name_as_saved(model, files)
@@ -96,10 +98,14 @@ def refuse_full_folder(output: Path):
     Raises:
         ValueError: So it does.
     """
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if PretrainedConfig.get_config_dict(output)[0].get("model_type") != LlavaMergeConfig.model_type:
-        raise ValueError(f"{output} holds files that are no checkpoint of llava_merge. Give a new folder.")
+    try:
+        model_type = json.loads((output / CONFIG).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model_type = None
+    if model_type != LlavaMergeConfig.model_type:
+        raise ValueError(f"{output} is no checkpoint of llava_merge, which could be replaced. Give a new folder.")
 
 
 def write_bos_in_chats(processor: LlavaMergeProcessor):
@@ -160,7 +166,10 @@ def make_hollow_model(
     with torch.device("meta"):
         model = LlavaMergeForConditionalGeneration(config)
     processor = LlavaMergeProcessor.from_pretrained(directory)
-    put_merger(model, processor, *parse_candidate(merger), places={"attention_mass": 0.0})
+    name, fields = parse_candidate(merger)
+    put_merger(model, processor, name, fields, places={})
+    if name in MERGING_METHODS and "attention_mass" not in fields:
+        model.config.merger_config.attention_mass = None  # nobody has chosen what it is now
     if num_merged_tokens is None:
         num_merged_tokens = model.config.merger_config.num_merged_tokens
     if num_merged_tokens is not None:  # as of merger_type="none"
