@@ -211,10 +211,11 @@ def first_numbers(hard: dict, speed: dict) -> str:
     return (
         f"{table(['', '', *(f'{budget} tokens' for budget in BUDGETS)], rows)}\n\nRight answers in % to "
         f"{hard['protocol']['questions']} questions about hard drawn scenes, of the bundled model, whose language "
-        f"model was trained with all 576 tokens alone ([all methods, losses included](#measured)). At the size of LLaVA-1.5-7B, with "
-        f"64 tokens of `tome` on one {protocol['hardware']}, the first token comes {merged['first_token_ratio']:.1f} × as fast "
-        f"in batches of 32, and a whole answer of {protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with "
-        f"one prompt alone merging gains nothing ([Speed](#speed))."
+        f"model was trained with all 576 tokens alone ([all methods, losses included](#measured)). At the size of "
+        f"LLaVA-1.5-7B, with 64 tokens of `tome` on one {protocol['hardware']}, the first token comes "
+        f"{merged['first_token_ratio']:.1f} × as fast in batches of 32, and a whole answer of "
+        f"{protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with one prompt alone merging gains nothing "
+        f"([Speed](#speed))."
     )
 
 
@@ -280,9 +281,9 @@ def speed_table(report: dict) -> str:
         f"{protocol['dtype']}, one {protocol['hardware']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; prompts of an image and {protocol['text_tokens']} other tokens, answers of "
         f"{protocol['new_tokens']}, medians of {protocol['rounds']} rounds; × is how many times faster than stock; "
-        f"merged tokens have no attention mass unless a row says so. The slowest merger of these takes {100 * share:.1f} % of "
-        f"the stock time to the first token in batches of {largest}. Requests a second are measured in "
-        f"{protocol['memory']:.0f} GiB, each row at the largest batch that fits "
+        f"merged tokens have no attention mass unless a row says so. The slowest merger of these takes "
+        f"{100 * share:.1f} % of the stock time to the first token in batches of {largest}. Requests a second are "
+        f"measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
         f"([benchmark_7b.json](examples/results/benchmark_7b.json))."
     )
 

@@ -672,15 +672,20 @@ def lay_over(saved: dict | None, given: MergerConfig | dict | None) -> MergerCon
     if saved is None or merger_type not in (None, saved.get("merger_type", DEFAULT_MERGER_TYPE)):
         return given
     if not isinstance(given, dict):
-        for name in ("query_grid", "feature_layers", "attention_mass"):
-            if getattr(given, name) is None:
-                setattr(given, name, saved.get(name))
+        fill_in(given, saved)
         check_trained_with(saved, given.to_dict())
         return given
     check_trained_with(saved, given)
     given = {name: value for name, value in given.items() if name != "attention_mass" or value is not None}
     replaced = {*BUDGET, *given} if {*BUDGET} & {*given} else {*given}
     return {**{name: value for name, value in saved.items() if name not in replaced}, **given}
+
+
+def fill_in(given: MergerConfig, saved: dict):
+    """Gives a configuration what it leaves open and the `saved` merger of the same method has."""
+    for name in ("query_grid", "feature_layers", "attention_mass"):
+        if getattr(given, name) is None:
+            setattr(given, name, saved.get(name))
 
 
 def check_trained_with(saved: dict, given: dict):

@@ -20,6 +20,7 @@ from .configuration_llava_merge import (
     as_fields,
     as_saved_by_this_release,
     check_trained_with,
+    fill_in,
     lay_over,
     refuse_merger_fields,
     stock_or_own_fields,
@@ -204,9 +205,9 @@ def as_merge_config(config: PretrainedConfig, checkpoint: Checkpoint, merger_con
         fields = {**stock_or_own_fields(config.to_dict()), "merger_config": checkpoint.saved_merger}
         config = LlavaMergeConfig.from_dict(fields, merger_config=merger_config)
     if checkpoint.has_weights_of(config.merger_config):
-        check_trained_with(checkpoint.saved_merger, config.merger_config.to_dict())
-        if config.merger_config.attention_mass is None:
-            config.merger_config.attention_mass = as_saved_by_this_release(checkpoint.saved_merger)["attention_mass"]
+        saved = as_saved_by_this_release(checkpoint.saved_merger)
+        fill_in(config.merger_config, saved)
+        check_trained_with(saved, config.merger_config.to_dict())
     return config
 
 

@@ -177,7 +177,7 @@ class PlacesTokens:
         )
 
     def settle_mass(self):
-        """Writes what merged tokens weigh into the configuration of a method that can be trained, if nobody has said it.
+        """Writes what merged tokens weigh into the configuration of a method that is trained, if nobody has said it.
 
         What is trained belongs to its mass; other methods have what attention allows, wherever they are loaded. Where
         it takes no bias, one warning says so.

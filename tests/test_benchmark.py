@@ -262,6 +262,7 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--rounds", "0"], "rounds=0: has to be 1 or more"),
+            (["--compile", "foo"], "compile='foo': has to be one of none, "),
             (["--new-tokens", "1"], "new_tokens=1: has to be 2 or more"),
             (["--num-merged-tokens", "0"], "budgets=[0]: has to be whole numbers of 1 or more"),
             (["--num-merged-tokens", "577"], "num_merged_tokens=577 is more than the 576 tokens"),

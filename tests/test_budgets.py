@@ -16,6 +16,7 @@ from transformers.utils import logging
 from llava_merge import LlavaMergeProcessor, MergerConfig
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.placeholders import budget_of_each_image
+from llava_merge.processing_llava_merge import check_proportions
 from llava_merge.token_placing import find_cache
 
 
@@ -293,19 +294,35 @@ def test_a_model_without_a_merger(processor, pictures):
     assert model(**everything).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["picture", "array", "channels first", "in a list"])
+@pytest.mark.parametrize("kind", ["picture", "array", "channels first", "tensor", "batch", "path", "in a list"])
 @pytest.mark.parametrize("num_merged_tokens", [None, 4])
-def test_images_that_would_become_huge_are_refused(kind, num_merged_tokens):
+def test_images_that_would_become_huge_are_refused(kind, num_merged_tokens, tmp_path):
     """Where its shorter side is made the tower's, a picture of 1 × 3000 takes a minute and gigabytes."""
     long = Image.new("RGB", (3000, 1))
     images = {"picture": long, "array": np.asarray(long), "channels first": np.zeros((3, 1, 3000), np.uint8)}
+    long.save(tmp_path / "long.png")
+    images |= {"tensor": torch.zeros(3, 1, 110), "batch": torch.zeros(1, 3, 1, 110), "path": str(tmp_path / "long.png")}
     images["in a list"] = [[Image.new("RGB", (100, 1)), long]]
     text = "USER: " + "<image> " * (2 if kind == "in a list" else 1) + "what ? ASSISTANT:"
     processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9)
-    with pytest.raises(
-        ValueError, match="An image of [13] × 3000 pixels: its longer side may be 100 times the shorter"
-    ):
+    with pytest.raises(ValueError, match=r"An image of 1 × (3000|110) pixels: its longer side may be 100 times"):
         processor(images=images[kind], text=text, num_merged_tokens=num_merged_tokens)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (100, 1)), np.zeros((3, 1, 100)), np.zeros((2, 150, 4))],
+    ids=["picture", "first", "last"],
+)
+def test_others_are_not(image):
+    check_proportions(image)
+
+
+@pytest.mark.parametrize("budget", [np.int64(1000), "16", 1000.0, 0, True], ids=repr)
+def test_a_processor_s_own_budget_is_a_number(budget, picture):
+    processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=budget)
+    with pytest.raises(ValueError, match="num_merged_tokens=.*: has to be a whole number of at least 1; None"):
+        processor(images=picture, text="USER: <image> what ? ASSISTANT:")
 
 
 def test_budgets_below_the_trained_ones_warn_once(caplog):

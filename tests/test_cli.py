@@ -28,7 +28,7 @@ from llava_merge.cli.common import one_line_errors
 from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.candidates import Candidate
 from llava_merge.evaluation.cards import add_evaluation
-from llava_merge.evaluation.fingerprints import check_is_of_report, describe_merger
+from llava_merge.evaluation.fingerprints import check_is_of_report, describe_merger, hash_of_text_model
 from llava_merge.evaluation.report import read_evaluation
 from llava_merge.evaluation.run import settings_of_options
 from llava_merge.hub import MERGER, make_card
@@ -260,33 +260,60 @@ class TestPush:
         earlier = RESULTS / "evaluation_demo.json"
         assert "does not say which weights" in refusal(agnostic, "llava_merge/demo/mergers/agnostic", earlier)
 
+    @staticmethod
+    def report_of(model) -> dict:
+        text = hash_of_text_model(dict(model.named_parameters()))
+        described = {"own": describe_merger(Candidate.of("own", model), model)}
+        return {"candidates": described, "protocol": {"dtype": "float32"}, "language_model_sha256": text}
+
     @pytest.mark.parametrize("kind", ["model", "adapter", "tome"])
     def test_results_of_models_and_adapters_are_theirs(self, kind, tmp_path):
         from peft import LoraConfig, get_peft_model
 
         model = tiny_model({"merger_type": "tome"} if kind == "tome" else agnostic(), train_merger=kind != "tome")
-        candidate = Candidate.of("own", model)
-        folder = tmp_path / kind
+        report, folder = self.report_of(model), tmp_path / kind
         if kind == "model":
             model.save_pretrained(folder, max_shard_size="50KB")
         elif kind == "tome":
             model.save_merger(folder)
         else:
             tiny_stock().save_pretrained(tmp_path / "base")
-            adapted = LoraConfig(target_modules=["q_proj"], modules_to_save=["merger"])
-            peft_model = get_peft_model(model, adapted)
-            peft_model.save_pretrained(folder)
-            fields = json.loads((folder / "adapter_config.json").read_text())
-            (folder / "adapter_config.json").write_text(
-                json.dumps({**fields, "base_model_name_or_path": str(tmp_path / "base")})
+            fields = model.config.merger_config.to_dict()
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["merger"])).save_pretrained(
+                folder
             )
-            (folder / "merger_config.json").write_text(model.config.merger_config.to_json_string(use_diff=False))
+            adapter = json.loads((folder / "adapter_config.json").read_text())
+            adapter["base_model_name_or_path"] = str(tmp_path / "base")
+            (folder / "adapter_config.json").write_text(json.dumps(adapter))
+            (folder / "merger_config.json").write_text(json.dumps(fields))
         saved = SavedFolder.read(folder)
-        report = {"candidates": {"own": describe_merger(candidate)}, "protocol": {"dtype": "float32"}}
-        check_is_of_report(saved.merger_config, saved.merger_weights(), report, "own")
+        check_is_of_report(saved, report, "own")
         report["candidates"]["own"]["merger_sha256"] = "0"
         with pytest.raises(ValueError, match="is another than the folder's .merger_sha256"):
-            check_is_of_report(saved.merger_config, saved.merger_weights(), report, "own")
+            check_is_of_report(saved, report, "own")
+
+    def test_a_method_without_weights_belongs_to_its_model(self, tmp_path):
+        model, other = (tiny_model({"merger_type": "tome"}) for _ in range(2))
+        with torch.no_grad():
+            other.model.language_model.norm.weight.mul_(2)
+        model.save_pretrained(tmp_path / "model")
+        saved = SavedFolder.read(tmp_path / "model")
+        check_is_of_report(saved, self.report_of(model), "own")
+        with pytest.raises(ValueError, match="is another than the folder's .language_model_sha256"):
+            check_is_of_report(saved, self.report_of(other), "own")
+        wide = tiny_model({"merger_type": "tome"}, vision_feature_layer=[-2, -1])
+        model.save_merger(tmp_path / "merger")
+        with pytest.raises(ValueError, match="vision_dim: 64 there, 32 here"):
+            check_is_of_report(SavedFolder.read(tmp_path / "merger"), self.report_of(wide), "own")
+
+    def test_a_projector_belongs_to_its_merger(self, tmp_path):
+        model = tiny_model(agnostic(), train_merger=True)
+        model.save_merger(tmp_path / "with", projector=True)
+        model.save_merger(tmp_path / "without")
+        model.load_merger(tmp_path / "with")
+        check_is_of_report(SavedFolder.read(tmp_path / "with"), self.report_of(model), "own")
+        with pytest.raises(ValueError, match="projector_sha256: '.*' there, None here"):
+            check_is_of_report(SavedFolder.read(tmp_path / "without"), self.report_of(model), "own")
 
     def test_a_model_without_what_does_not_belong_there(self, server, tmp_path):
         folder = tmp_path / "model"

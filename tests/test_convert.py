@@ -147,6 +147,12 @@ class TestConvert:
         said = [record.getMessage() for record in caplog.records if "attention_mass=0" in record.getMessage()]
         assert len(said) == is_said and load(tmp_path / "out").config.merger_config.attention_mass == 0
 
+    def test_a_saved_method_without_training_loses_it_too(self, base, tmp_path, caplog):
+        load(base, merger_config={"merger_type": "tome", "num_merged_tokens": 9}).save_merger(tmp_path / "saved")
+        convert(str(base), tmp_path / "out", str(tmp_path / "saved"))
+        assert caplog.text.count("is untrained and converted with attention_mass=0") == 1
+        assert load(tmp_path / "out").config.merger_config.attention_mass == 0
+
     def test_a_trained_merger_is_converted_without_a_word(self, base, trained, tmp_path, caplog):
         convert(str(base), tmp_path / "out", str(trained), 9)
         assert not [record for record in caplog.records if "attention_mass" in record.getMessage()]

@@ -250,6 +250,15 @@ class TestCommand:
         # cdpruner reads the question, of which there is one
         assert Image.open(tmp_path / "out.png").size == (4 * 336 + 3 * 8, 336 + 2 * CAPTION_HEIGHT)
 
+    def test_mergers_that_are_called_alike_are_refused(self, tmp_path):
+        arguments = ("--merger", tmp_path / "one" / "tome", "--merger", "tome", "--output", tmp_path / "out.png")
+        result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+        assert result.exit_code == 2 and "two are called alike" in result.stderr
+
+    def test_the_field_of_a_saved_merger_may_be_left_to_the_model(self, tmp_path):
+        arguments = ("--merger", "salient:attention_mass=null", "--question", QUESTIONS[0])
+        assert "1/1 with salient" in self.run(*arguments, "--output", tmp_path / "out.png")
+
     def test_what_is_untrained_says_so(self, tmp_path):
         arguments = ("--merger", "c_abstractor", "--merger", "tome", "--question", QUESTIONS[0])
         output = self.run(*arguments, "--output", tmp_path / "out.png")

@@ -66,6 +66,19 @@ def test_the_number_has_to_be_that_of_the_prompts(number):
         processor(images=number, text="USER: <image> <image> what ? ASSISTANT:")
 
 
+@pytest.mark.parametrize("name", ["agnostic", "aware", "none"])
+def test_prompts_of_images_without_any_are_refused(name):
+    """The placeholders would be read as text, and the answer be about nothing."""
+    model = tiny_model(MERGERS[name])
+    batch = asking(model, [1, 1], 0)
+    with pytest.raises(ValueError, match=r"The prompts hold \d+ image placeholders, and no images come with them"):
+        model.generate(**batch, **GREEDY)
+    assert model.generate(**prompts([0, 0], 9), **GREEDY).shape[0] == 2
+    output = model.generate(**batch, pixel_values=pixels(2), return_dict_in_generate=True, **GREEDY)
+    ids = torch.cat((output.sequences, torch.full((2, 3), 7)), dim=1)  # the next turn, with the images in the cache
+    model.generate(ids, **{CACHE_ARGUMENT: output.past_key_values}, **GREEDY)
+
+
 def test_they_are_found_by_their_key():
     model = tiny_model(agnostic())
     encoded, batch = model.encode_images(pixels(1)), asking(model, [1], 0)

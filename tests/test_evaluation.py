@@ -360,8 +360,10 @@ class TestRun:
         assert results["none@all"]["tokens_entered"] - results["tome@16"]["tokens_entered"] == 576 - 16
         assert set(report["flips"]["cells"]) == set(results)
         described = report["candidates"]["tome"]
-        assert len(described.pop("sha256")) == len(described.pop("merger_sha256")) == 64
-        assert described == {"merger_type": "tome", "position_ids": "source", "attention_mass": 1.0}
+        hashes = (described.pop("sha256"), described.pop("merger_sha256"), report["language_model_sha256"])
+        assert [len(each) for each in hashes] == [64] * 3 and described.pop("projector_sha256") is None
+        fields = {"merger_type": "tome", "position_ids": "source", "attention_mass": 1.0}
+        assert described == {**fields, "vision_dim": 192}
         Image.open(tmp_path / "scores.png").load()
         table = (tmp_path / "report.md").read_text()
         assert "| tome | 16 |" in table and "95 %" in table
@@ -380,19 +382,19 @@ class TestRun:
 
     def test_a_merger_that_was_trained_on_is_another(self, model, processor):
         one, other = (make_candidates(model, processor, ["own"], PLACES)[-1] for _ in range(2))
-        assert describe_merger(one) == describe_merger(other)
+        assert describe_merger(one, model) == describe_merger(other, model)
         other = replace(other, merger=copy.deepcopy(other.merger))
         with torch.no_grad():
             next(other.merger.parameters())[0] += 1
-        assert describe_merger(one) != describe_merger(other)
+        assert describe_merger(one, model) != describe_merger(other, model)
 
     def test_a_merger_s_description_does_not_say_where_it_lies(self, model, processor, tmp_path):
         folders = [str(tmp_path / name) for name in ("one", "other")]
         for folder in folders:
             model.save_merger(folder)
         *_, one, other = make_candidates(model, processor, folders, PLACES)
-        assert describe_merger(one) == describe_merger(other)
-        assert "num_heads" in describe_merger(one)
+        assert describe_merger(one, model) == describe_merger(other, model)
+        assert "num_heads" in describe_merger(one, model)
 
     def test_reports_are_shown_along_where_the_protocol_is_the_same(self, tmp_path):
         evaluate(settings(), tmp_path / "one")

@@ -301,9 +301,15 @@ class TestStockCheckpoint:
                 LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=str(tmp_path / name))
             assert f"36 → 9 tokens, fixed_pooling, {state}, positions source" in caplog.text
 
-    @pytest.mark.parametrize("name", ["./gone", "../gone", "~/gone", "/gone", "my/own/merger"])
+    def test_a_configuration_may_be_an_object_or_a_name(self, stock_dir):
+        given = MergerConfig(merger_type="tome", num_merged_tokens=4, vision_dim=32, text_dim=64)
+        model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=given)
+        assert (model.config.merger_config.merger_type, model.config.merger_config.num_merged_tokens) == ("tome", 4)
+        assert LlavaMergeConfig.from_pretrained(stock_dir, merger_config="tome").merger_config.merger_type == "tome"
+
+    @pytest.mark.parametrize("name", ["./gone", "../gone", "~/gone", "/gone", "my/own/merger", "tomee"])
     def test_a_folder_of_a_merger_that_is_not_there(self, name, stock_dir):
-        with pytest.raises(ValueError, match=f"merger='{name}': there is no such folder. Give the folder of a merger"):
+        with pytest.raises(ValueError, match=f"merger='{name}': there is no such folder, bundled merger or method"):
             LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=name)
 
     def test_another_architecture_is_refused(self, tmp_path):

@@ -962,7 +962,8 @@ class TestMassThatNobodyChose:
         logging.warning_once.cache_clear()
 
     def fields(self, model):
-        return model.config.merger_config.attention_mass, model.model.merger.config.attention_mass
+        assert model.config.merger_config.attention_mass in (None, model.model.attention_mass)
+        return model.config.merger_config.attention_mass, model.model.attention_mass
 
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @pytest.mark.parametrize("merger_type", ["fixed_pooling", "tome", "divprune", "mqt"])
@@ -970,7 +971,8 @@ class TestMassThatNobodyChose:
         fields = {"merger_type": merger_type, "num_merged_tokens": M, "num_heads": 4}
         options = {"attn_implementation": attention}
         model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=fields, **options)
-        assert self.fields(model) == (1.0, 1.0) and "attention_mass" not in caplog.text
+        trains = merger_type in ("fixed_pooling", "mqt")
+        assert self.fields(model) == (1.0 if trains else None, 1.0) and "attention_mass" not in caplog.text
         chosen = {**fields, "attention_mass": 1.0}
         same = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger_config=chosen, **options)
         batch = {**prompts([1, 2], M), "pixel_values": pixels(3)}
@@ -982,7 +984,7 @@ class TestMassThatNobodyChose:
             merger_config = fields if "merger_type" in fields else agnostic(M, **fields)
             options = {"attn_implementation": {"text_config": "flex_attention"}, "merger_config": merger_config}
             model = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, **options)
-            assert self.fields(model) == (0.0, 0.0)
+            assert self.fields(model)[1] == 0.0 or fields == {"merger_type": "none"}
             assert caplog.text.count("this model has 'flex_attention'") == number
 
     def test_is_0_where_layers_differ(self, caplog):
@@ -998,14 +1000,33 @@ class TestMassThatNobodyChose:
         from_merger = LlavaMergeForConditionalGeneration.from_pretrained(stock_dir, merger=tmp_path / "merger")
         assert self.fields(from_merger) == (0.0, 0.0)
         from_merger.set_merger("tome")  # untrained
-        assert self.fields(from_merger) == (1.0, 1.0)
+        assert self.fields(from_merger) == (None, 1.0)
         from_merger.load_merger(tmp_path / "merger")
         assert self.fields(from_merger) == (0.0, 0.0)
-        for given in (None, {"num_merged_tokens": 4}, MergerConfig(num_merged_tokens=4, vision_dim=32, num_heads=4)):
+        fields = {"num_merged_tokens": 4, "vision_dim": 32, "num_heads": 4}
+        for given in (None, {"num_merged_tokens": 4}, MergerConfig(**fields), MergerConfig(**fields).to_dict()):
+            if isinstance(given, dict):  # of another model, and not of its grid
+                given = {name: given[name] for name in (*fields, "attention_mass") if name in given}
             model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model", merger_config=given)
             assert self.fields(model) == (0.0, 0.0)
+        config = LlavaMergeConfig.from_pretrained(stock_dir, merger_config=agnostic(4))
+        model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model", config=config)
+        assert self.fields(model) == (0.0, 0.0)
         model = LlavaMergeForConditionalGeneration.from_pretrained(tmp_path / "model", merger_config="tome")
-        assert self.fields(model) == (1.0, 1.0)
+        assert self.fields(model) == (None, 1.0)
+
+    @pytest.mark.parametrize("kind", ["model", "merger"])
+    def test_of_a_method_without_training_it_is_what_attention_allows_again(self, kind, stock_dir, tmp_path, caplog):
+        """Wherever it was saved: nothing was trained with the mass that it had there."""
+        flex = {"attn_implementation": {"text_config": "flex_attention"}}
+        load = LlavaMergeForConditionalGeneration.from_pretrained
+        for options, others, mass in (({}, flex, 0.0), (flex, {}, 1.0)):
+            model = load(stock_dir, merger_config={"merger_type": "tome", "num_merged_tokens": M}, **options)
+            folder = tmp_path / f"{kind}-{mass}"
+            (model.save_pretrained if kind == "model" else model.save_merger)(folder)
+            again = load(folder, **others) if kind == "model" else load(stock_dir, merger=folder, **others)
+            assert self.fields(again) == (None, mass)
+        assert caplog.text.count("this model has 'flex_attention'") == 1
 
     @pytest.mark.parametrize("name", ["merger", "model"])
     def test_checkpoints_of_0_1_0_have_none(self, name, stock_dir, tmp_path):

@@ -1,6 +1,7 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A save leaves the old checkpoint or the new one, whatever happens in the middle."""
 
+import ast
 import importlib.util
 import os
 import random

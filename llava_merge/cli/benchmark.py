@@ -65,7 +65,6 @@ def benchmark(
     from llava_merge.benchmark.run import benchmark as run
     from llava_merge.benchmark.run import settings_of_options
 
-    logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
     lists = {"mergers": merger, "budgets": num_merged_tokens, "batch_sizes": batch_size}
     numbers = {"text_tokens": text_tokens, "new_tokens": new_tokens, "rounds": rounds, "memory": memory, "seed": seed}

@@ -50,7 +50,6 @@ def demo(
     from llava_merge.pictures import check_writable, open_image, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 
-    logging.set_verbosity_error()  # that a fresh merger is fresh is no news here
     logging.disable_progress_bar()
     questions, mergers = question or list(QUESTIONS), merger or [None]
     if model is None and merger is None:
@@ -59,9 +58,11 @@ def demo(
     check_writable(output)
     for text in questions:
         if not text.strip() or "\n" in text:
-            raise ValueError(f"question={text!r}: give one line, which is not empty, or leave it out.")
+            raise ValueError(f"question={text!r} is empty or has several lines; give one line, or leave it out.")
     if UNMERGED in mergers:
         raise ValueError("--merger none: the answers with all tokens are shown beside every merger; leave it out.")
+    if len({short_name(name or "") for name in mergers}) < len(mergers):
+        raise ValueError("--merger: two are called alike; rename a folder, or leave one out.")
     picture = open_image(image or PICTURE)
     if model is None and image is not None:
         typer.echo(KNOWS, err=True)
@@ -109,8 +110,8 @@ def head_of(name: str, num_image_tokens: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """A method, or the last two parts of the path of a merger."""
-    return "/".join(Path(name).parts[-2:])
+    """A method, or what a merger's folder is called."""
+    return Path(name).name
 
 
 def summary(columns: dict[str, list], right: list[str | None]) -> str:
