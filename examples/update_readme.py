@@ -207,12 +207,12 @@ def first_numbers(hard: dict, speed: dict) -> str:
     for name in names:
         cells = [percent(hard["results"][f"{name}@{budget}"]) for budget in BUDGETS]
         rows.append([TRAINED.get(name, f"`{name}`"), "trained" if name in TRAINED else "untrained", *cells])
-    protocol, merged = speed["protocol"], speed["results"]["32"]["tome:attention_mass=1@64"]
+    protocol, merged = speed["protocol"], speed["results"]["32"]["divprune@64"]
     return (
         f"{table(['', '', *(f'{budget} tokens' for budget in BUDGETS)], rows)}\n\nRight answers in % to "
         f"{hard['protocol']['questions']} questions about hard drawn scenes, of the bundled model, whose language "
         f"model was trained with all 576 tokens alone ([all methods, losses included](#measured)). At the size of "
-        f"LLaVA-1.5-7B, with 64 tokens of `tome` on one {protocol['hardware']}, the first token comes "
+        f"LLaVA-1.5-7B, with 64 tokens of `divprune` on one {protocol['hardware']}, the first token comes "
         f"{merged['first_token_ratio']:.1f} × as fast in batches of 32, and a whole answer of "
         f"{protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with one prompt alone merging gains nothing "
         f"([Speed](#speed))."
@@ -256,9 +256,12 @@ def training_cost_table(report: dict) -> str:
     )
 
 
-def speed_table(report: dict) -> str:
-    """Times and throughput at 7B's shape, beside the stock model of the same run."""
-    results, throughput, protocol = report["results"], report["throughput"], report["protocol"]
+def speed_table(report: dict, later: dict) -> str:
+    """Times at 7B's shape, and of a `later` run throughput, each beside the stock model of the same run."""
+    results, throughput, protocol = report["results"], later["throughput"], report["protocol"]
+    check_same_protocol(
+        {**protocol, "rounds": None, "memory": None}, {**later["protocol"], "rounds": None, "memory": None}, "later"
+    )
     largest = [*results][-1]
     head = [
         "",
@@ -270,8 +273,9 @@ def speed_table(report: dict) -> str:
     rows = []
     for key, row in results[largest].items():
         times = [timed(rows_of_size[key], "first_token") for rows_of_size in results.values()]
-        rate = throughput[key]
-        requests = f"{rate['requests_per_second']:.0f} ({rate['ratio']:.2f} ×), batch {rate['batch_size']}"
+        rate, requests = throughput.get(key), ""
+        if rate is not None:
+            requests = f"{rate['requests_per_second']:.0f} ({rate['ratio']:.2f} ×), batch {rate['batch_size']}"
         rows.append([timed_merger(row), row["budget"], *times, timed(row, "answer"), requests])
     phases = [row["milliseconds"] for row in results[largest].values()]
     share = max(each["merger"]["median"] for each in phases) / phases[0]["first_token"]["median"]
@@ -284,7 +288,8 @@ def speed_table(report: dict) -> str:
         f"merged tokens have no attention mass unless a row says so. The slowest merger of these takes "
         f"{100 * share:.1f} % of the stock time to the first token in batches of {largest}. Requests a second are "
         f"measured in {protocol['memory']:.0f} GiB, each row at the largest batch that fits "
-        f"([benchmark_7b.json](examples/results/benchmark_7b.json))."
+        f"([benchmark_7b.json](examples/results/benchmark_7b.json), requests a second of a later run: "
+        f"[benchmark_7b_throughput.json](examples/results/benchmark_7b_throughput.json))."
     )
 
 
@@ -491,7 +496,7 @@ def updated(text: str) -> str:
         "accuracy by type": types_table(hard),
         "training": training_table(training),
         "cost of training": training_cost_table(cost),
-        "speed": speed_table(read_result("benchmark_7b")),
+        "speed": speed_table(read_result("benchmark_7b"), read_result("benchmark_7b_throughput")),
         "compiled": "\n\n".join(
             (
                 compiled_table({size: f"benchmark_7b_compiled_{size}" for size in ("1", "8", "32")}),

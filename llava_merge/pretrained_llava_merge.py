@@ -139,10 +139,9 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         check_merger_request(checkpoint, merger, merger_config, merger_revision)
         if merger is not None and checkpoint.saved_merger is None:
             merger_config = {"merger_type": "none"}  # nothing to initialise before it is replaced
-        if (
-            isinstance(merger_config, MergerConfig) and config is None
-        ):  # which 4.57 would take for a setting of generate
-            config = cls.config_class.from_dict(checkpoint.config_fields)
+        if isinstance(merger_config, MergerConfig) and config is None:  # 4.57 would take it for a setting of generate
+            config = cls.config_class.from_dict(checkpoint.config_fields, merger_config=merger_config)
+            merger_config = None
         if isinstance(config, PretrainedConfig):
             config = as_merge_config(config, checkpoint, merger_config)
             merger_config = config.merger_config

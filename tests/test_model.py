@@ -808,7 +808,7 @@ class TestSetMerger:
             model.set_merger({"merger_type": merger_type})
             config = model.config.merger_config
             assert config is model.model.merger.config is model.model.merger.method.config
-            assert (config.num_merged_tokens, config.attention_mass, config.position_ids) == (4, 1.0, "source")
+            assert (config.num_merged_tokens, model.model.attention_mass, config.position_ids) == (4, 1.0, "source")
             expected = tiny_model({"merger_type": merger_type, "num_merged_tokens": 4})
             torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
 

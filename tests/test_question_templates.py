@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.question_marks import find_question_marks
 from llava_merge.question_turns import TurnMarks, question_of_images, split_turns
-from llava_merge.serving.requests import questions_of_images
+from llava_merge.serving.requests import RequestRules
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.samples import Sample
 
@@ -398,7 +398,7 @@ class TestEveryTemplate:
 
         row = packed[0].tolist()
         single = [id for index, id in enumerate(row) if id != model.config.image_token_id or row[index - 1] != id]
-        served = questions_of_images(single, model.config, 3)
+        served = RequestRules(model.config, 1024).questions(single, 3)
         assert [processor.tokenizer.decode(text) for text in served] == expected
 
     def test_a_picture_before_the_mark_of_the_question(self, family, real):

@@ -2,6 +2,7 @@
 """What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 
@@ -82,9 +83,13 @@ class RequestRules:
         self.keeps_places = keeps_places(config.merger_config)
         self.num_patches, self.image_token_id = config.num_patches, config.image_token_id
         self.max_positions = config.text_config.max_position_embeddings
-        self.max_model_len = max_model_len
-        self.rope_rows = num_rope_rows(config, max_model_len) if self.keeps_places else None
+        self.max_model_len, self.config = max_model_len, config
         self.marks = turn_marks_of(config)
+
+    @cached_property
+    def rope_rows(self) -> int:
+        """Positions that the rotary embedding is prepared for."""
+        return num_rope_rows(self.config, self.max_model_len)
 
     def budget(self, asked: object = None) -> int:
         """Tokens per image of a request that asks for `asked`; the checkpoint's where that is None.
@@ -112,7 +117,7 @@ class RequestRules:
             ValueError: So it could.
         """
         highest = self.max_model_len + num_images * (self.num_patches - budget)
-        if self.rope_rows is not None and highest > self.rope_rows:
+        if self.keeps_places and highest > self.rope_rows:
             raise ValueError(
                 f"{num_images} images could reach position {highest}, since merged tokens keep the positions of their "
                 f"patches, and {self.rope_rows} are prepared. Send fewer images, or serve with a lower --max-model-len."
