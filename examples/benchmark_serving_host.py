@@ -95,12 +95,10 @@ def main(arguments: argparse.Namespace):
         results = {}
         for size in SIZES:
             times = measure(processors, size, arguments.rounds)
+            medians = {name: statistics.median(each) for name, each in times.items()}
             results[f"{size[0]} × {size[1]}"] = {
-                name: {
-                    "milliseconds": round(statistics.median(each), 3),
-                    "ratio": round(statistics.median(map(lambda a, b: a / b, each, times["stock"])), 3),
-                }
-                for name, each in times.items()
+                name: {"milliseconds": round(median, 3), "ratio": round(median / medians["stock"], 3)}
+                for name, median in medians.items()
             }
     protocol = {**describe_machine(torch.device("cpu")), "vllm": vllm.__version__, "rounds": arguments.rounds}
     command = shlex.join(["python", "examples/benchmark_serving_host.py", *sys.argv[1:]])

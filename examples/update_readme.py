@@ -176,6 +176,21 @@ def serving_table(reports: dict[str, dict]) -> str:
     )
 
 
+def host_table(report: dict) -> str:
+    """What a request costs the host of a server, by the size of its image."""
+    results, protocol = report["results"], report["protocol"]
+    rows = [
+        [name, *(f"{cell[name]['milliseconds']:.1f} ms ({cell[name]['ratio']:.2f} ×)" for cell in results.values())]
+        for name in next(iter(results.values()))
+    ]
+    return (
+        f"What a request costs the server's host before the GPU sees it, by the size of its image, decoded:\n\n"
+        f"{table(['', *results], rows)}\n\n{protocol['hardware']}, {protocol['threads']} thread, vLLM "
+        f"{protocol['vllm']}, medians of {protocol['rounds']} rounds; × is the time beside stock's of the same run "
+        f"([serving_host.json](examples/results/serving_host.json))."
+    )
+
+
 def ratio_with_spread(load: dict) -> str:
     """Median of the rounds, with the lowest and the highest where there are several."""
     ratios = load.get("ratios", [])
@@ -509,6 +524,7 @@ def updated(text: str) -> str:
         "cpu": cpu_table({name: read_result(f"benchmark_cpu_{name}") for name in ("demo", "02b")}),
         "loading": loading_sentence(read_result("loading"), read_result("loading_gpu")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
+        "host": host_table(read_result("serving_host")),
         "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
     }
     for name, lines in tables.items():

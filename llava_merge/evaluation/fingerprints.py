@@ -80,9 +80,9 @@ def check_is_of_report(saved, report: dict, name: str):
         ValueError: They differ, or the report does not say which weights it is about.
     """
     described = report.get("candidates", {}).get(name, {})
-    if MERGER_HASH not in described or TEXT_HASH not in report:
+    dtype, config = getattr(torch, str(report["protocol"].get("dtype")), None), saved.merger_config
+    if MERGER_HASH not in described or TEXT_HASH not in report or not isinstance(dtype, torch.dtype):
         raise ValueError(f"The report does not say which weights its merger {name!r} had. Evaluate the folder again.")
-    dtype, config = getattr(torch, report["protocol"]["dtype"]), saved.merger_config
     merger = TokenMerger(config)
     merger.load_state_dict(saved.merger_weights())
     found = {
