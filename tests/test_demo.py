@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.cli import app
+from llava_merge.cli.demo import shown_questions
 from llava_merge.demo import ANSWERS, KNOWS, MERGERS, MODEL_DIR, PICTURE, QUESTIONS, find_merger
-from llava_merge.demo.compare import Comparison
+from llava_merge.demo.compare import Answer, Comparison
 from llava_merge.demo.scenes import (
     HARD_QUESTION_TYPES,
     QUESTION_TYPES,
@@ -249,6 +250,13 @@ class TestCommand:
         assert re.split(r"\s{2,}", output.splitlines()[0].strip()) == ["576 tokens", *heads]
         # cdpruner reads the question, of which there is one
         assert Image.open(tmp_path / "out.png").size == (4 * 336 + 3 * 8, 336 + 2 * CAPTION_HEIGHT)
+
+    def test_which_questions_are_drawn(self):
+        given = {"none": ["a", "b", "c"], "random": ["a", "x", "y"], "tome": ["x", "b", "c"]}
+        columns = {name: [Answer(text, 1, 1.0) for text in texts] for name, texts in given.items()}
+        assert shown_questions(columns, "random", False) == [1]  # what the baseline fails
+        assert shown_questions(columns, "tome", False) == [0] and shown_questions(columns, "tome", True) == [0, 1]
+        assert shown_questions({**columns, "random": columns["none"]}, "random", False) == [0]
 
     def test_mergers_that_are_called_alike_are_refused(self, tmp_path):
         arguments = ("--merger", tmp_path / "one" / "tome", "--merger", "tome", "--output", tmp_path / "out.png")
