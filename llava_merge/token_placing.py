@@ -45,8 +45,6 @@ NO_MASS = (
     "attn_implementation='sdpa' or 'eager'. Load the model with one of them, or with "
     "merger_config={{'attention_mass': 0}}."
 )
-
-
 NO_BIAS = (
     "Merged tokens weigh as one token each (attention_mass=0): a bias on them needs attn_implementation='sdpa' or "
     "'eager' and text layers of one kind, and this model has {attention!r} and {kinds}. An untrained merger answers "

@@ -258,7 +258,7 @@ def summarize_row(
     return {
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
-        "attention_mass": mass_of(model, row.cell.candidate),
+        "attention_mass": row.cell.candidate.attention_mass(model),
         "compiled": row.graphs is not None,
         "compile_seconds": row.compile_seconds and round(row.compile_seconds, 1),
         "tokens_entered": num_tokens + settings.text_tokens,
@@ -269,12 +269,6 @@ def summarize_row(
         "milliseconds": milliseconds,
         **{name: round(ratio, 3) for name, ratio in ratios.items()},
     }
-
-
-def mass_of(model: LlavaMergeForConditionalGeneration, candidate: Candidate) -> float:
-    """What the tokens of a merger weigh in the model."""
-    with candidate.answering(model):
-        return model.model.attention_mass
 
 
 def spread(values: list[float]) -> dict[str, float]:

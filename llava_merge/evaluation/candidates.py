@@ -52,6 +52,11 @@ class Candidate:
         finally:
             parts.merger, parts.multi_modal_projector, config.merger_config = before
 
+    def attention_mass(self, model: LlavaMergeForConditionalGeneration) -> float:
+        """What its tokens weigh in the model."""
+        with self.answering(model):
+            return model.model.attention_mass
+
 
 def unwrapped(part: nn.Module) -> nn.Module:
     """The module that answers where PEFT keeps two, the one of the base and a trained one; else the module itself."""

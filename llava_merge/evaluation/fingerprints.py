@@ -23,8 +23,7 @@ def describe_merger(candidate: Candidate, model: LlavaMergeForConditionalGenerat
     Of those of the merger, of a projector that came with it, and of both together with the model's own projector.
     """
     merger, projector = [*candidate.merger.parameters()], [*candidate.projector.parameters()]
-    with candidate.answering(model):
-        mass = {} if candidate.config.merger_type == "none" else {"attention_mass": model.model.attention_mass}
+    mass = {} if candidate.config.merger_type == "none" else {"attention_mass": candidate.attention_mass(model)}
     came_with = merger_of_projector(candidate.projector) is not None
     return {
         **particular_fields(candidate.config),
