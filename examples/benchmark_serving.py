@@ -2,12 +2,15 @@
 """Load on vLLM's server: a stock LLaVA against merged ones, with several clients at once.
 
 pip install '.[serve]'
-python examples/benchmark_serving.py --model demo --merger served --merger average_pooling --output serving_demo.json
-python examples/benchmark_serving.py --model 0.2b-narrow-tower --merger average_pooling --output serving_02b.json
+python examples/benchmark_serving.py --model demo --merger served --merger average_pooling --output serving.json
+python examples/benchmark_serving.py --model demo --merger tome --photographs ~/Pictures --load new,clients=8,tokens=128
+python examples/benchmark_serving.py --model demo --merger tome --server 'one=' --server 'four=--api-server-count 4'
 
 All servers are up, and answer the same requests in turn, for several rounds; a ratio is that of two loads of one round.
-What a server answers to many clients is compared with what it answered to one; the stock server is vLLM's own LLaVA.
-On a GPU the servers share its memory: give each its part, --vllm-options "--gpu-memory-utilization 0.3".
+What a server answers to many clients is compared with what it answered to the first load; the stock server is vLLM's
+own LLaVA. Requests are sent with vLLM's own benchmark client, by processes of their own; the report says what these
+reach on a server that computes nothing. On a GPU the servers share its memory: give each its part, such as
+--vllm-options '--gpu-memory-utilization 0.15 --kv-cache-memory-bytes 4G'.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import base64
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -29,16 +33,20 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import openai
+import aiohttp
 import torch
 import vllm
+from aiohttp import web
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
+from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_chat_completions
 
 from llava_merge import LlavaMergeProcessor
 from llava_merge.benchmark.models import SHAPES, config_of_shape
@@ -46,13 +54,51 @@ from llava_merge.demo import MODEL_DIR, find_merger
 from llava_merge.evaluation.protocol import describe_machine
 from llava_merge.files import write_whole
 from llava_merge.serving.convert import convert
+from llava_merge.serving.requests import BUDGET
 
 
-NEW_TOKENS = 16
 WORDS = "what color shape is the star circle heart square red blue green there how many where digit shown".split()
-# the tower takes as small a part of the prefill as in LLaVA-1.5-7B, a twentieth
-NARROW = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-MODELS = {**SHAPES, "0.2b-narrow-tower": (NARROW, SHAPES["0.2b"][1])}
+PICTURES = {"new": None, "repeated": 4, "large": None}  # how many there are; None for one a request
+SMALL, LARGE = (0.3,), (0.3, 1, 3, 12)  # megapixels, in turn
+MEASURED = ("first_token_ms", "answer_ms")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked.
+
+    Attributes:
+        kind: "new" pictures, "repeated" ones with ever new questions, or new ones of which some are "large".
+        clients: Which each ask one request after the other.
+        requests: Of all clients together.
+        tokens: Of an answer.
+        words: Of a question.
+    """
+
+    kind: str
+    clients: int = 8
+    requests: int = 64
+    tokens: int = 16
+    words: int = 24
+
+    @classmethod
+    def parse(cls, text: str) -> "Load":
+        """Of "new,clients=8,requests=64"."""
+        kind, *fields = text.split(",")
+        if kind not in PICTURES:
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(PICTURES)}")
+        try:
+            return cls(kind, **{name: int(value) for name, value in (field.split("=") for field in fields)})
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: write new,clients=8,requests=64,tokens=16,words=24") from error
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [self.kind, *(f"{getattr(self, name)} {name}" for name in ("clients", "requests", "tokens", "words"))]
+        )
+
+
+LOADS = [Load(kind, clients) for kind in ("new", "repeated") for clients in (1, 8, 32)]
 
 
 @dataclass
@@ -63,6 +109,7 @@ class Answer:
     first_token: float
     seconds: float
     prompt_tokens: int
+    tokens: int
 
 
 class Server:
@@ -75,9 +122,7 @@ class Server:
     """
 
     def __init__(self, folder: Path, log: Path, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.url = free_url()
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--served-model-name", "model"]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *options]
         environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
@@ -119,30 +164,68 @@ class Server:
             self.process.wait()
 
 
-def make_base(name: str, folder: Path) -> Path:
-    """A stock checkpoint: the bundled model, a folder, or random weights in a shape of `MODELS`."""
-    if name not in MODELS:
+def free_url() -> str:
+    """An address on the loopback that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def make_base(name: str, folder: Path, device: str) -> Path:
+    """A stock checkpoint: the bundled model, a folder, or random weights in a shape of `SHAPES`."""
+    if name not in SHAPES:
         return MODEL_DIR if name == "demo" else Path(name)
     processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
-    config = config_of_shape(*MODELS[name], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config = config_of_shape(*SHAPES[name], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], "bfloat16"
     torch.manual_seed(0)
     shutil.copytree(MODEL_DIR, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "*.md"))
     config.save_pretrained(folder)
-    weights = LlavaForConditionalGeneration(config).state_dict()  # under the names of the Hub, which vLLM's LLaVA takes
+    with torch.device(device):
+        weights = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).state_dict()
+    # under the names of the Hub, which vLLM's LLaVA takes
     named = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()}
-    save_file({name: weight.contiguous() for name, weight in named.items()}, folder / "model.safetensors")
+    save_file({name: weight.contiguous().cpu() for name, weight in named.items()}, folder / "model.safetensors")
+    del weights, named
+    torch.cuda.empty_cache()  # for the servers
     return folder
 
 
-def make_requests(kind: str, number: int) -> list[tuple[str, str]]:
-    """Pairs of question and picture: each picture new, or four pictures with ever new questions."""
-    rng, number_of_pictures = random.Random(0), number if kind == "new pictures" else 4
-    pictures = [
-        as_url(Image.frombytes("RGB", (336, 336), rng.randbytes(336 * 336 * 3))) for _ in range(number_of_pictures)
+def write_pictures(kind: str, folder: Path, number: int, photographs: list[Path]):
+    """JPEGs of the sizes that people send, each another cut of a photograph; of noise where there are none."""
+    sizes, folder = LARGE if kind == "large" else SMALL, folder / kind
+    folder.mkdir(parents=True)
+
+    def write(index: int):
+        rng, width = random.Random(index), round((sizes[index % len(sizes)] * 1e6 * 4 / 3) ** 0.5)
+        size = width, round(width * 3 / 4)
+        image = noise(size, rng) if not photographs else Image.open(photographs[index % len(photographs)])
+        cut = rng.uniform(0, 0.1) * image.width, rng.uniform(0, 0.1) * image.height
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, (*cut, *image.size))
+        image.save(folder / f"{index}.jpg", quality=90)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(write, range(number)), total=number, desc=f"{kind} pictures"))
+
+
+def noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """Smooth colours and noise, as photographs have both."""
+    coarse = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3)).resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(coarse, Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3)), 0.1)
+
+
+def num_pictures(load: Load) -> int:
+    """Pictures that a load needs."""
+    return PICTURES[load.kind] or load.requests
+
+
+def make_requests(load: Load, folder: Path) -> list[tuple[str, Path]]:
+    """Pairs of question and picture, of which a longer load has the same first ones."""
+    rng = random.Random(load.words)
+    return [
+        (" ".join(rng.choices(WORDS, k=load.words)) + "?", folder / load.kind / f"{index % num_pictures(load)}.jpg")
+        for index in range(load.requests)
     ]
-    questions = [" ".join(rng.choices(WORDS, k=24)) + "?" for _ in range(number)]
-    return [(question, pictures[index % number_of_pictures]) for index, question in enumerate(questions)]
 
 
 def as_url(image: Image.Image) -> str:
@@ -151,54 +234,121 @@ def as_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-async def ask(client: openai.AsyncOpenAI, question: str, picture: str) -> Answer:
+def as_message(question: str, picture: Path) -> dict:
+    """A user's turn."""
+    url = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return {"role": "user", "content": content}
+
+
+async def ask(session: aiohttp.ClientSession, url: str, message: dict, tokens: int, options: dict) -> Answer:
     """One request, read token by token."""
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
-    start, first, text, prompt_tokens = time.perf_counter(), None, "", 0
-    try:
-        stream = await client.chat.completions.create(
+    got = await async_request_openai_chat_completions(
+        RequestFuncInput(
+            prompt=[message],
+            api_url=f"{url}/v1/chat/completions",
+            prompt_len=0,
+            output_len=tokens,
             model="model",
-            messages=[{"role": "user", "content": content}],
-            temperature=0,
-            max_tokens=NEW_TOKENS,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"min_tokens": NEW_TOKENS, "skip_special_tokens": False},
+            ignore_eos=True,
+            extra_body={"temperature": 0, "skip_special_tokens": False, **options},
+        ),
+        session,
+    )
+    text = got.generated_text if got.success else None
+    return Answer(text, got.ttft, got.latency, got.prompt_len, got.output_tokens)
+
+
+def run_clients(
+    url: str, requests: dict[int, tuple[str, Path]], num_clients: int, tokens: int, options: dict, limit: float
+) -> tuple[dict[int, Answer], float, float]:
+    """The answers to `requests` of clients that each ask one after the other, and when they began and were done."""
+    waiting = [(index, as_message(*request)) for index, request in requests.items()][::-1]
+    answers, timeout = {}, aiohttp.ClientTimeout(total=limit)
+
+    async def one_client(session: aiohttp.ClientSession):
+        while waiting:
+            index, message = waiting.pop()
+            answers[index] = await ask(session, url, message, tokens, options)
+
+    async def all_clients() -> tuple[float, float]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            start = time.perf_counter()
+            await asyncio.gather(*(one_client(session) for _ in range(num_clients)))
+            return start, time.perf_counter()
+
+    return answers, *asyncio.run(all_clients())
+
+
+def run_load(
+    pool: Executor, processes: int, url: str, load: Load, folder: Path, options: dict, limit: float
+) -> tuple[list[Answer], float]:
+    """The answers to a load, whose clients are shared among processes, and the seconds for all of them."""
+    requests, processes = make_requests(load, folder), min(processes, load.clients)
+    parts = [
+        pool.submit(
+            run_clients,
+            url,
+            dict(list(enumerate(requests))[number::processes]),
+            load.clients // processes + (number < load.clients % processes),
+            load.tokens,
+            options,
+            limit,
         )
-        async for chunk in stream:
-            if chunk.choices and first is None:
-                first = time.perf_counter() - start
-            text += chunk.choices[0].delta.content or "" if chunk.choices else ""
-            prompt_tokens = chunk.usage.prompt_tokens if chunk.usage else prompt_tokens
-    except openai.APIError:
-        text = None
-    return Answer(text, first or 0.0, time.perf_counter() - start, prompt_tokens)
+        for number in range(processes)
+    ]
+    found, starts, ends = zip(*(part.result() for part in parts), strict=True)
+    answers = {index: answer for part in found for index, answer in part.items()}
+    return [answers[index] for index in range(len(requests))], max(ends) - min(starts)
 
 
-async def load(url: str, requests: list[tuple[str, str]], num_clients: int, limit: float) -> tuple[list[Answer], float]:
-    """The answers to `requests` of clients that each ask one after the other, and the seconds for all of them."""
-    waiting, answers = list(enumerate(requests)), {}
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=limit) as client:
-
-        async def one_client():
-            while waiting:
-                index, request = waiting.pop(0)
-                answers[index] = await ask(client, *request)
-
-        start = time.perf_counter()
-        await asyncio.gather(*(one_client() for _ in range(num_clients)))
-    return [answers[index] for index in range(len(requests))], time.perf_counter() - start
+async def answer_at_once(request: web.Request) -> web.StreamResponse:
+    """What a server would say that computes nothing."""
+    asked = await request.json()
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for _ in range(asked["max_completion_tokens"]):
+        await response.write(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n')
+    await response.write(b"data: [DONE]\n\n")
+    return response
 
 
-def summarize(answers: list[Answer], seconds: float, alone: list[Answer]) -> dict:
-    """Figures of a load; answers that are not those given to one client count as different."""
+def serve_nothing(port: int):
+    """A server that computes nothing."""
+    app = web.Application(client_max_size=2**28)
+    app.router.add_post("/v1/chat/completions", answer_at_once)
+    web.run_app(app, host="127.0.0.1", port=port, print=None)
+
+
+def requests_without_a_server(run, load: Load) -> float:
+    """Requests a second that the clients reach where nothing is computed."""
+    url = free_url()
+    process = multiprocessing.get_context("spawn").Process(target=serve_nothing, args=(int(url.rpartition(":")[2]),))
+    process.start()
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(url[len("http://") :].split(":"), 1):
+                break
+            time.sleep(0.2)
+        answers, seconds = run(url, load, options={})
+        return len(answers) / seconds
+    finally:
+        process.terminate()
+        process.join()
+
+
+def summarize(answers: list[Answer], seconds: float, first: list[Answer]) -> dict:
+    """Figures of a load; answers that are not those of the first load count as different."""
     got = [answer for answer in answers if answer.text is not None]
     return {
         "requests_per_second": len(got) / seconds,
+        "tokens_per_second": sum(answer.tokens for answer in got) / seconds,
         "first_token_ms": percentiles([1000 * answer.first_token for answer in got]),
         "answer_ms": percentiles([1000 * answer.seconds for answer in got]),
         "lost": len(answers) - len(got),
-        "different": sum(one.text != other.text for one, other in zip(answers, alone, strict=True)),
+        "different": sum(one.text != other.text for one, other in zip(answers, first, strict=False)),
+        "compared": min(len(answers), len(first)),
         "prompt_tokens": round(sum(answer.prompt_tokens for answer in got) / max(1, len(got)), 1),
     }
 
@@ -213,85 +363,144 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def over_rounds(loads: list[dict], stock: list[dict]) -> dict:
     """One load of all rounds: medians, sums of what went wrong, and requests a second as multiples of stock's."""
+    median = {name: statistics.median(one[name] for one in loads) for name in loads[0] if name.endswith("_per_second")}
     percentile = {
         kind: {name: statistics.median(one[kind][name] for one in loads) for name in loads[0][kind]}
-        for kind in ("first_token_ms", "answer_ms")
+        for kind in MEASURED
     }
     ratios = [
         one["requests_per_second"] / other["requests_per_second"] for one, other in zip(loads, stock, strict=True)
     ]
     return {
-        "requests_per_second": statistics.median(one["requests_per_second"] for one in loads),
+        **{name: round(value, 2) for name, value in median.items()},
         **percentile,
-        "lost": sum(one["lost"] for one in loads),
-        "different": sum(one["different"] for one in loads),
+        **{name: sum(one[name] for one in loads) for name in ("lost", "different", "compared")},
         "prompt_tokens": loads[0]["prompt_tokens"],
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
     }
 
 
-def measure(servers: dict[str, Server], arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, dict]]]:
-    """Yields the figures so far after each kind of load: by server, then by load."""
-    found = {name: {} for name in servers}
-    kinds = [(kind, clients) for kind in ("new pictures", "repeated pictures") for clients in arguments.clients]
-    alone = {}
-    for kind, num_clients in tqdm(kinds, desc="loads"):
-        requests = make_requests(kind, arguments.requests)
-        loads = {"cold": defaultdict(list), "warm": defaultdict(list)}
-        for number in range(arguments.rounds):
-            for name in list(servers)[:: 1 if number % 2 else -1]:
-                servers[name].forget()
-                for caches in loads:
-                    answers, seconds = asyncio.run(load(servers[name].url, requests, num_clients, arguments.limit))
-                    reference = alone.setdefault((name, kind), answers)
-                    loads[caches][name].append(summarize(answers, seconds, reference))
-        for name in servers:
-            for caches, by_name in loads.items():
-                key = f"{kind}, {caches}, {num_clients} clients"
-                found[name][key] = over_rounds(by_name[name], by_name["stock"])
+@dataclass
+class Row:
+    """A server and what its requests ask for; its figures are compared with those of the row `beside`."""
+
+    name: str
+    server: Server
+    options: dict
+    beside: str
+
+
+def measure(rows: list[Row], loads: list[Load], rounds: int, run) -> Iterator[dict[str, dict[str, dict]]]:
+    """Yields the figures so far after each load: by row, then by load."""
+    found, first = {row.name: {} for row in rows}, {}
+    for load in tqdm(loads, desc="loads"):
+        times = {"cold": defaultdict(list), "warm": defaultdict(list)}
+        for number in range(rounds):
+            for row in rows[:: 1 if number % 2 else -1]:
+                row.server.forget()
+                for caches in times:
+                    answers, seconds = run(row.server.url, load, options=row.options)
+                    reference = first.setdefault((row.name, load.kind, load.tokens, load.words), answers)
+                    times[caches][row.name].append(summarize(answers, seconds, reference))
+        for row in rows:
+            for caches, by_name in times.items():
+                found[row.name][f"{load}, {caches}"] = over_rounds(by_name[row.name], by_name[row.beside])
         yield found
 
 
+def start_servers(arguments: argparse.Namespace, scratch: Path, running: contextlib.ExitStack) -> list[Row]:
+    """All servers, which start at the same time, and the rows that are measured on them."""
+    base = make_base(arguments.model, scratch / "base", arguments.device)
+    folders, budgets, rows = {"stock": base}, arguments.num_merged_tokens, []
+    for merger in arguments.merger:
+        folders[merger] = scratch / f"merged-{len(folders)}"
+        convert(str(base), folders[merger], find_merger(merger), budgets[0])
+    for setting, text in arguments.server:
+        for merger, folder in folders.items():
+            options = ["--dtype", arguments.dtype, "--max-model-len", "1024"]
+            options += shlex.split(f"{arguments.vllm_options} {text}")
+            options += ["--trust-request-mm-kwargs"] if merger != "stock" and len(budgets) > 1 else []
+            server = Server(folder, scratch / f"log-{len(rows)}", *options)
+            running.callback(server.stop)
+            beside = name = f"{setting}, stock" if setting else "stock"
+            for index, budget in enumerate(budgets if merger != "stock" else [None]):
+                if merger != "stock":
+                    name = f"{setting}, {merger}@{budget}" if setting else f"{merger}@{budget}"
+                asked = {"mm_processor_kwargs": {BUDGET: budget}} if index else {}
+                rows.append(Row(name, server, asked, beside))
+    for server in tqdm({id(row.server): row.server for row in rows}.values(), desc="servers"):
+        server.__enter__()
+    return rows
+
+
 def main(arguments: argparse.Namespace):
-    options = ["--dtype", arguments.dtype, "--max-model-len", "1024", *shlex.split(arguments.vllm_options)]
+    photographs = sorted(arguments.photographs.glob("*.[jp][pn]g")) if arguments.photographs else []
+    if arguments.photographs and not photographs:
+        raise ValueError(f"--photographs {arguments.photographs}: it holds no .jpg or .png.")
+    processes, spawn = arguments.processes, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
-        base = make_base(arguments.model, Path(scratch, "base"))
-        servers = {}
-        for name in tqdm(["stock", *arguments.merger], desc="servers"):
-            folder = base
-            if name != "stock":
-                folder = Path(scratch, f"merged-{len(servers)}")
-                convert(str(base), folder, find_merger(name), arguments.num_merged_tokens)
-            servers[name] = running.enter_context(Server(folder, Path(scratch, f"log-{len(servers)}"), *options))
-            asyncio.run(load(servers[name].url, make_requests("new pictures", 2), 1, arguments.limit))  # warm up
-        for results in measure(servers, arguments):
-            report(arguments, results)
+        pictures = Path(scratch, "pictures")
+        for kind in {load.kind for load in arguments.load}:
+            number = max(num_pictures(load) for load in arguments.load if load.kind == kind)
+            write_pictures(kind, pictures, number, photographs)
+        pool = running.enter_context(ProcessPoolExecutor(processes, spawn))
+        run = partial(run_load, pool, processes, folder=pictures, limit=arguments.limit)
+        rows = start_servers(arguments, Path(scratch), running)
+        for row in rows:
+            run(row.server.url, arguments.load[0], options=row.options)  # warm up
+        most = max(arguments.load, key=lambda load: load.clients)
+        reached = requests_without_a_server(run, most)
+        for results in measure(rows, arguments.load, arguments.rounds, run):
+            report(arguments, results, {"load": str(most), "requests_per_second": round(reached, 1)})
 
 
-def report(arguments: argparse.Namespace, results: dict):
+def report(arguments: argparse.Namespace, results: dict, without_a_server: dict):
     """Writes what is known so far."""
-    protocol = {**describe_machine(torch.device(arguments.device)), "vllm": vllm.__version__, **vars(arguments)}
+    protocol = {**describe_machine(torch.device(arguments.device)), "cores": os.cpu_count(), "vllm": vllm.__version__}
+    told = ("model", "num_merged_tokens", "rounds", "dtype", "device", "processes", "vllm_options", "server")
+    protocol |= {name: getattr(arguments, name) for name in told}
+    protocol["pictures"] = "photographs" if arguments.photographs else "noise"
     command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
-    protocol.pop("output")
-    written = {"command": command, "protocol": protocol, "results": results}
-    write_whole(arguments.output, json.dumps(written, indent=2) + "\n")
+    written = {
+        "command": command,
+        "protocol": protocol,
+        "clients_alone": without_a_server,  # the same load on a server that computes nothing
+        "results": results,
+    }
+    write_whole(arguments.output, json.dumps(written, indent=1) + "\n")
+
+
+def parse_server(text: str) -> tuple[str, str]:
+    """A setting of the server, by its name."""
+    name, equals, options = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=OPTIONS, with the options of vllm serve")
+    return name, options
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help=f"demo, a folder, or a shape: {', '.join(MODELS)}")
+    parser.add_argument("--model", default="demo", help=f"demo, a folder, or a shape: {', '.join(SHAPES)}")
     parser.add_argument(
         "--merger", action="append", required=True, help="as of llava-merge convert; several may be given"
     )
-    parser.add_argument("--num-merged-tokens", type=int, default=64)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=64, help="of each load")
-    parser.add_argument("--rounds", type=int, default=5, help="of each load, by all servers in turn")
+    parser.add_argument(
+        "--num-merged-tokens", type=int, nargs="+", default=[64], help="the checkpoint's, then those of requests"
+    )
+    parser.add_argument(
+        "--load", type=Load.parse, nargs="+", default=LOADS, help="such as large,clients=8,requests=64,tokens=128"
+    )
+    parser.add_argument("--photographs", type=Path, help="folder of pictures to be asked about; default noise")
+    parser.add_argument("--rounds", type=int, default=3, help="of each load, by all servers in turn")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="of the clients")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a request may take")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that vLLM runs on")
     parser.add_argument("--vllm-options", default="", help="further options of vllm serve, as one text")
+    parser.add_argument(
+        "--server", type=parse_server, nargs="+", default=[("", "")], help="NAME=OPTIONS, more for some of the servers"
+    )
     parser.add_argument("--output", type=Path, default=Path("serving.json"))
     return parser.parse_args(argv)
 

@@ -25,7 +25,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
 import vllm
-from PIL import Image
+from benchmark_serving import WORDS, noise
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig
@@ -47,20 +47,12 @@ MERGERS = {  # what is measured, and the merger of the checkpoint
 }
 IN_THE_REQUEST = "budget in the request"  # of the second
 SIZES = ((336, 336), (640, 480), (1600, 1200))
-WORDS = "what color shape is the star circle heart square red blue green there how many where digit shown".split()
-
-
-def image_of(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Smooth colours and noise, as photographs have both."""
-    coarse = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3)).resize(size, Image.Resampling.BICUBIC)
-    noise = Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
-    return Image.blend(coarse, noise, 0.1)
 
 
 def request(processor, tokenizer, size: tuple[int, int], rng: random.Random, options: dict) -> ProcessorInputs:
     """A question about a new image, as vLLM gives it to the processor."""
     ids = tokenizer(f"USER: <image>\n{' '.join(rng.choices(WORDS, k=24))}? ASSISTANT:")["input_ids"]
-    items = processor.info.parse_mm_data({"image": [image_of(size, rng)]})
+    items = processor.info.parse_mm_data({"image": [noise(size, rng)]})
     return ProcessorInputs(ids, items, hf_processor_mm_kwargs=options)
 
 

@@ -55,6 +55,10 @@ class MergeExtras:
         """Those of some of the images, by index: (n,)."""
         return self._each(lambda tensor: tensor[images.to(tensor.device)])
 
+    def first(self, number: int) -> "MergeExtras":
+        """Those of the first images."""
+        return self._each(lambda tensor: tensor[:number])
+
     def to(self, device: torch.device) -> "MergeExtras":
         """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))
@@ -117,12 +121,18 @@ def merge_by_budget(merge, features, question, grid, budgets: list[int | str], e
     of_image = {}
     for budget in dict.fromkeys(budgets):
         images = [image for image, asked in enumerate(budgets) if asked == budget]
-        index = torch.tensor(images, device=features.device)
+        index = index_on(features.device, images)
         about = None if question is None else question.of_images(index)
         extras_of_images = None if extras is None or budget == ALL_TOKENS else extras.of_images(index)
         merged = merge(features[index], about, grid, budget, extras_of_images)
         of_image |= zip(images, zip(*merged, strict=True), strict=True)
     return [list(tensors) for tensors in zip(*(of_image[image] for image in range(len(budgets))), strict=True)]
+
+
+def index_on(device: torch.device, images: list[int]) -> Tensor:
+    """Indices on a device, which the host does not wait for: (n,) int64."""
+    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+    return torch.tensor(images, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def features_of(hidden_states: tuple[Tensor, ...], layers: list[int], first_patch: int) -> Tensor:

@@ -185,6 +185,7 @@ def slot_centres(num_slots: int, device=None) -> Tensor:
     return torch.stack(((column + 0.5) / length, (row + 0.5) / num_rows), dim=-1) * 2 - 1
 
 
+@made_once
 def slot_places(grid: tuple[int, int], num_slots: int, device=None) -> Tensor:
     """Raster index of the patch nearest each slot's centre: (M,) int64, never falling.
 

@@ -18,6 +18,7 @@ from llava_merge.serving.requests import (
     check_named,
     check_servable,
     num_rope_rows,
+    positions_of,
     served_budgets,
 )
 from llava_merge.token_layout import place_on_slots
@@ -126,6 +127,14 @@ class TestQuestions:
 
 
 class TestPlaces:
+    def test_the_same_prompt_is_worked_out_once(self):
+        positions, moved = positions_of(14, ((1, 9),), (6, 6))
+        mask = (torch.arange(14) >= 1) & (torch.arange(14) < 10)
+        expected, places, skipped = place_on_slots(mask[None], [9], (6, 6))
+        assert torch.equal(positions[0], expected) and torch.equal(positions[1], expected - places)
+        assert torch.equal(positions[2], positions[1]) and moved == int(skipped) == NUM_PATCHES - 9
+        assert positions_of(14, ((1, 9),), (6, 6))[0] is positions
+
     @pytest.mark.parametrize("num_tokens", [[9], [4, 9], [36, 1], [7]])
     def test_they_are_those_of_the_model(self, num_tokens):
         model = tiny_model(agnostic(9))

@@ -16,13 +16,16 @@ import torch
 from conftest import IMAGE_ID, agnostic, aware, load_example, make_processor, scale_up, tiny_config, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.demo import MODEL_DIR, find_merger
+from llava_merge.evaluation.data import demo_questions
 from llava_merge.serving.convert import convert
 
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ["TRITON_F32_DEFAULT"] = "ieee"  # vLLM's attention of float32 on a GPU, which has TF32 else
 vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 serving_model = pytest.importorskip("llava_merge.serving.vllm")
@@ -33,11 +36,15 @@ from vllm.config import ModelConfig  # noqa: E402
 from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
 from vllm.multimodal.processing.context import TimingContext  # noqa: E402
 from vllm.multimodal.processing.inputs import ProcessorInputs  # noqa: E402
+from vllm.multimodal.utils import group_and_batch_mm_kwargs  # noqa: E402
 from vllm.plugins import load_general_plugins  # noqa: E402
 
 
 pytestmark = pytest.mark.vllm
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+NUM_GPUS = torch.cuda.device_count()  # of CUDA, where the tests run on them if there are any
+# without a look at free memory, which several tests share
+ON_GPU = {"kv_cache_memory_bytes": 2**28, "gpu_memory_utilization": 0.1} if NUM_GPUS else {}
 NUM_TOKENS = 12  # of an answer
 OPTIONS = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False}
 SAMPLING = {"temperature": 0, "max_tokens": NUM_TOKENS, "min_tokens": NUM_TOKENS}
@@ -109,7 +116,8 @@ def test_a_request_asks_the_host_for_nothing_that_the_start_has_worked_out(field
 def serving(folder, **options):
     """vLLM with a checkpoint, in this process."""
     defaults = {"max_model_len": 256, "block_size": 32, "enforce_eager": True, "distributed_executor_backend": "uni"}
-    llm = vllm.LLM(str(folder), dtype="float32", disable_log_stats=False, **{**defaults, **options})
+    defaults |= {"dtype": "float32", **ON_GPU}
+    llm = vllm.LLM(str(folder), disable_log_stats=False, **{**defaults, **options})
     try:
         yield llm
     finally:
@@ -329,6 +337,109 @@ class TestRefusals:
                 pass
 
 
+def batch_of(llm, asked: list[tuple[Image.Image, str, int]], device: str = "cuda") -> dict[str, torch.Tensor]:
+    """What the engine gives the model of pictures with their questions and budgets."""
+    processor, items = llm.llm_engine.renderer.mm_processor, []
+    for image, question, budget in asked:
+        ids = processor.info.get_tokenizer()(chat(question))["input_ids"]
+        inputs = ProcessorInputs(ids, processor.info.parse_mm_data({"image": [image]}))
+        inputs.hf_processor_mm_kwargs = {"num_merged_tokens": budget}
+        items += [
+            ("image", item) for item in processor.apply(inputs, TimingContext(enabled=False))["mm_kwargs"]["image"]
+        ]
+    ((_, _, batch),) = group_and_batch_mm_kwargs(items, device=torch.device(device), pin_memory=True)
+    return batch
+
+
+@pytest.mark.skipif(not NUM_GPUS, reason="of a GPU")
+@pytest.mark.parametrize("merger", MERGERS)
+def test_the_host_does_not_wait_for_the_gpu_and_recorded_towers_compute_the_same(merger, base, tmp_path):
+    folder = make_checkpoint(base, tmp_path, MERGERS[merger])
+    with serving(folder, enforce_eager=False) as llm:
+        batches = [
+            batch_of(llm, [(image, QUESTIONS[index % 3], (9, 4)[index % 3 % 2]) for index, image in enumerate(images)])
+            for images in map(pictures, (1, 3, 8, 9))
+        ]
+
+        @torch.inference_mode()
+        def check(model):
+            assert model.tower_graphs is not None
+            for batch in batches:
+                with_graphs = model._run_tower(batch["pixel_values"])[0].clone()
+                torch.testing.assert_close(model._compute_tower(batch["pixel_values"])[0], with_graphs)
+                expected = [image.clone() for image in model.embed_multimodal(**batch)]
+                model.kept_features.rows.clear()
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    found = model.embed_multimodal(**batch)
+                    mask = torch.arange(2 * sum(map(len, found))) % 2 == 0
+                    ids = torch.full(mask.shape, 9, device="cuda")
+                    model.embed_input_ids(ids, found, is_multimodal=mask)
+                    with pytest.raises(RuntimeError, match="synchronizing"):
+                        ids.sum().item()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one, other)
+
+        llm.apply_model(check)
+
+
+def test_features_of_the_last_pictures_are_kept(monkeypatch):
+    monkeypatch.setattr(serving_model, "KEPT_PICTURES", 3)
+    kept, made = serving_model.KeptFeatures(), []
+
+    def features(*pictures: int) -> list[int]:
+        """Those made, of pictures whose features are their number."""
+        made.clear()
+
+        def make(images):
+            made.extend(pictures[image] for image in images)
+            return torch.tensor([pictures[image] for image in images]).float()[:, None, None]
+
+        assert kept([*pictures], make)[:, 0, 0].tolist() == [*pictures]
+        return made.copy()
+
+    assert features(1, 2, 1) == [1, 2]
+    assert features(2, 1) == [] and features(3) == [3] and features(1, 3) == []
+    assert features(4, 4) == [4] and features(3, 1, 4) == []  # 2 went, the longest not used
+    assert features(5, 2) == [5, 2] and features(4) == [] and features(1) == [1]
+    assert features(1, 2, 6, 7) == [1, 2, 6, 7] and features(1, 4) == [], "more than are kept leave what is there"
+
+
+class TestBfloat16:
+    def flips(self, folder, model_class, questions) -> int:
+        """Answers of the bundled model that vLLM and transformers give differently."""
+        device = "cuda" if NUM_GPUS else "cpu"
+        model = model_class.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        requests, expected = [], []
+        for question in questions:
+            prompt = processor.apply_chat_template(question.messages, add_generation_prompt=True)
+            images = question.open_images()
+            inputs = processor(images=images, text=prompt, return_tensors="pt").to(device, torch.bfloat16)
+            ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            expected.append(processor.tokenizer.decode(ids, skip_special_tokens=True))
+            ids = processor.tokenizer(prompt)["input_ids"]
+            requests.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images}})
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=8)
+        with serving(folder, dtype="bfloat16", max_model_len=1024, enforce_eager=not NUM_GPUS) as llm:
+            done = [each.outputs[0].text for each in llm.generate(requests, sampling, use_tqdm=False)]
+        assert len(set(expected)) > 10
+        return sum(one != other for one, other in zip(done, expected, strict=True))
+
+    def test_answers_flip_no_more_than_those_of_stock(self, tmp_path, capsys):
+        """Other kernels round differently, and an answer may turn where two words were nearly the same."""
+        questions = demo_questions("test", 50 if NUM_GPUS else 3, hard=True)
+        convert(str(MODEL_DIR), tmp_path / "served", find_merger("served"), 64)
+        merged = self.flips(tmp_path / "served", LlavaMergeForConditionalGeneration, questions)
+        stock = self.flips(MODEL_DIR, LlavaForConditionalGeneration, questions)
+        with capsys.disabled():
+            print(f"\nof {len(questions)} answers in bfloat16 flip: {merged} merged, {stock} stock")
+        assert merged <= stock + 1
+
+
 SCRIPT = """
 import json, sys, vllm
 from PIL import Image
@@ -357,7 +468,8 @@ def answers_elsewhere(folder, asked: list[tuple], tmp_path, plugin: bool, **opti
             image.save(path)
         rows.append((tokenizer(prompt, add_special_tokens=False)["input_ids"], paths))
     defaults = {"model": str(folder), "dtype": "float32", "max_model_len": 256, "block_size": 32, "enforce_eager": True}
-    task = {"options": {**defaults, "trust_remote_code": not plugin, **options}, "requests": rows, "sampling": SAMPLING}
+    defaults |= {"trust_remote_code": not plugin, **ON_GPU}
+    task = {"options": {**defaults, **options}, "requests": rows, "sampling": SAMPLING}
     (tmp_path / "task.json").write_text(json.dumps(task))
     (tmp_path / "serve.py").write_text(SCRIPT)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -368,13 +480,23 @@ def answers_elsewhere(folder, asked: list[tuple], tmp_path, plugin: bool, **opti
     return json.loads(done.stdout.partition("ANSWERS")[2].splitlines()[0])
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank has a core of its own")
+@pytest.mark.skipif((NUM_GPUS or os.cpu_count() or 1) < 2, reason="each rank has a GPU or core of its own")
 def test_two_ranks(question_aware, tmp_path, monkeypatch):
     folder, reference = question_aware
     asked = [case for case in cases() if case[2] is None and case[1]]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     answers = answers_elsewhere(folder, asked, tmp_path, True, tensor_parallel_size=2)
     assert answers == [reference.answer(*case) for case in asked]
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="each replica has a GPU of its own")
+def test_two_replicas(question_aware, tmp_path):
+    folder, reference = question_aware
+    with Clients(folder, tmp_path / "log", "--data-parallel-size", "2") as server, ThreadPoolExecutor(8) as pool:
+        asked = [(image, question) for image in pictures() for question in QUESTIONS] * 4
+        done = pool.map(lambda case: server.chat(case[1], images=[case[0]], return_token_ids=True), asked)
+        for (image, question), each in zip(asked, done, strict=True):
+            assert each.choices[0].token_ids == reference.answer(chat(question), [image])
 
 
 def test_without_the_plugin(base, tmp_path):
@@ -388,10 +510,11 @@ def test_without_the_plugin(base, tmp_path):
 class Clients:
     """What talks to a server, which is started as README says."""
 
-    def __init__(self, folder, log):
+    def __init__(self, folder, log, *more: str):
         (command,) = re.findall(r"^vllm serve .*", README, flags=re.MULTILINE)
         options = command.split()[3:]  # behind the folder
-        options += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "256"]
+        options += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "256", *more]
+        options += [f"--{name.replace('_', '-')}={value}" for name, value in ON_GPU.items()]
         self.server = benchmark_serving.Server(folder, log, *options)
 
     def __enter__(self):

@@ -2,9 +2,10 @@
 """What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
+from torch import Tensor
 
 from llava_merge import LlavaMergeConfig
 from llava_merge.configuration_llava_merge import keeps_places
@@ -14,6 +15,7 @@ from llava_merge.placeholders import is_whole_number
 from llava_merge.position_range import warn_of_positions
 from llava_merge.prompt_reading import turn_marks_of
 from llava_merge.question_turns import split_turns
+from llava_merge.token_layout import place_on_slots
 
 
 BUDGET = "num_merged_tokens"
@@ -65,6 +67,27 @@ def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
     """Positions that the language model's rotary embedding is prepared for, which engines do not check."""
     rope, rows = config.text_config.rope_parameters, config.text_config.max_position_embeddings
     return max(rows, ROPE_ROWS * max_model_len) if rope and rope["rope_type"] in PLAIN_ROPE else rows
+
+
+@lru_cache(maxsize=256)  # chats of the same length have their images at the same place
+def positions_of(num_tokens: int, images: tuple[tuple[int, int], ...], grid: tuple[int, int]) -> tuple[Tensor, int]:
+    """Positions of a prompt whose merged tokens sit on slots, to be read alone: (3, num_tokens) int64.
+
+    The first row holds them, the others where the image begins that a token is in.
+
+    Args:
+        images: Index of the first token and number of tokens of each, in their order.
+        grid: Rows and columns of patches of an image.
+
+    Returns:
+        They, and how far text behind the prompt is from where it would be if each token counted as one.
+    """
+    image_mask = torch.zeros(1, num_tokens, dtype=torch.bool)
+    for first, number in images:
+        image_mask[:, first : first + number] = True
+    positions, places, moved = place_on_slots(image_mask, [number for _, number in images], grid)
+    starts = positions - places
+    return torch.stack((positions, starts, starts)), int(moved)
 
 
 class RequestRules:

@@ -2,7 +2,7 @@
 """The model as vLLM runs it. Overrides what is no public API: written for the release that pyproject.toml names."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -34,14 +34,17 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageSize
 from vllm.multimodal.processing import PromptReplacement
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from llava_merge import LlavaMergeProcessor
 from llava_merge.checkpoint_files import refuse_missing_weights
 from llava_merge.configuration_llava_merge import keeps_places
+from llava_merge.inference_graphs import Recorded
 from llava_merge.merge_extras import (
     MergeExtras,
     attention_layer_of,
     features_of,
+    index_on,
     merge_by_budget,
     read_tower,
 )
@@ -55,17 +58,71 @@ from llava_merge.serving.requests import (
     check_named,
     check_servable,
     num_rope_rows,
+    positions_of,
 )
 from llava_merge.text_tower import TextTower, read_for_question
-from llava_merge.token_layout import place_on_slots
 
 
 QUESTIONS = "question_input_ids"
 PICTURES = "picture_ids"
 KEPT_PICTURES = 64  # of which the tower's features are kept for other questions: 75 MB in LLaVA-1.5
+RECORDED_IMAGES = (8, 4, 2, 1)  # in CUDA graphs of the tower; with more, a GPU takes longer than the host that asks it
 NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 PLACE_DIGITS = 2  # columns behind the embeddings that say where a token sits, for bfloat16 holds no number over 256
 PLACE_BASE = 128
+
+
+class TowerGraphs:
+    """A vision tower for a few images, as CUDA graphs, which the host starts in a tenth of the time.
+
+    Args:
+        run_tower: Features and extras of `pixel_values`.
+        like: (I, 3, H, W), any images of the model.
+    """
+
+    def __init__(self, run_tower: Callable[[Tensor], tuple[Tensor, MergeExtras]], like: Tensor):
+        pool = torch.cuda.graph_pool_handle()
+        self.recorded = {
+            number: Recorded(run_tower, {"pixel_values": like.new_zeros(number, *like.shape[1:])}, pool)
+            for number in RECORDED_IMAGES
+        }
+
+    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
+        """Features and extras of at most 8 images, which the next call overwrites."""
+        number = len(pixel_values)
+        recorded = self.recorded[min(size for size in self.recorded if size >= number)]
+        recorded.inputs["pixel_values"][:number] = pixel_values
+        features, extras = recorded()
+        return features[:number], extras.first(number)
+
+
+class KeptFeatures:
+    """The tower's features of the pictures that were last asked about, on the device."""
+
+    def __init__(self):
+        self.store: Tensor | None = None  # (KEPT_PICTURES, N, vision_dim)
+        self.rows: dict[int, int] = {}  # where each picture is, the last used last
+
+    def __call__(self, pictures: list[int], make: Callable[[list[int]], Tensor]) -> Tensor:
+        """Features of the pictures (I, N, vision_dim), of which those that are not kept are made, by their indices."""
+        index = {picture: number for number, picture in enumerate(pictures)}
+        if len(index) > KEPT_PICTURES:
+            return make([*range(len(pictures))])
+        known = [picture for picture in index if picture in self.rows]
+        for picture in known:
+            self.rows[picture] = self.rows.pop(picture)
+        new = [picture for picture in index if picture not in self.rows]
+        if new:
+            features = make([index[picture] for picture in new])
+            if self.store is None:
+                self.store = features.new_empty(KEPT_PICTURES, *features.shape[1:])
+            for picture in new:
+                full = len(self.rows) == KEPT_PICTURES
+                self.rows[picture] = self.rows.pop(next(iter(self.rows))) if full else len(self.rows)
+            self.store[index_on(self.store.device, [self.rows[picture] for picture in new])] = features
+            if new == pictures:
+                return features
+        return self.store[index_on(self.store.device, [self.rows[picture] for picture in pictures])]
 
 
 class LlavaMergeProcessingInfo(LlavaProcessingInfo):
@@ -196,7 +253,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         model_config = vllm_config.model_config
         self.config = config = model_config.hf_config
         self.multimodal_config = model_config.multimodal_config
-        self.requires = required_extras(config.merger_config)
+        self.requires, self.patch_grid = required_extras(config.merger_config), config.patch_grid(config.image_shape)
         method = find_merging_method(config.merger_config)
         self.resizes_pictures = method.resizes_pictures
         self.tells_places = keeps_places(config.merger_config) and not method.sits_on_slots
@@ -215,7 +272,11 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
             )
         # an agnostic merger's tokens are kept by vLLM itself; other extras than relevance are the tower's
         self.keeps_features = config.merger_config.question_aware and self.requires <= READ_FOR_QUESTION
-        self.kept_features: dict[int, Tensor] = {}  # (N, vision_dim) of each picture
+        self.kept_features = KeptFeatures()
+        in_parts = vllm_config.parallel_config.tensor_parallel_size > 1 and self.is_native
+        as_graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE and not vllm_config.lora_config
+        self.records_tower = as_graphs and not in_parts and not self.resizes_pictures
+        self.tower_graphs: TowerGraphs | None = None
         self.text_tower = self.question_tokenizer = None
         if config.merger_config.text_tower is not None:
             self.text_tower = TextTower(config.merger_config.text_tower, config.merged_vision_dim, {})
@@ -253,7 +314,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
-        grid = self.config.patch_grid(self.config.image_shape)
+        grid = self.patch_grid
         if self.resizes_pictures:
             pixels = images["pixel_values"]
             return merge_by_budget(self._resize_alike, pixels, None, grid, budgets.flatten().tolist(), None)[0]
@@ -277,7 +338,15 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         ]
 
     def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
-        """Features (I, N, vision_dim) and what the method requires of the tower."""
+        """Features (I, N, vision_dim) and what the method requires of the tower, which the next call may overwrite."""
+        if self.records_tower and pixel_values.is_cuda:
+            if self.tower_graphs is None:  # by the profile, so that memory is kept for them
+                self.tower_graphs = TowerGraphs(self._compute_tower, pixel_values)
+            if len(pixel_values) <= RECORDED_IMAGES[0]:
+                return self.tower_graphs(pixel_values)
+        return self._compute_tower(pixel_values)
+
+    def _compute_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
         config, strategy = self.config, self.config.vision_feature_select_strategy
         if self.is_native:
             return self.vision_tower(pixel_values, feature_select_strategy=strategy), MergeExtras()
@@ -291,16 +360,12 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
 
     def _recall_features(self, pixel_values: Tensor, pictures: list[int]) -> Tensor:
         """Features of the images, which the tower makes only of pictures that are not kept: (I, N, vision_dim)."""
-        new = {picture: index for index, picture in enumerate(pictures) if picture not in self.kept_features}
-        if new:
-            features, _ = self._run_tower(pixel_values[[*new.values()]])
-            self.kept_features |= zip(new, [each.clone() for each in features], strict=True)
-        features = torch.stack([self.kept_features[picture] for picture in pictures])
-        for picture in pictures:  # the last used are the last
-            self.kept_features[picture] = self.kept_features.pop(picture)
-        for picture in [*self.kept_features][:-KEPT_PICTURES]:
-            del self.kept_features[picture]
-        return features
+
+        def make(images: list[int]) -> Tensor:
+            some = len(images) < len(pictures)
+            return self._run_tower(pixel_values[index_on(pixel_values.device, images)] if some else pixel_values)[0]
+
+        return self.kept_features(pictures, make)
 
     def _embed_questions(self, questions: Tensor | list[Tensor]) -> Question:
         """The question of each image, of its ids (T,)."""
@@ -321,25 +386,18 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
         """Positions (3, L), and how far text behind the prompt is from where it would be if each token counted as one.
 
-        The first row holds the positions, the others where the image begins that a token is in.
+        As [`positions_of`] has them.
         """
         images = sorted((feature.mm_position.offset, feature.mm_position.length) for feature in mm_features)
-        grid = self.config.patch_grid(self.config.image_shape)
-        image_mask = torch.zeros(1, len(input_tokens), dtype=torch.bool)
-        for first, number in images:
-            image_mask[:, first : first + number] = True
-        positions, places, moved = place_on_slots(image_mask, [number for _, number in images], grid)
-        starts = positions - places
-        return torch.stack((positions, starts, starts)), int(moved)
+        return positions_of(len(input_tokens), tuple(images), self.patch_grid)
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings=None, *, is_multimodal=None) -> Tensor:
         """As in vLLM; keeps the places that images of this step tell for its `forward`."""
         self.places = None
         if self.tells_places and multimodal_embeddings is not None and len(multimodal_embeddings):
-            width = self.config.text_config.hidden_size
-            places = torch.cat([number_of(image[:, width:]) for image in multimodal_embeddings])
-            self.places = is_multimodal.nonzero()[:, 0], places
-            multimodal_embeddings = [image[:, :width] for image in multimodal_embeddings]
+            embeddings, digits = torch.cat([*multimodal_embeddings]).tensor_split([-PLACE_DIGITS], dim=1)
+            tokens = async_tensor_h2d(is_multimodal.nonzero()[:, 0], digits.device)  # of a mask on the host
+            self.places, multimodal_embeddings = (tokens, number_of(digits)), [embeddings]
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(
@@ -347,7 +405,7 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
     ) -> Tensor:
         """As in vLLM; of positions (3, L) the first row counts."""
         if self.places is not None:  # written in place, for CUDA graphs read from where they were captured
-            tokens, places = (tensor.to(positions.device) for tensor in self.places)
+            tokens, places = self.places
             positions[0, tokens] = positions[1, tokens] + places
             self.places = None
         positions = positions[0] if positions.ndim == 2 else positions
