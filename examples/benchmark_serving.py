@@ -29,12 +29,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -314,28 +315,18 @@ async def answer_at_once(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def serve_nothing(port: int):
-    """A server that computes nothing."""
-    app = web.Application(client_max_size=2**28)
-    app.router.add_post("/v1/chat/completions", answer_at_once)
-    web.run_app(app, host="127.0.0.1", port=port, print=None)
-
-
 def requests_without_a_server(run, load: Load) -> float:
     """Requests a second that the clients reach where nothing is computed."""
-    url = free_url()
-    process = multiprocessing.get_context("spawn").Process(target=serve_nothing, args=(int(url.rpartition(":")[2]),))
-    process.start()
-    try:
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(url[len("http://") :].split(":"), 1):
-                break
-            time.sleep(0.2)
+    app, url = web.Application(client_max_size=2**28), free_url()
+    app.router.add_post("/v1/chat/completions", answer_at_once)
+    options = {"host": "127.0.0.1", "port": int(url.rpartition(":")[2]), "print": None, "handle_signals": False}
+    threading.Thread(
+        target=web.run_app, args=(app,), kwargs={**options, "loop": asyncio.new_event_loop()}, daemon=True
+    ).start()
+    answers, seconds = [], 1.0
+    while not any(answer.text for answer in answers):  # until it listens
         answers, seconds = run(url, load, options={})
-        return len(answers) / seconds
-    finally:
-        process.terminate()
-        process.join()
+    return len(answers) / seconds
 
 
 def summarize(answers: list[Answer], seconds: float, first: list[Answer]) -> dict:
@@ -420,6 +411,7 @@ def start_servers(arguments: argparse.Namespace, scratch: Path, running: context
         for merger, folder in folders.items():
             options = ["--dtype", arguments.dtype, "--max-model-len", "1024"]
             options += shlex.split(f"{arguments.vllm_options} {text}")
+            options += shlex.split(arguments.stock_options) if merger == "stock" else []
             options += ["--trust-request-mm-kwargs"] if merger != "stock" and len(budgets) > 1 else []
             server = Server(folder, scratch / f"log-{len(rows)}", *options)
             running.callback(server.stop)
@@ -445,10 +437,12 @@ def main(arguments: argparse.Namespace):
             number = max(num_pictures(load) for load in arguments.load if load.kind == kind)
             write_pictures(kind, pictures, number, photographs)
         pool = running.enter_context(ProcessPoolExecutor(processes, spawn))
+        for _ in range(processes):
+            pool.submit(time.sleep, 1)  # they import what they need while the servers start
         run = partial(run_load, pool, processes, folder=pictures, limit=arguments.limit)
         rows = start_servers(arguments, Path(scratch), running)
         for row in rows:
-            run(row.server.url, arguments.load[0], options=row.options)  # warm up
+            run(row.server.url, replace(arguments.load[0], clients=2, requests=4), options=row.options)  # warm up
         most = max(arguments.load, key=lambda load: load.clients)
         reached = requests_without_a_server(run, most)
         for results in measure(rows, arguments.load, arguments.rounds, run):
@@ -458,7 +452,17 @@ def main(arguments: argparse.Namespace):
 def report(arguments: argparse.Namespace, results: dict, without_a_server: dict):
     """Writes what is known so far."""
     protocol = {**describe_machine(torch.device(arguments.device)), "cores": os.cpu_count(), "vllm": vllm.__version__}
-    told = ("model", "num_merged_tokens", "rounds", "dtype", "device", "processes", "vllm_options", "server")
+    told = (
+        "model",
+        "num_merged_tokens",
+        "rounds",
+        "dtype",
+        "device",
+        "processes",
+        "vllm_options",
+        "stock_options",
+        "server",
+    )
     protocol |= {name: getattr(arguments, name) for name in told}
     protocol["pictures"] = "photographs" if arguments.photographs else "noise"
     command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
@@ -498,6 +502,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that vLLM runs on")
     parser.add_argument("--vllm-options", default="", help="further options of vllm serve, as one text")
+    parser.add_argument("--stock-options", default="", help="more for stock, such as a larger --kv-cache-memory-bytes")
     parser.add_argument(
         "--server", type=parse_server, nargs="+", default=[("", "")], help="NAME=OPTIONS, more for some of the servers"
     )
