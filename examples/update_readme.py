@@ -7,7 +7,9 @@ python examples/update_readme.py
 import json
 import re
 import statistics
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from llava_merge import MergerInfo, list_mergers
 from llava_merge.configuration_llava_merge import QUESTION_METHODS
@@ -48,7 +50,7 @@ LORA_MERGERS = {  # in names of files, and the merger of the same kind without L
 }
 LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
 
-SERVING = {"prefill-bound": "serving_02b", "demo": "serving_demo"}
+LOAD = r"(\w+), (\d+) clients, \d+ requests, (\d+) tokens, \d+ words, (\w+)"  # of benchmark_serving.py
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -146,34 +148,71 @@ def served_table(simple: dict, hard: dict) -> str:
     return table(head, rows)
 
 
-def serving_table(reports: dict[str, dict]) -> str:
-    """Requests a second of a merged server as a multiple of the stock one's, by load."""
-    head = ["", "load", *(f"{number} clients" for number in next(iter(reports.values()))["protocol"]["clients"])]
-    rows = []
-    for model, report in reports.items():
-        for merger, loads in report["results"].items():
-            kinds = dict.fromkeys(key.rpartition(", ")[0] for key in loads)
-            if merger != "stock":
-                name = f"{model}, `{merger.partition(':')[0]}`" + (", question-aware" if ":question" in merger else "")
-                of_kind = {kind: [row for key, row in loads.items() if key.startswith(kind)] for kind in kinds}
-                rows += [
-                    [name, kind.replace("pictures", "images"), *map(ratio_with_spread, found)]
-                    for kind, found in of_kind.items()
-                ]
-    loads = [row for report in reports.values() for found in report["results"].values() for row in found.values()]
-    lost, different = (sum(row[name] for row in loads) for name in ("lost", "different"))
-    protocol = next(iter(reports.values()))["protocol"]
-    number = sum(
-        report["protocol"]["requests"] * report["protocol"].get("rounds", 1) * len(found)
-        for report in reports.values()
-        for found in report["results"].values()
-    )
-    versions = f"vLLM {protocol['vllm']}, transformers {protocol['versions']['transformers']}"
+class LoadName(NamedTuple):
+    """What was asked, as the name of a load says it."""
+
+    kind: str
+    clients: str
+    caches: str
+    tokens: str
+
+
+def load_of(name: str) -> LoadName:
+    """Of "new, 8 clients, 48 requests, 16 tokens, 24 words, cold"."""
+    kind, clients, tokens, caches = re.fullmatch(LOAD, name).groups()
+    return LoadName(kind, clients, caches, tokens)
+
+
+def serving_tables(report: dict) -> str:
+    """Requests a second of merged servers beside the stock one's, seconds to the first token, and other loads."""
+    protocol, results = report["protocol"], report["results"]
+    loads = {key: load_of(key) for key in results["stock"]}
+    short = [load for load in loads.values() if load.kind != "large" and load.tokens == "16"]
+    clients = sorted({load.clients for load in short}, key=int)
+    rows, first = [], []
+    for name, found in results.items():
+        cells = {load: found[key] for key, load in loads.items()}
+        for kind, caches in product(("new", "repeated"), ("cold", "warm")):
+            chosen = [cells[load] for number in clients for load in short if load[:3] == (kind, number, caches)]
+            rows.append([shown_server(name), f"{kind} images, {caches}", *map(per_second, chosen)])
+        chosen = [cells[load] for number in clients for load in short if load[:3] == ("new", number, "cold")]
+        times = [one["first_token_ms"] for one in chosen]
+        first.append([shown_server(name), *(f"{one['p50']:.0f} / {one['p99']:.0f}" for one in times)])
+    head = [f"{number} clients" for number in clients]
+    others = [(key, load) for key, load in loads.items() if load not in short]
+    titles = [
+        ("0.3 to 12 megapixels" if load.kind == "large" else f"answers of {load.tokens} tokens") + f", {load.caches}"
+        for _, load in others
+    ]
+    beside = [[shown_server(name), *(per_second(found[key]) for key, _ in others)] for name, found in results.items()]
+    figures = [one for found in results.values() for one in found.values()]
+    lost, different, compared = (sum(one[name] for one in figures) for name in ("lost", "different", "compared"))
+    of_stock = sum(one["different"] for one in results["stock"].values())
+    versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
+    rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
+    alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"
     return (
-        f"{table(head, rows)}\n\n{protocol['hardware']}, 2 cores, {versions}, {protocol['dtype']}, "
-        f"{protocol['num_merged_tokens']} tokens instead of 576. Of {number} answers {lost} were lost, and {different} "
-        f"were not what the same server said to one client alone."
+        f"{table(['requests a second', 'load', *head], rows)}\n\nMilliseconds to the first token, new images, cold, "
+        f"median / 99 %:\n\n{table(['', *head], first)}\n\nOther loads of {others[0][1].clients} clients, requests a "
+        f"second:\n\n{table(['', *titles], beside)}\n\n{protocol['hardware']}, {protocol['cores']} cores, {versions}, "
+        f"random weights in the shape of {protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 "
+        f"megapixels, questions of 24 words, answers of 16 tokens, {rounds}; × is beside stock. The clients "
+        f"alone reach {alone} where nothing is computed. Of {compared} answers {lost} were lost, and {different} were "
+        f"not those of the row's first load, {of_stock} of them stock's: with random weights two words are often "
+        f"nearly as likely ([serving_7b.json](examples/results/serving_7b.json))."
     )
+
+
+def shown_server(name: str) -> str:
+    """A row of the serving tables: its merger and its tokens."""
+    merger, _, budget = name.partition("@")
+    aware = ", question-aware" if "question_aware=true" in merger else ""
+    return f"`{merger.partition(':')[0]}`{aware}, {budget}" if budget else f"{merger}, 576"
+
+
+def per_second(load: dict) -> str:
+    """Requests a second, and as a multiple of stock's."""
+    return f"{load['requests_per_second']:.0f} ({load['ratio']:.2f} ×)"
 
 
 def host_table(report: dict) -> str:
@@ -189,13 +228,6 @@ def host_table(report: dict) -> str:
         f"{protocol['vllm']}, medians of {protocol['rounds']} rounds; × is the time beside stock's of the same run "
         f"([serving_host.json](examples/results/serving_host.json))."
     )
-
-
-def ratio_with_spread(load: dict) -> str:
-    """Median of the rounds, with the lowest and the highest where there are several."""
-    ratios = load.get("ratios", [])
-    spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
-    return f"{load['ratio']:.2f} ×{spread}"
 
 
 def flips_sentence(report: dict) -> str:
@@ -525,7 +557,7 @@ def updated(text: str) -> str:
         "loading": loading_sentence(read_result("loading"), read_result("loading_gpu")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "host": host_table(read_result("serving_host")),
-        "serving": serving_table({name: read_result(file) for name, file in SERVING.items()}),
+        "serving": serving_tables(read_result("serving_7b")),
     }
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"

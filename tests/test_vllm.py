@@ -25,7 +25,7 @@ from llava_merge.serving.convert import convert
 
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-os.environ["TRITON_F32_DEFAULT"] = "ieee"  # vLLM's attention of float32 on a GPU, which has TF32 else
+os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}  # float32 on a GPU, which has TF32 else
 vllm = pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 serving_model = pytest.importorskip("llava_merge.serving.vllm")
