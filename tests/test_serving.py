@@ -2,6 +2,7 @@
 """What serving does besides the engine, without one."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
 from llava_merge.compat import TRANSFORMERS_V5
 from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
+from llava_merge.question_turns import TurnMarks, split_turns
 from llava_merge.serving import requests
 from llava_merge.serving.requests import (
     RequestRules,
@@ -120,6 +122,44 @@ class TestQuestions:
         )
         read = [torch.tensor(expanded)[mask].tolist() for mask in question.mask]
         assert read == rules(model.config).questions(ids, 2)
+
+    @pytest.mark.parametrize(
+        "marks",
+        [
+            TurnMarks([[1, 2]], [[3, 4]], [5], [6]),
+            TurnMarks([[1], [1, 2]], [[3, 1], [4]], [5, 4], []),
+            TurnMarks([[1, 2], [7, 2]], [[2, 3]], [3], [1]),
+        ],
+    )
+    def test_of_any_prompt_they_are_those_of_its_turns(self, marks, monkeypatch):
+        monkeypatch.setattr(requests, "turn_marks_of", lambda config: marks)
+        made, rng = rules(config(**aware(9))), random.Random(0)
+        seen = set()
+        for _ in range(2000):
+            ids = rng.choices([*range(1, 12), 10**6, IMAGE_ID], k=rng.randint(1, 24))
+            row = torch.tensor([ids])
+            turns = split_turns(row, row == IMAGE_ID, marks)
+            numbers, is_text = turns.number[0].tolist(), turns.is_text[0].tolist()
+            of_turn = [
+                [
+                    id
+                    for id, number, text in zip(ids, numbers, is_text, strict=True)
+                    if text and number == numbers[index]
+                ]
+                for index, id in enumerate(ids)
+                if id == IMAGE_ID
+            ]
+            assert made.questions(ids, len(of_turn)) == of_turn
+            seen |= {len(question) for question in of_turn}
+        assert len(seen) > 8 and made.runs_of_questions.cache_info().hits > 50
+
+    def test_the_same_chat_with_other_words_is_read_once(self, monkeypatch):
+        made = rules(config(**aware(9)))
+        turn = "USER: <image> what color ? ASSISTANT:"
+        assert made.questions(self.ids(turn), 1) == [self.ids("what color ?")]
+        monkeypatch.setattr(requests, "split_turns", None)
+        other = turn.replace("what color ?", "how many circles ?")
+        assert made.questions(self.ids(other), 1) == [self.ids("how many circles ?")]
 
     def test_other_numbers_of_images_are_refused(self):
         with pytest.raises(ValueError, match="2 image placeholders for 1 images"):

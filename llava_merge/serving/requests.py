@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from llava_merge.token_layout import place_on_slots
 
 BUDGET = "num_merged_tokens"
 PLAIN_ROPE = ("default", "linear", "llama3")  # whose frequencies do not depend on the number of positions
+PLAIN = -1  # text between ids that mean something
 ROPE_ROWS = 4  # positions prepared for each token that a request may have
 
 
@@ -108,6 +110,8 @@ class RequestRules:
         self.max_positions = config.text_config.max_position_embeddings
         self.max_model_len, self.config = max_model_len, config
         self.marks = turn_marks_of(config)
+        self.meaningful = {*self.marks.ids, self.image_token_id}
+        self.runs_of_questions = lru_cache(maxsize=256)(self._find_runs_of_questions)
 
     @cached_property
     def rope_rows(self) -> int:
@@ -167,13 +171,22 @@ class RequestRules:
         Raises:
             ValueError: There are more or fewer placeholders.
         """
-        row = torch.tensor([ids])
-        image_mask = row == self.image_token_id
-        if int(image_mask.sum()) != num_images:
+        found = ids.count(self.image_token_id)
+        if found != num_images:
             raise ValueError(
-                f"The prompt holds {int(image_mask.sum())} image placeholders for {num_images} images. Write one for "
-                f"each."
+                f"The prompt holds {found} image placeholders for {num_images} images. Write one for each."
             )
+        runs = []  # each id that means something to the rule, and what stands between them
+        for is_meaningful, group in groupby(ids, self.meaningful.__contains__):
+            run = [*group]
+            runs += [[id] for id in run] if is_meaningful else [run]
+        skeleton = tuple(run[0] if run[0] in self.meaningful else PLAIN for run in runs)
+        return [[id for run in chosen for id in runs[run]] for chosen in self.runs_of_questions(skeleton)]
+
+    def _find_runs_of_questions(self, skeleton: tuple[int, ...]) -> list[list[int]]:
+        """Which runs of a prompt are the question of each image; most chats have the same skeleton."""
+        row = torch.tensor([skeleton])
+        image_mask = row == self.image_token_id
         turns = split_turns(row, image_mask, self.marks)
         number, text = turns.number[0], turns.is_text[0]
-        return [row[0][text & (number == turn)].tolist() for turn in number[image_mask[0]].tolist()]
+        return [(text & (number == turn)).nonzero()[:, 0].tolist() for turn in number[image_mask[0]].tolist()]
