@@ -176,8 +176,7 @@ def serving_tables(report: dict) -> str:
             chosen = [cells[load] for number in clients for load in short if load[:3] == (kind, number, caches)]
             rows.append([shown_server(name), f"{kind} images, {caches}", *map(per_second, chosen)])
         chosen = [cells[load] for number in clients for load in short if load[:3] == ("new", number, "cold")]
-        times = [one["first_token_ms"] for one in chosen]
-        first.append([shown_server(name), *(f"{one['p50']:.0f} / {one['p99']:.0f}" for one in times)])
+        first.append([shown_server(name), *map(times_of, chosen)])
     head = [f"{number} clients" for number in clients]
     others = [(key, load) for key, load in loads.items() if load not in short]
     titles = [
@@ -192,8 +191,8 @@ def serving_tables(report: dict) -> str:
     rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
     alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"
     return (
-        f"{table(['requests a second', 'load', *head], rows)}\n\nMilliseconds to the first token, new images, cold, "
-        f"median / 99 %:\n\n{table(['', *head], first)}\n\nOther loads of {others[0][1].clients} clients, requests a "
+        f"{table(['requests a second', 'load', *head], rows)}\n\nMilliseconds to the first token, median / 99 %, and "
+        f"to the last, median; new images, cold:\n\n{table(['', *head], first)}\n\nOther loads of {others[0][1].clients} clients, requests a "
         f"second:\n\n{table(['', *titles], beside)}\n\n{protocol['hardware']}, {protocol['cores']} cores, {versions}, "
         f"random weights in the shape of {protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 "
         f"megapixels, questions of 24 words, answers of 16 tokens, {rounds}; × is beside stock. The clients "
@@ -208,6 +207,12 @@ def shown_server(name: str) -> str:
     merger, _, budget = name.partition("@")
     aware = ", question-aware" if "question_aware=true" in merger else ""
     return f"`{merger.partition(':')[0]}`{aware}, {budget}" if budget else f"{merger}, 576"
+
+
+def times_of(load: dict) -> str:
+    """Milliseconds to the first token and to the last."""
+    first, last = load["first_token_ms"], load["answer_ms"]
+    return f"{first['p50']:.0f} / {first['p99']:.0f}, {last['p50']:.0f}"
 
 
 def per_second(load: dict) -> str:
