@@ -190,18 +190,20 @@ def serving_tables(report: dict) -> str:
     versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
     rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
     alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"
-    answers = (
-        f"Of {compared} answers {lost} were lost, and {different} were not those of the row's first load, {of_stock}"
+    parts = (
+        table(["requests a second", "load", *head], rows),
+        "Milliseconds to the first token, median / 99 %, and to the last, median; new images, cold:",
+        table(["", *head], first),
+        f"Other loads of {others[0][1].clients} clients, requests a second:",
+        table(["", *titles], beside),
+        f"{protocol['hardware']}, {protocol['cores']} cores, {versions}, random weights in the shape of "
+        f"{protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 megapixels, questions of 24 words, "
+        f"answers of 16 tokens, {rounds}; × is beside stock. The clients alone reach {alone} where nothing is "
+        f"computed. Of {compared} answers {lost} were lost, and {different} were not those of the row's first load, "
+        f"{of_stock} of them stock's: with random weights two words are often nearly as likely "
+        f"([serving_7b.json](examples/results/serving_7b.json)).",
     )
-    return (
-        f"{table(['requests a second', 'load', *head], rows)}\n\nMilliseconds to the first token, median / 99 %, and to "
-        f"the last, median; new images, cold:\n\n{table(['', *head], first)}\n\nOther loads of {others[0][1].clients} "
-        f"clients, requests a second:\n\n{table(['', *titles], beside)}\n\n{protocol['hardware']}, "
-        f"{protocol['cores']} cores, {versions}, random weights in the shape of {protocol['model']}; JPEGs of "
-        f"{protocol['pictures']}, enlarged to 0.3 megapixels, questions of 24 words, answers of 16 tokens, {rounds}; × is "
-        f"beside stock. The clients alone reach {alone} where nothing is computed. {answers} of them stock's: with "
-        f"random weights two words are often nearly as likely ([serving_7b.json](examples/results/serving_7b.json))."
-    )
+    return "\n\n".join(parts)
 
 
 def shown_server(name: str) -> str:
