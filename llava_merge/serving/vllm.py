@@ -73,7 +73,7 @@ PLACE_BASE = 128
 
 
 class TowerGraphs:
-    """A vision tower for a few images, as CUDA graphs, which the host starts in a tenth of the time.
+    """A vision tower for a few images, as CUDA graphs, which the host starts at once instead of kernel by kernel.
 
     Args:
         run_tower: Features and extras of `pixel_values`.
