@@ -4,7 +4,7 @@
 pip install '.[serve]'
 python examples/benchmark_serving.py --model demo --merger served --merger average_pooling --output serving.json
 python examples/benchmark_serving.py --model demo --merger tome --photographs ~/Pictures --load new,clients=8,tokens=128
-python examples/benchmark_serving.py --model demo --merger tome --server 'one=' --server 'four=--api-server-count 4'
+python examples/benchmark_serving.py --merger tome --server one= 'four=OMP_NUM_THREADS=1 --api-server-count 4'
 
 All servers are up, and answer the same requests in turn, for several rounds; a ratio is that of two loads of one round.
 What a server answers to many clients is compared with what it answered to the first load; the stock server is vLLM's
@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import socket
@@ -37,6 +38,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import aiohttp
@@ -120,13 +122,14 @@ class Server:
         folder: Checkpoint.
         log: File for what it prints.
         options: Of `vllm serve`.
+        variables: Of its environment, besides those of this process.
     """
 
-    def __init__(self, folder: Path, log: Path, *options: str):
+    def __init__(self, folder: Path, log: Path, *options: str, variables: dict[str, str] | None = None):
         self.url = free_url()
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--served-model-name", "model"]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *options]
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1", **(variables or {})}
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
@@ -407,13 +410,13 @@ def start_servers(arguments: argparse.Namespace, scratch: Path, running: context
     for merger in arguments.merger:
         folders[merger] = scratch / f"merged-{len(folders)}"
         convert(str(base), folders[merger], find_merger(merger), budgets[0])
-    for setting, text in arguments.server:
+    for setting, variables, more in arguments.server:
         for merger, folder in folders.items():
             options = ["--dtype", arguments.dtype, "--max-model-len", "1024"]
-            options += shlex.split(f"{arguments.vllm_options} {text}")
+            options += [*shlex.split(arguments.vllm_options), *more]
             options += shlex.split(arguments.stock_options) if merger == "stock" else []
             options += ["--trust-request-mm-kwargs"] if merger != "stock" and len(budgets) > 1 else []
-            server = Server(folder, scratch / f"log-{len(rows)}", *options)
+            server = Server(folder, scratch / f"log-{len(rows)}", *options, variables=variables)
             running.callback(server.stop)
             beside = name = f"{setting}, stock" if setting else "stock"
             for index, budget in enumerate(budgets if merger != "stock" else [None]):
@@ -475,12 +478,14 @@ def report(arguments: argparse.Namespace, results: dict, without_a_server: dict)
     write_whole(arguments.output, json.dumps(written, indent=1) + "\n")
 
 
-def parse_server(text: str) -> tuple[str, str]:
-    """A setting of the server, by its name."""
-    name, equals, options = text.partition("=")
+def parse_server(text: str) -> tuple[str, dict[str, str], list[str]]:
+    """A setting of the server: its name, variables of the environment, and options."""
+    name, equals, rest = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=OPTIONS, with the options of vllm serve")
-    return name, options
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=OPTIONS, or NAME=VARIABLE=VALUE OPTIONS")
+    words = shlex.split(rest)
+    variables = dict(word.split("=", 1) for word in takewhile(lambda word: re.match(r"\w+=", word), words))
+    return name, variables, words[len(variables) :]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -504,7 +509,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-options", default="", help="further options of vllm serve, as one text")
     parser.add_argument("--stock-options", default="", help="more for stock, such as a larger --kv-cache-memory-bytes")
     parser.add_argument(
-        "--server", type=parse_server, nargs="+", default=[("", "")], help="NAME=OPTIONS, more for some of the servers"
+        "--server",
+        type=parse_server,
+        nargs="+",
+        default=[("", {}, [])],
+        help="NAME=VARIABLES OPTIONS, servers that run beside",
     )
     parser.add_argument("--output", type=Path, default=Path("serving.json"))
     return parser.parse_args(argv)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -505,6 +506,36 @@ def test_without_the_plugin(base, tmp_path):
     asked = [case for case in cases() if case[2] is None and case[1]]
     reference = Reference(folder)
     assert answers_elsewhere(folder, asked, tmp_path, False) == [reference.answer(*case) for case in asked]
+
+
+class TestLoads:
+    def parse(self, *arguments: str):
+        return benchmark_serving.parse(["--merger", "tome", *arguments])
+
+    def test_they_are_named(self):
+        (load,) = self.parse("--load", "repeated,clients=3,tokens=128").load
+        assert load == benchmark_serving.Load("repeated", clients=3, tokens=128)
+
+    @pytest.mark.parametrize("load", ["old", "new,clients=many", "new,client=3", "new,clients"])
+    def test_others_are_refused(self, load, capsys):
+        with pytest.raises(SystemExit):
+            self.parse("--load", load)
+        assert load.partition(",")[0] in capsys.readouterr().err
+
+    def test_settings_of_servers(self):
+        asked = self.parse("--server", "one=", "four=OMP_NUM_THREADS=1 A=b=c --api-server-count 4 --x=2").server
+        options = ["--api-server-count", "4", "--x=2"]
+        assert asked == [("one", {}, []), ("four", {"OMP_NUM_THREADS": "1", "A": "b=c"}, options)]
+        with pytest.raises(SystemExit):
+            self.parse("--server", "--api-server-count 4")
+
+    def test_pictures_and_questions(self, tmp_path):
+        load = benchmark_serving.Load("repeated", requests=6)
+        benchmark_serving.write_pictures("repeated", tmp_path, benchmark_serving.num_pictures(load), [])
+        asked = benchmark_serving.make_requests(load, tmp_path)
+        assert len({question for question, _ in asked}) == 6 and len({path.read_bytes() for _, path in asked}) == 4
+        assert asked[:3] == benchmark_serving.make_requests(replace(load, requests=3), tmp_path)
+        assert Image.open(asked[0][1]).size == (632, 474)
 
 
 class Clients:
