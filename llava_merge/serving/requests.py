@@ -22,6 +22,7 @@ from llava_merge.token_layout import place_on_slots
 BUDGET = "num_merged_tokens"
 PLAIN_ROPE = ("default", "linear", "llama3")  # whose frequencies do not depend on the number of positions
 PLAIN = -1  # text between ids that mean something
+KEPT_PROMPTS = 64  # of which is known what they ask for; each may be as long as a request
 ROPE_ROWS = 4  # positions prepared for each token that a request may have
 
 
@@ -71,7 +72,7 @@ def num_rope_rows(config: LlavaMergeConfig, max_model_len: int) -> int:
     return max(rows, ROPE_ROWS * max_model_len) if rope and rope["rope_type"] in PLAIN_ROPE else rows
 
 
-@lru_cache(maxsize=256)  # chats of the same length have their images at the same place
+@lru_cache(maxsize=KEPT_PROMPTS)  # chats of the same length have their images at the same place
 def positions_of(num_tokens: int, images: tuple[tuple[int, int], ...], grid: tuple[int, int]) -> tuple[Tensor, int]:
     """Positions of a prompt whose merged tokens sit on slots, to be read alone: (3, num_tokens) int64.
 
@@ -111,7 +112,7 @@ class RequestRules:
         self.max_model_len, self.config = max_model_len, config
         self.marks = turn_marks_of(config)
         self.meaningful = {*self.marks.ids, self.image_token_id}
-        self.runs_of_questions = lru_cache(maxsize=256)(self._find_runs_of_questions)
+        self.runs_of_questions = lru_cache(maxsize=KEPT_PROMPTS)(self._find_runs_of_questions)
 
     @cached_property
     def rope_rows(self) -> int:
