@@ -7,9 +7,10 @@ python examples/benchmark_serving.py --model demo --merger tome --photographs ~/
 python examples/benchmark_serving.py --merger tome --server one= 'four=OMP_NUM_THREADS=1 --api-server-count 4'
 
 All servers are up, and answer the same requests in turn, for several rounds; a ratio is that of two loads of one round.
-What a server answers to many clients is compared with what it answered to the first load; the stock server is vLLM's
-own LLaVA. Requests are sent with vLLM's own benchmark client, by processes of their own; the report says what these
-reach on a server that computes nothing. On a GPU the servers share its memory: give each its part, such as
+Each load, round and budget has pictures of its own, since processes keep caches that no request empties. What a server
+answers when it is asked again is compared with what it answered before; the stock server is vLLM's own LLaVA. Requests
+are sent with vLLM's own benchmark client, by processes of their own; the report says what these reach on a server that
+computes nothing. On a GPU the servers share its memory: give each its part, such as
 --vllm-options '--gpu-memory-utilization 0.15 --kv-cache-memory-bytes 4G'.
 """
 
@@ -195,13 +196,14 @@ def make_base(name: str, folder: Path, device: str) -> Path:
     return folder
 
 
-def write_pictures(kind: str, folder: Path, number: int, photographs: list[Path]):
+def write_pictures(load: Load, folder: Path, photographs: list[Path]) -> Path:
     """JPEGs of the sizes that people send, each another cut of a photograph; of noise where there are none."""
-    sizes, folder = LARGE if kind == "large" else SMALL, folder / kind
+    sizes, number = LARGE if load.kind == "large" else SMALL, num_pictures(load)
     folder.mkdir(parents=True)
 
     def write(index: int):
-        rng, width = random.Random(index), round((sizes[index % len(sizes)] * 1e6 * 4 / 3) ** 0.5)
+        rng = random.Random(f"{folder.name} {index}")
+        width = round((sizes[index % len(sizes)] * 1e6 * 4 / 3) ** 0.5)
         size = width, round(width * 3 / 4)
         image = noise(size, rng) if not photographs else Image.open(photographs[index % len(photographs)])
         cut = rng.uniform(0, 0.1) * image.width, rng.uniform(0, 0.1) * image.height
@@ -209,7 +211,8 @@ def write_pictures(kind: str, folder: Path, number: int, photographs: list[Path]
         image.save(folder / f"{index}.jpg", quality=90)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(write, range(number)), total=number, desc=f"{kind} pictures"))
+        list(pool.map(write, range(number)))
+    return folder
 
 
 def noise(size: tuple[int, int], rng: random.Random) -> Image.Image:
@@ -224,10 +227,10 @@ def num_pictures(load: Load) -> int:
 
 
 def make_requests(load: Load, folder: Path) -> list[tuple[str, Path]]:
-    """Pairs of question and picture, of which a longer load has the same first ones."""
+    """Pairs of question and picture."""
     rng = random.Random(load.words)
     return [
-        (" ".join(rng.choices(WORDS, k=load.words)) + "?", folder / load.kind / f"{index % num_pictures(load)}.jpg")
+        (" ".join(rng.choices(WORDS, k=load.words)) + "?", folder / f"{index % num_pictures(load)}.jpg")
         for index in range(load.requests)
     ]
 
@@ -318,7 +321,7 @@ async def answer_at_once(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def requests_without_a_server(run, load: Load) -> float:
+def requests_without_a_server(run, load: Load, folder: Path) -> float:
     """Requests a second that the clients reach where nothing is computed."""
     app, url = web.Application(client_max_size=2**28), free_url()
     app.router.add_post("/v1/chat/completions", answer_at_once)
@@ -327,22 +330,24 @@ def requests_without_a_server(run, load: Load) -> float:
         target=web.run_app, args=(app,), kwargs={**options, "loop": asyncio.new_event_loop()}, daemon=True
     ).start()
     answers, seconds = [], 1.0
-    while not any(answer.text for answer in answers):  # until it listens
-        answers, seconds = run(url, load, options={})
+    while not (answers and all(answer.text for answer in answers)):  # until it listens
+        answers, seconds = run(url, load, folder, {})
     return len(answers) / seconds
 
 
-def summarize(answers: list[Answer], seconds: float, first: list[Answer]) -> dict:
-    """Figures of a load; answers that are not those of the first load count as different."""
+def summarize(answers: list[Answer], seconds: float, before: list[Answer]) -> dict:
+    """Figures of a load; answers that are not those that were given `before`, if any were, count as different."""
     got = [answer for answer in answers if answer.text is not None]
+    pairs = [(one.text, other.text) for one, other in zip(answers, before, strict=False)]
+    pairs = [pair for pair in pairs if None not in pair]
     return {
         "requests_per_second": len(got) / seconds,
         "tokens_per_second": sum(answer.tokens for answer in got) / seconds,
         "first_token_ms": percentiles([1000 * answer.first_token for answer in got]),
         "answer_ms": percentiles([1000 * answer.seconds for answer in got]),
         "lost": len(answers) - len(got),
-        "different": sum(one.text != other.text for one, other in zip(answers, first, strict=False)),
-        "compared": min(len(answers), len(first)),
+        "different": sum(one != other for one, other in pairs),
+        "compared": len(pairs),
         "prompt_tokens": round(sum(answer.prompt_tokens for answer in got) / max(1, len(got)), 1),
     }
 
@@ -377,26 +382,32 @@ def over_rounds(loads: list[dict], stock: list[dict]) -> dict:
 
 @dataclass
 class Row:
-    """A server and what its requests ask for; its figures are compared with those of the row `beside`."""
+    """A server and what its requests ask for; its figures are compared with those of the row `beside`.
+
+    Rows of one server have another number each, and ask about other pictures.
+    """
 
     name: str
     server: Server
     options: dict
     beside: str
+    number: int
 
 
-def measure(rows: list[Row], loads: list[Load], rounds: int, run) -> Iterator[dict[str, dict[str, dict]]]:
+def measure(rows: list[Row], loads: list[Load], rounds: int, run, folder_of) -> Iterator[dict[str, dict[str, dict]]]:
     """Yields the figures so far after each load: by row, then by load."""
-    found, first = {row.name: {} for row in rows}, {}
+    found = {row.name: {} for row in rows}
     for load in tqdm(loads, desc="loads"):
         times = {"cold": defaultdict(list), "warm": defaultdict(list)}
         for number in range(rounds):
+            folders = {row.number: folder_of(load, number, row.number) for row in rows}
             for row in rows[:: 1 if number % 2 else -1]:
                 row.server.forget()
+                before = []
                 for caches in times:
-                    answers, seconds = run(row.server.url, load, options=row.options)
-                    reference = first.setdefault((row.name, load.kind, load.tokens, load.words), answers)
-                    times[caches][row.name].append(summarize(answers, seconds, reference))
+                    answers, seconds = run(row.server.url, load, folders[row.number], row.options)
+                    times[caches][row.name].append(summarize(answers, seconds, before))
+                    before = answers
         for row in rows:
             for caches, by_name in times.items():
                 found[row.name][f"{load}, {caches}"] = over_rounds(by_name[row.name], by_name[row.beside])
@@ -423,7 +434,7 @@ def start_servers(arguments: argparse.Namespace, scratch: Path, running: context
                 if merger != "stock":
                     name = f"{setting}, {merger}@{budget}" if setting else f"{merger}@{budget}"
                 asked = {"mm_processor_kwargs": {BUDGET: budget}} if index else {}
-                rows.append(Row(name, server, asked, beside))
+                rows.append(Row(name, server, asked, beside, index))
     for server in tqdm({id(row.server): row.server for row in rows}.values(), desc="servers"):
         server.__enter__()
     return rows
@@ -435,20 +446,22 @@ def main(arguments: argparse.Namespace):
         raise ValueError(f"--photographs {arguments.photographs}: it holds no .jpg or .png.")
     processes, spawn = arguments.processes, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
-        pictures = Path(scratch, "pictures")
-        for kind in {load.kind for load in arguments.load}:
-            number = max(num_pictures(load) for load in arguments.load if load.kind == kind)
-            write_pictures(kind, pictures, number, photographs)
+
+        def folder_of(load: Load, *numbers: int) -> Path:
+            """New pictures."""
+            return write_pictures(load, Path(scratch, "-".join(map(str, ("pictures", load, *numbers)))), photographs)
+
         pool = running.enter_context(ProcessPoolExecutor(processes, spawn))
         for _ in range(processes):
             pool.submit(time.sleep, 1)  # they import what they need while the servers start
-        run = partial(run_load, pool, processes, folder=pictures, limit=arguments.limit)
+        run = partial(run_load, pool, processes, limit=arguments.limit)
         rows = start_servers(arguments, Path(scratch), running)
         for row in rows:
-            run(row.server.url, replace(arguments.load[0], clients=2, requests=4), options=row.options)  # warm up
+            few = replace(arguments.load[0], clients=2, requests=4)  # to warm up
+            run(row.server.url, few, folder_of(few, rows.index(row)), row.options)
         most = max(arguments.load, key=lambda load: load.clients)
-        reached = requests_without_a_server(run, most)
-        for results in measure(rows, arguments.load, arguments.rounds, run):
+        reached = requests_without_a_server(run, most, folder_of(most))
+        for results in measure(rows, arguments.load, arguments.rounds, run, folder_of):
             report(arguments, results, {"load": str(most), "requests_per_second": round(reached, 1)})
 
 
@@ -468,6 +481,7 @@ def report(arguments: argparse.Namespace, results: dict, without_a_server: dict)
     )
     protocol |= {name: getattr(arguments, name) for name in told}
     protocol["pictures"] = "photographs" if arguments.photographs else "noise"
+    protocol["megapixels"] = {"new and repeated": SMALL, "large": LARGE}
     command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
     written = {
         "command": command,
@@ -506,7 +520,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300, help="seconds that a request may take")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that vLLM runs on")
-    parser.add_argument("--vllm-options", default="", help="further options of vllm serve, as one text")
+    parser.add_argument(
+        "--vllm-options", default="", help="of vllm serve, as one text: --vllm-options='--enforce-eager'"
+    )
     parser.add_argument("--stock-options", default="", help="more for stock, such as a larger --kv-cache-memory-bytes")
     parser.add_argument(
         "--server",

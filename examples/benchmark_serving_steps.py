@@ -43,6 +43,8 @@ from llava_merge.files import write_whole
 
 
 NUM_TOKENS = 64
+# of decoding one request alone: with none at all the plugin records no tower either
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
 MERGERS = ("stock", "average_pooling", "tome", "divprune", "fixed_pooling", "fixed_pooling:question_aware=true")
 
 
@@ -157,7 +159,7 @@ def main(arguments: argparse.Namespace):
                 load_format="dummy",
                 dtype=arguments.dtype,
                 max_model_len=1024,
-                enforce_eager=True,
+                compilation_config=GRAPHS,
                 **options,
             )
             processor = llm.llm_engine.renderer.mm_processor

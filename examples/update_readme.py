@@ -180,13 +180,14 @@ def serving_tables(report: dict) -> str:
     head = [f"{number} clients" for number in clients]
     others = [(key, load) for key, load in loads.items() if load not in short]
     titles = [
-        ("0.3 to 12 megapixels" if load.kind == "large" else f"answers of {load.tokens} tokens") + f", {load.caches}"
+        ("0.3 to 12 megapixels" if load.kind == "large" else f"answers of {load.tokens} tokens")
+        + f", {load.clients} clients, {load.caches}"
         for _, load in others
     ]
     beside = [[shown_server(name), *(per_second(found[key]) for key, _ in others)] for name, found in results.items()]
-    figures = [one for found in results.values() for one in found.values()]
-    lost, different, compared = (sum(one[name] for one in figures) for name in ("lost", "different", "compared"))
-    of_stock = sum(one["different"] for one in results["stock"].values())
+    of_stock, merged = [results["stock"]], [found for name, found in results.items() if name != "stock"]
+    lost = sum(one["lost"] for found in results.values() for one in found.values())
+    number = sum(int(key.split()[3]) * protocol["rounds"] * len(results) for key in loads)
     versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
     rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
     alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"
@@ -194,16 +195,22 @@ def serving_tables(report: dict) -> str:
         table(["requests a second", "load", *head], rows),
         "Milliseconds to the first token, median / 99 %, and to the last, median; new images, cold:",
         table(["", *head], first),
-        f"Other loads of {others[0][1].clients} clients, requests a second:",
+        "Other loads, requests a second:",
         table(["", *titles], beside),
         f"{protocol['hardware']}, {protocol['cores']} cores, {versions}, random weights in the shape of "
-        f"{protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 megapixels, questions of 24 words, "
-        f"answers of 16 tokens, {rounds}; × is beside stock. The clients alone reach {alone} where nothing is "
-        f"computed. Of {compared} answers {lost} were lost, and {different} were not those of the row's first load, "
-        f"{of_stock} of them stock's: with random weights two words are often nearly as likely "
-        f"([serving_7b.json](examples/results/serving_7b.json)).",
+        f"{protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 megapixels but where more is said, "
+        f"questions of 24 words, answers of 16 tokens, {rounds}; × is beside stock. The clients alone reach {alone} "
+        f"where nothing is computed. Of {number} answers {lost} were lost. Asked again, {share_of_others(of_stock)} of "
+        f"stock's answers and {share_of_others(merged)} of the merged ones were others than before: with random weights "
+        f"two words are often nearly as likely, and kernels round by the size of a batch ([serving_7b.json](examples/results/serving_7b.json)).",
     )
     return "\n\n".join(parts)
+
+
+def share_of_others(rows: list[dict]) -> str:
+    """Share of the answers that were others when servers were asked again."""
+    again = [load for found in rows for key, load in found.items() if key.endswith(", warm")]
+    return f"{sum(one['different'] for one in again) / sum(one['compared'] for one in again):.1%}"
 
 
 def shown_server(name: str) -> str:
@@ -234,7 +241,8 @@ def host_table(report: dict) -> str:
     return (
         f"What a request costs the server's host before the GPU sees it, by the size of its image, decoded:\n\n"
         f"{table(['', *results], rows)}\n\n{protocol['hardware']}, {protocol['threads']} thread, vLLM "
-        f"{protocol['vllm']}, medians of {protocol['rounds']} rounds; × is the time beside stock's of the same run "
+        f"{protocol['vllm']}, medians of {protocol['rounds']} rounds; × is the time beside stock's of the same run, "
+        f"in chats of a shape that the server has seen before "
         f"([serving_host.json](examples/results/serving_host.json))."
     )
 

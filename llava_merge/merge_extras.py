@@ -56,8 +56,16 @@ class MergeExtras:
         return self._each(lambda tensor: tensor[images.to(tensor.device)])
 
     def first(self, number: int) -> "MergeExtras":
-        """Those of the first images."""
-        return self._each(lambda tensor: tensor[:number])
+        """Copies of those of the first images."""
+        return self._each(lambda tensor: tensor[:number].clone())
+
+    @classmethod
+    def joined(cls, parts: list["MergeExtras"]) -> "MergeExtras":
+        """Those of the images of all `parts`, one after the other."""
+        first = parts[0]
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in first._tensors}
+        layers = tuple(torch.cat(states) for states in zip(*(part.layers for part in parts), strict=True))
+        return replace(first, **tensors, layers=layers)
 
     def to(self, device: torch.device) -> "MergeExtras":
         """The same on another device."""
@@ -132,7 +140,7 @@ def merge_by_budget(merge, features, question, grid, budgets: list[int | str], e
 def index_on(device: torch.device, images: list[int]) -> Tensor:
     """Indices on a device, which the host does not wait for: (n,) int64."""
     pinned = device.type == "cuda" and not torch.compiler.is_compiling()
-    return torch.tensor(images, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(images, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
 
 
 def features_of(hidden_states: tuple[Tensor, ...], layers: list[int], first_patch: int) -> Tensor:

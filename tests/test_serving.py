@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
 from llava_merge.compat import TRANSFORMERS_V5
+from llava_merge.merge_extras import MergeExtras, index_on
 from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
 from llava_merge.question_turns import TurnMarks, split_turns
 from llava_merge.serving import requests
@@ -154,16 +155,31 @@ class TestQuestions:
         assert len(seen) > 8 and made.runs_of_questions.cache_info().hits > 50
 
     def test_the_same_chat_with_other_words_is_read_once(self, monkeypatch):
+        monkeypatch.setattr(requests, "turn_marks_of", lambda config: TurnMarks([[21, 22]], [[23, 24]], [25], [26]))
         made = rules(config(**aware(9)))
-        turn = "USER: <image> what color ? ASSISTANT:"
-        assert made.questions(self.ids(turn), 1) == [self.ids("what color ?")]
+        assert made.questions([26, 21, 22, IMAGE_ID, 39, 38, 23, 24], 1) == [[39, 38]]
         monkeypatch.setattr(requests, "split_turns", None)
-        other = turn.replace("what color ?", "how many circles ?")
-        assert made.questions(self.ids(other), 1) == [self.ids("how many circles ?")]
+        for words in ([37], [22, 39, 21, 24, 23], [39] * 99):  # also with parts of marks
+            assert made.questions([26, 21, 22, IMAGE_ID, *words, 23, 24], 1) == [words]
 
     def test_other_numbers_of_images_are_refused(self):
         with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
             rules(config(**aware(9))).questions([IMAGE_ID, IMAGE_ID], 1)
+
+
+def test_indices_are_made_on_the_host():
+    with torch.device("meta"):
+        assert index_on(torch.device("cpu"), [2, 0]).tolist() == [2, 0]
+
+
+def test_extras_of_images_that_were_encoded_apart():
+    whole = MergeExtras(torch.rand(5, 6), torch.rand(5, 6, 4), 2, (torch.rand(5, 6, 3), torch.rand(5, 6, 3)))
+    parts = [whole.of_images(torch.arange(5)[part]) for part in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    joined = MergeExtras.joined(parts)
+    for name in ("cls_attention", "keys"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+    assert all(map(torch.equal, joined.layers, whole.layers)) and joined.num_heads == 2
+    assert MergeExtras.joined([MergeExtras(), MergeExtras()]) == MergeExtras() and parts[0].first(1).keys.shape[0] == 1
 
 
 class TestPlaces:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,6 +294,42 @@ def test_the_tower_runs_once_a_picture(question_aware, monkeypatch):
         assert runs((chat(QUESTIONS[2]), [first], 16), (chat(QUESTIONS[2]), [second], None)) == [1]
 
 
+@pytest.mark.parametrize("merger", ["aware", "visionzip"])
+def test_weights_that_are_loaded_anew(merger, base, tmp_path):
+    """Features of the old tower are no longer answered with."""
+    folder = make_checkpoint(base, tmp_path, MERGERS[merger])
+    (tmp_path / "other").mkdir()
+    other = make_checkpoint(make_base(tmp_path / "other_base"), tmp_path / "other", MERGERS[merger])
+    reference, wanted = Reference(folder), Reference(other)
+    request = reference.request(chat(QUESTIONS[0]), pictures(1))
+    with serving(folder) as llm:
+        assert ask(llm, [request]) == [reference.answer(chat(QUESTIONS[0]), pictures(1))]
+        weights = {name: weight for file in other.glob("*.safetensors") for name, weight in load_file(file).items()}
+        llm.apply_model(lambda model: model.load_weights(weights.items()))
+        llm.reset_prefix_cache()
+        llm.llm_engine.reset_encoder_cache()
+        expected = wanted.answer(chat(QUESTIONS[0]), pictures(1))
+        assert ask(llm, [request]) == [expected] != [reference.answer(chat(QUESTIONS[0]), pictures(1))]
+
+
+def test_the_tower_is_given_a_few_images_at_once(base, tmp_path, monkeypatch):
+    """A step may hold hundreds where M is small, and memory was kept for a few."""
+    seen, compute = [], serving_model.LlavaMergeForConditionalGeneration._compute_tower
+    monkeypatch.setattr(serving_model, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(
+        serving_model.LlavaMergeForConditionalGeneration,
+        "_compute_tower",
+        lambda self, pixel_values: (seen.append(len(pixel_values)), compute(self, pixel_values))[1],
+    )
+    folder = make_checkpoint(base, tmp_path, MERGERS["visionzip"])
+    reference, images = Reference(folder), pictures(5)
+    with serving(folder) as llm:
+        seen.clear()  # of the profile
+        case = chat(QUESTIONS[0], images=5), images
+        assert ask(llm, [reference.request(*case)]) == [reference.answer(*case)]
+    assert seen == [2, 2, 1]
+
+
 @pytest.fixture(scope="class")
 def served(question_aware):
     """vLLM with the question-aware checkpoint, and the reference."""
@@ -531,11 +566,19 @@ class TestLoads:
 
     def test_pictures_and_questions(self, tmp_path):
         load = benchmark_serving.Load("repeated", requests=6)
-        benchmark_serving.write_pictures("repeated", tmp_path, benchmark_serving.num_pictures(load), [])
-        asked = benchmark_serving.make_requests(load, tmp_path)
-        assert len({question for question, _ in asked}) == 6 and len({path.read_bytes() for _, path in asked}) == 4
-        assert asked[:3] == benchmark_serving.make_requests(replace(load, requests=3), tmp_path)
-        assert Image.open(asked[0][1]).size == (632, 474)
+        folders = [benchmark_serving.write_pictures(load, tmp_path / name, []) for name in "ab"]
+        one, other = (benchmark_serving.make_requests(load, folder) for folder in folders)
+        assert len({question for question, _ in one}) == 6 and len({path.read_bytes() for _, path in one + other}) == 8
+        assert Image.open(one[0][1]).size == (632, 474)
+
+    def test_answers_are_compared_with_those_before(self):
+        def answers(*texts):
+            return [benchmark_serving.Answer(text, 0.1, 0.2, 9, 4) for text in texts]
+
+        cold = benchmark_serving.summarize(answers("a", "b", "c", None), 2.0, [])
+        warm = benchmark_serving.summarize(answers("a", "x", None, "d"), 1.0, answers("a", "b", "c", None))
+        assert (cold["compared"], cold["different"], cold["lost"], cold["tokens_per_second"]) == (0, 0, 1, 6.0)
+        assert (warm["compared"], warm["different"], warm["lost"], warm["requests_per_second"]) == (2, 1, 1, 3.0)
 
 
 class Clients:

@@ -1,9 +1,11 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """What a request to a server asks for: budget, questions, and where its tokens sit. Pure functions, without vLLM."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -111,7 +113,10 @@ class RequestRules:
         self.max_positions = config.text_config.max_position_embeddings
         self.max_model_len, self.config = max_model_len, config
         self.marks = turn_marks_of(config)
-        self.meaningful = {*self.marks.ids, self.image_token_id}
+        self.meaningful = {*self.marks.eos, *self.marks.bos, self.image_token_id}
+        self.sequences = defaultdict(list)  # by their first id
+        for sequence in self.marks.question_start + self.marks.question_end:
+            self.sequences[sequence[0]].append(sequence)
         self.runs_of_questions = lru_cache(maxsize=KEPT_PROMPTS)(self._find_runs_of_questions)
 
     @cached_property
@@ -177,12 +182,17 @@ class RequestRules:
             raise ValueError(
                 f"The prompt holds {found} image placeholders for {num_images} images. Write one for each."
             )
-        runs = []  # each id that means something to the rule, and what stands between them
-        for is_meaningful, group in groupby(ids, self.meaningful.__contains__):
-            run = [*group]
+        means = [id in self.meaningful for id in ids]
+        for index, id in enumerate(ids):
+            for sequence in self.sequences.get(id, ()):
+                if ids[index : index + len(sequence)] == sequence:
+                    means[index : index + len(sequence)] = [True] * len(sequence)
+        runs, skeleton = [], []  # each id that means something to the rule, and what stands between them
+        for is_meaningful, group in groupby(zip(means, ids, strict=True), itemgetter(0)):
+            run = [id for _, id in group]
             runs += [[id] for id in run] if is_meaningful else [run]
-        skeleton = tuple(run[0] if run[0] in self.meaningful else PLAIN for run in runs)
-        return [[id for run in chosen for id in runs[run]] for chosen in self.runs_of_questions(skeleton)]
+            skeleton += run if is_meaningful else [PLAIN]
+        return [[id for run in chosen for id in runs[run]] for chosen in self.runs_of_questions(tuple(skeleton))]
 
     def _find_runs_of_questions(self, skeleton: tuple[int, ...]) -> list[list[int]]:
         """Which runs of a prompt are the question of each image; most chats have the same skeleton."""

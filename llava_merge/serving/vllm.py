@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector as TransformersProjector
 from vllm.config import CUDAGraphMode
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -66,7 +67,8 @@ from llava_merge.text_tower import TextTower, read_for_question
 QUESTIONS = "question_input_ids"
 PICTURES = "picture_ids"
 KEPT_PICTURES = 64  # of which the tower's features are kept for other questions: 75 MB in LLaVA-1.5
-RECORDED_IMAGES = (8, 4, 2, 1)  # in CUDA graphs of the tower; with more, a GPU takes longer than the host that asks it
+RECORDED_IMAGES = (8, 4, 2, 1)  # of CUDA graphs of the tower; more images are encoded by several
+IMAGES_AT_ONCE = 16  # without graphs; steps may hold hundreds, which no profile of memory has seen
 NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 PLACE_DIGITS = 2  # columns behind the embeddings that say where a token sits, for bfloat16 holds no number over 256
 PLACE_BASE = 128
@@ -88,12 +90,12 @@ class TowerGraphs:
         }
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
-        """Features and extras of at most 8 images, which the next call overwrites."""
+        """Features and extras of at most 8 images."""
         number = len(pixel_values)
         recorded = self.recorded[min(size for size in self.recorded if size >= number)]
         recorded.inputs["pixel_values"][:number] = pixel_values
         features, extras = recorded()
-        return features[:number], extras.first(number)
+        return features[:number].clone(), extras.first(number)
 
 
 class KeptFeatures:
@@ -102,6 +104,10 @@ class KeptFeatures:
     def __init__(self):
         self.store: Tensor | None = None  # (KEPT_PICTURES, N, vision_dim)
         self.rows: dict[int, int] = {}  # where each picture is, the last used last
+
+    def forget(self):
+        """Keeps none, since the tower is another one."""
+        self.rows.clear()
 
     def __call__(self, pictures: list[int], make: Callable[[list[int]], Tensor]) -> Tensor:
         """Features of the pictures (I, N, vision_dim), of which those that are not kept are made, by their indices."""
@@ -274,9 +280,12 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         self.keeps_features = config.merger_config.question_aware and self.requires <= READ_FOR_QUESTION
         self.kept_features = KeptFeatures()
         in_parts = vllm_config.parallel_config.tensor_parallel_size > 1 and self.is_native
-        as_graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE and not vllm_config.lora_config
-        self.records_tower = as_graphs and not in_parts and not self.resizes_pictures
+        changes = in_parts or vllm_config.lora_config or vllm_config.quant_config or self.resizes_pictures
+        is_profiled = not self.multimodal_config.skip_mm_profiling  # else they would be recorded by the first request
+        as_graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        self.records_tower = as_graphs and is_profiled and not changes
         self.tower_graphs: TowerGraphs | None = None
+        self.has_run_tower = False
         self.text_tower = self.question_tokenizer = None
         if config.merger_config.text_tower is not None:
             self.text_tower = TextTower(config.merger_config.text_tower, config.merged_vision_dim, {})
@@ -339,12 +348,22 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
 
     def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
         """Features (I, N, vision_dim) and what the method requires of the tower, which the next call may overwrite."""
+        if not self.has_run_tower:
+            self._prepare_tower(pixel_values)
+        run, number = self.tower_graphs or self._compute_tower, len(pixel_values)
+        at_once = IMAGES_AT_ONCE if self.tower_graphs is None else RECORDED_IMAGES[0]
+        if number <= at_once:
+            return run(pixel_values)
+        parts = [run(part) for part in pixel_values.split(at_once)]
+        return torch.cat([features for features, _ in parts]), MergeExtras.joined([extras for _, extras in parts])
+
+    def _prepare_tower(self, pixel_values: Tensor):
+        """Lets the profile see the memory of all images that the tower is given at once; its own may be one of them."""
+        self.has_run_tower = True
         if self.records_tower and pixel_values.is_cuda:
-            if self.tower_graphs is None:  # by the profile, so that memory is kept for them
-                self.tower_graphs = TowerGraphs(self._compute_tower, pixel_values)
-            if len(pixel_values) <= RECORDED_IMAGES[0]:
-                return self.tower_graphs(pixel_values)
-        return self._compute_tower(pixel_values)
+            self.tower_graphs = TowerGraphs(self._compute_tower, pixel_values)
+        elif pixel_values.is_cuda:
+            self._compute_tower(pixel_values[:1].expand(IMAGES_AT_ONCE, -1, -1, -1))
 
     def _compute_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
         config, strategy = self.config, self.config.vision_feature_select_strategy
@@ -430,9 +449,12 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
 
         loaded = set(AutoWeightsLoader(self).load_weights(others()))
         for part, state in states.items():
-            missing = getattr(self, part).load_state_dict(state, strict=False).missing_keys
-            refuse_missing_weights(self.config._name_or_path, missing)
-            loaded |= {f"{part}.{name}" for name in state}
+            targets = getattr(self, part).state_dict(keep_vars=True)
+            refuse_missing_weights(self.config._name_or_path, targets.keys() - state.keys())
+            for name, target in targets.items():  # whose loader vLLM replaces where it loads weights anew
+                getattr(target, "weight_loader", default_weight_loader)(target, state[name])
+            loaded |= {f"{part}.{name}" for name in targets}
+        self.kept_features.forget()
         return loaded
 
     def get_mm_mapping(self) -> MultiModelKeys:
@@ -466,11 +488,16 @@ def check_told_places(vllm_config):
     """Refuses to run where positions that depend on the picture could not be put in.
 
     Raises:
-        ValueError: The model is split into stages, or whole steps with new images run as CUDA graphs.
+        ValueError: The model is split into stages, whole steps with new images run as CUDA graphs, or prompts may come
+            as embeddings, which say nothing of positions.
     """
     fix = "Use a merger whose tokens sit on slots, such as fixed_pooling, position_ids='packed', or "
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(f"Where this merger's tokens sit is known to the first pipeline stage only. {fix}one stage.")
+    if vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError(
+            f"--enable-prompt-embeds: such prompts do not say where their tokens sit. {fix}no such prompts."
+        )
     if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
         raise ValueError(f"cudagraph_mode=FULL leaves no room to say where tokens sit. {fix}FULL_AND_PIECEWISE.")
 
