@@ -201,8 +201,9 @@ def serving_tables(report: dict) -> str:
         f"{protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 megapixels but where more is said, "
         f"questions of 24 words, answers of 16 tokens, {rounds}; × is beside stock. The clients alone reach {alone} "
         f"where nothing is computed. Of {number} answers {lost} were lost. Asked again, {share_of_others(of_stock)} of "
-        f"stock's answers and {share_of_others(merged)} of the merged ones were others than before: with random weights "
-        f"two words are often nearly as likely, and kernels round by the size of a batch ([serving_7b.json](examples/results/serving_7b.json)).",
+        f"stock's answers and {share_of_others(merged)} of the merged ones were others than before: with random "
+        f"weights two words are often nearly as likely, and kernels round by the size of a batch "
+        f"([serving_7b.json](examples/results/serving_7b.json)).",
     )
     return "\n\n".join(parts)
 
