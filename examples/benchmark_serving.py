@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 
 import aiohttp
@@ -399,9 +399,9 @@ def measure(rows: list[Row], loads: list[Load], rounds: int, run, folder_of) -> 
     found = {row.name: {} for row in rows}
     for load in tqdm(loads, desc="loads"):
         times = {"cold": defaultdict(list), "warm": defaultdict(list)}
-        for number in range(rounds):
-            folders = {row.number: folder_of(load, number, row.number) for row in rows}
-            for row in rows[:: 1 if number % 2 else -1]:
+        for turn in range(rounds):
+            folders = {number: folder_of(load) for number in {row.number for row in rows}}
+            for row in rows[:: 1 if turn % 2 else -1]:
                 row.server.forget()
                 before = []
                 for caches in times:
@@ -446,10 +446,11 @@ def main(arguments: argparse.Namespace):
         raise ValueError(f"--photographs {arguments.photographs}: it holds no .jpg or .png.")
     processes, spawn = arguments.processes, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
+        numbers = count()
 
-        def folder_of(load: Load, *numbers: int) -> Path:
-            """New pictures."""
-            return write_pictures(load, Path(scratch, "-".join(map(str, ("pictures", load, *numbers)))), photographs)
+        def folder_of(load: Load) -> Path:
+            """New pictures, in a folder of their own."""
+            return write_pictures(load, Path(scratch, f"pictures-{next(numbers)}"), photographs)
 
         pool = running.enter_context(ProcessPoolExecutor(processes, spawn))
         for _ in range(processes):
@@ -458,7 +459,7 @@ def main(arguments: argparse.Namespace):
         rows = start_servers(arguments, Path(scratch), running)
         for row in rows:
             few = replace(arguments.load[0], clients=2, requests=4)  # to warm up
-            run(row.server.url, few, folder_of(few, rows.index(row)), row.options)
+            run(row.server.url, few, folder_of(few), row.options)
         most = max(arguments.load, key=lambda load: load.clients)
         reached = requests_without_a_server(run, most, folder_of(most))
         for results in measure(rows, arguments.load, arguments.rounds, run, folder_of):
