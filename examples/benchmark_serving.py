@@ -49,7 +49,7 @@ from aiohttp import web
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_chat_completions
 
 from llava_merge import LlavaMergeProcessor
@@ -136,16 +136,24 @@ class Server:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
     def __enter__(self) -> "Server":
+        self.wait_until_up()
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+
+    def wait_until_up(self):
+        """Waits until it answers.
+
+        Raises:
+            RuntimeError: It ends, or takes longer than ten minutes; with all that it printed.
+        """
         deadline = time.monotonic() + 600
         while not self.is_up():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise RuntimeError(f"The server did not start:\n{self.log.read_text()}")  # its cause may stand first
             time.sleep(1)
-        return self
-
-    def __exit__(self, *error):
-        self.stop()
 
     def is_up(self) -> bool:
         """Whether it answers."""
@@ -176,13 +184,18 @@ def free_url() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
+def stock_config(shape: str, processor: LlavaMergeProcessor) -> LlavaConfig:
+    """Of a stock LLaVA in a shape of `SHAPES`, whose tokens are those of the processor."""
+    config = config_of_shape(*SHAPES[shape], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], "bfloat16"
+    return config
+
+
 def make_base(name: str, folder: Path, device: str) -> Path:
     """A stock checkpoint: the bundled model, a folder, or random weights in a shape of `SHAPES`."""
     if name not in SHAPES:
         return MODEL_DIR if name == "demo" else Path(name)
-    processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
-    config = config_of_shape(*SHAPES[name], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], "bfloat16"
+    config = stock_config(name, LlavaMergeProcessor.from_pretrained(MODEL_DIR))
     torch.manual_seed(0)
     shutil.copytree(MODEL_DIR, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "*.md"))
     config.save_pretrained(folder)
@@ -230,9 +243,13 @@ def make_requests(load: Load, folder: Path) -> list[tuple[str, Path]]:
     """Pairs of question and picture."""
     rng = random.Random(load.words)
     return [
-        (" ".join(rng.choices(WORDS, k=load.words)) + "?", folder / f"{index % num_pictures(load)}.jpg")
-        for index in range(load.requests)
+        (make_question(rng, load.words), folder / f"{index % num_pictures(load)}.jpg") for index in range(load.requests)
     ]
+
+
+def make_question(rng: random.Random, num_words: int = 24) -> str:
+    """Words that the bundled model's tokenizer knows."""
+    return " ".join(rng.choices(WORDS, k=num_words)) + "?"
 
 
 def as_url(image: Image.Image) -> str:
@@ -421,29 +438,30 @@ def start_servers(arguments: argparse.Namespace, scratch: Path, running: context
     for merger in arguments.merger:
         folders[merger] = scratch / f"merged-{len(folders)}"
         convert(str(base), folders[merger], find_merger(merger), budgets[0])
+    always, servers = ["--dtype", arguments.dtype, "--max-model-len", "1024", *shlex.split(arguments.vllm_options)], []
     for setting, variables, more in arguments.server:
+        prefix = f"{setting}, " if setting else ""
         for merger, folder in folders.items():
-            options = ["--dtype", arguments.dtype, "--max-model-len", "1024"]
-            options += [*shlex.split(arguments.vllm_options), *more]
-            options += shlex.split(arguments.stock_options) if merger == "stock" else []
-            options += ["--trust-request-mm-kwargs"] if merger != "stock" and len(budgets) > 1 else []
-            server = Server(folder, scratch / f"log-{len(rows)}", *options, variables=variables)
+            own = shlex.split(arguments.stock_options) if merger == "stock" else ["--trust-request-mm-kwargs"]
+            server = Server(folder, scratch / f"log-{len(servers)}", *always, *more, *own, variables=variables)
             running.callback(server.stop)
-            beside = name = f"{setting}, stock" if setting else "stock"
-            for index, budget in enumerate(budgets if merger != "stock" else [None]):
-                if merger != "stock":
-                    name = f"{setting}, {merger}@{budget}" if setting else f"{merger}@{budget}"
+            servers.append(server)
+            if merger == "stock":
+                rows.append(Row(f"{prefix}stock", server, {}, f"{prefix}stock", 0))
+                continue
+            for index, budget in enumerate(budgets):
                 asked = {"mm_processor_kwargs": {BUDGET: budget}} if index else {}
-                rows.append(Row(name, server, asked, beside, index))
-    for server in tqdm({id(row.server): row.server for row in rows}.values(), desc="servers"):
-        server.__enter__()
+                rows.append(Row(f"{prefix}{merger}@{budget}", server, asked, f"{prefix}stock", index))
+    for server in tqdm(servers, desc="servers"):
+        server.wait_until_up()
     return rows
 
 
 def main(arguments: argparse.Namespace):
-    photographs = sorted(arguments.photographs.glob("*.[jp][pn]g")) if arguments.photographs else []
+    files = sorted(arguments.photographs.iterdir()) if arguments.photographs else []
+    photographs = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if arguments.photographs and not photographs:
-        raise ValueError(f"--photographs {arguments.photographs}: it holds no .jpg or .png.")
+        raise ValueError(f"--photographs {arguments.photographs}: it holds no .jpg, .jpeg or .png.")
     processes, spawn = arguments.processes, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as running:
         numbers = count()
@@ -457,8 +475,8 @@ def main(arguments: argparse.Namespace):
             pool.submit(time.sleep, 1)  # they import what they need while the servers start
         run = partial(run_load, pool, processes, limit=arguments.limit)
         rows = start_servers(arguments, Path(scratch), running)
+        few = replace(arguments.load[0], clients=2, requests=4)  # to warm up
         for row in rows:
-            few = replace(arguments.load[0], clients=2, requests=4)  # to warm up
             run(row.server.url, few, folder_of(few), row.options)
         most = max(arguments.load, key=lambda load: load.clients)
         reached = requests_without_a_server(run, most, folder_of(most))
@@ -468,29 +486,19 @@ def main(arguments: argparse.Namespace):
 
 def report(arguments: argparse.Namespace, results: dict, without_a_server: dict):
     """Writes what is known so far."""
-    protocol = {**describe_machine(torch.device(arguments.device)), "cores": os.cpu_count(), "vllm": vllm.__version__}
-    told = (
-        "model",
-        "num_merged_tokens",
-        "rounds",
-        "dtype",
-        "device",
-        "processes",
-        "vllm_options",
-        "stock_options",
-        "server",
-    )
-    protocol |= {name: getattr(arguments, name) for name in told}
-    protocol["pictures"] = "photographs" if arguments.photographs else "noise"
+    left_out = ("load", "merger", "photographs", "output", "limit")  # results and command say them
+    protocol = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    protocol |= {"cores": os.cpu_count(), "pictures": "photographs" if arguments.photographs else "noise"}
     protocol["megapixels"] = {"new and repeated": SMALL, "large": LARGE}
-    command = shlex.join(["python", "examples/benchmark_serving.py", *sys.argv[1:]])
-    written = {
-        "command": command,
-        "protocol": protocol,
-        "clients_alone": without_a_server,  # the same load on a server that computes nothing
-        "results": results,
-    }
-    write_whole(arguments.output, json.dumps(written, indent=1) + "\n")
+    figures = {"clients_alone": without_a_server, "results": results}  # alone: on a server that computes nothing
+    write_report(arguments.output, arguments.device, protocol, **figures)
+
+
+def write_report(output: Path, device: str, protocol: dict, **figures: dict):
+    """Writes figures with the command that made them, and on what."""
+    command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    protocol = {**describe_machine(torch.device(device)), "vllm": vllm.__version__, **protocol}
+    write_whole(output, json.dumps({"command": command, "protocol": protocol, **figures}, indent=1) + "\n")
 
 
 def parse_server(text: str) -> tuple[str, dict[str, str], list[str]]:

@@ -10,12 +10,9 @@ and is the same for all. Runs on a CPU.
 """
 
 import argparse
-import json
 import os
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,8 +21,7 @@ from pathlib import Path
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
-import vllm
-from benchmark_serving import WORDS, noise
+from benchmark_serving import make_question, noise, write_report
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig
@@ -35,8 +31,6 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
 from llava_merge.demo import MODEL_DIR, find_merger
-from llava_merge.evaluation.protocol import describe_machine
-from llava_merge.files import write_whole
 from llava_merge.serving.convert import convert
 
 
@@ -51,7 +45,7 @@ SIZES = ((336, 336), (640, 480), (1600, 1200))
 
 def request(processor, tokenizer, size: tuple[int, int], rng: random.Random, options: dict) -> ProcessorInputs:
     """A question about a new image, as vLLM gives it to the processor."""
-    ids = tokenizer(f"USER: <image>\n{' '.join(rng.choices(WORDS, k=24))}? ASSISTANT:")["input_ids"]
+    ids = tokenizer(f"USER: <image>\n{make_question(rng)} ASSISTANT:")["input_ids"]
     items = processor.info.parse_mm_data({"image": [noise(size, rng)]})
     return ProcessorInputs(ids, items, hf_processor_mm_kwargs=options)
 
@@ -72,7 +66,7 @@ def measure(processors: dict, size: tuple[int, int], rounds: int) -> dict[str, l
 
 def main(arguments: argparse.Namespace):
     load_general_plugins()
-    torch.set_num_threads(1)  # as servers have it, which answer several requests at the same time
+    torch.set_num_threads(1)  # for figures that do not depend on the number of cores
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"stock": MODEL_DIR}
         for name, merger in MERGERS.items():
@@ -92,10 +86,7 @@ def main(arguments: argparse.Namespace):
                 name: {"milliseconds": round(median, 3), "ratio": round(median / medians["stock"], 3)}
                 for name, median in medians.items()
             }
-    protocol = {**describe_machine(torch.device("cpu")), "vllm": vllm.__version__, "rounds": arguments.rounds}
-    command = shlex.join(["python", "examples/benchmark_serving_host.py", *sys.argv[1:]])
-    report = {"command": command, "protocol": protocol, "results": results}
-    write_whole(arguments.output, json.dumps(report, indent=1) + "\n")
+    write_report(arguments.output, "cpu", {"rounds": arguments.rounds}, results=results)
 
 
 if __name__ == "__main__":

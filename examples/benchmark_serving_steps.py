@@ -10,12 +10,9 @@ between the text, and the positions of a prompt. "host" is until the call return
 """
 
 import argparse
-import json
 import os
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -27,19 +24,18 @@ os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
 
 import torch
 import vllm
-from benchmark_serving import WORDS, noise
+from benchmark_serving import stock_config, write_report
+from benchmark_serving_host import request
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from vllm.multimodal.processing.context import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from llava_merge import LlavaMergeConfig, LlavaMergeProcessor
-from llava_merge.benchmark.models import SHAPES, config_of_shape
+from llava_merge.benchmark.models import SHAPES
 from llava_merge.demo import MODEL_DIR
 from llava_merge.evaluation.candidates import parse_candidate
-from llava_merge.evaluation.protocol import describe_machine
-from llava_merge.files import write_whole
+from llava_merge.serving.requests import positions_of
 
 
 NUM_TOKENS = 64
@@ -51,10 +47,8 @@ MERGERS = ("stock", "average_pooling", "tome", "divprune", "fixed_pooling", "fix
 def make_folder(folder: Path, shape: str, merger: str) -> Path:
     """Configuration and processor of a model, without weights."""
     processor = LlavaMergeProcessor.from_pretrained(MODEL_DIR)
-    config = config_of_shape(*SHAPES[shape], processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    if merger == "stock":
-        config.architectures = ["LlavaForConditionalGeneration"]
-    else:
+    config = stock_config(shape, processor)
+    if merger != "stock":
         name, fields = parse_candidate(merger)
         merger_config = {"merger_type": name, "num_merged_tokens": NUM_TOKENS, "attention_mass": 0.0, **fields}
         stock = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
@@ -70,8 +64,7 @@ def make_items(processor, tokenizer, number: int) -> tuple[list, list[list[int]]
     """Of `number` requests with a new image each: what the engine gets, ids, and where the images are."""
     rng, items, ids, places = random.Random(number), [], [], []
     for _ in range(number):
-        prompt = tokenizer(f"USER: <image>\n{' '.join(rng.choices(WORDS, k=24))}? ASSISTANT:")["input_ids"]
-        asked = ProcessorInputs(prompt, processor.info.parse_mm_data({"image": [noise((336, 336), rng)]}))
+        asked = request(processor, tokenizer, (336, 336), rng, {})
         made = processor.apply(asked, TimingContext(enabled=False))
         items += [("image", item) for item in made["mm_kwargs"]["image"]]
         ids.append(made["prompt_token_ids"])
@@ -122,7 +115,7 @@ def measure(model, processor, tokenizer, rounds: int) -> dict[str, dict[str, dic
 
         def forget():
             if hasattr(model, "kept_features"):
-                model.kept_features.rows.clear()
+                model.kept_features.forget()
 
         made, tokens = embed(), torch.tensor([id for prompt in ids for id in prompt], device=device)
         mask, start = torch.zeros(len(tokens), dtype=torch.bool), 0
@@ -143,6 +136,7 @@ def measure(model, processor, tokenizer, rounds: int) -> dict[str, dict[str, dic
                     model.get_mrope_input_positions(*each) for each in zip(ids, features, strict=True)
                 ],
                 rounds,
+                positions_of.cache_clear,
             )
         found[f"{number} images"] = results
     return found
@@ -169,12 +163,10 @@ def main(arguments: argparse.Namespace):
             llm.llm_engine.engine_core.shutdown()
             del llm
             vllm.distributed.cleanup_dist_env_and_memory()
-        protocol = {**describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")), **vars(arguments)}
-        protocol |= {"vllm": vllm.__version__, "num_merged_tokens": NUM_TOKENS}
-        protocol.pop("output")
-        command = shlex.join(["python", "examples/benchmark_serving_steps.py", *sys.argv[1:]])
-        written = {"command": command, "protocol": protocol, "milliseconds": results}
-        write_whole(arguments.output, json.dumps(written, indent=1) + "\n")
+        protocol = {name: getattr(arguments, name) for name in ("shape", "dtype", "rounds")}
+        protocol["num_merged_tokens"] = NUM_TOKENS
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        write_report(arguments.output, device, protocol, milliseconds=results)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ LORA_MERGERS = {  # in names of files, and the merger of the same kind without L
 }
 LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
 
-LOAD = r"(\w+), (\d+) clients, \d+ requests, (\d+) tokens, \d+ words, (\w+)"  # of benchmark_serving.py
+LOAD = r"(\w+), (\d+) clients, (\d+) requests, (\d+) tokens, \d+ words, (\w+)"  # of benchmark_serving.py
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -155,12 +155,13 @@ class LoadName(NamedTuple):
     clients: str
     caches: str
     tokens: str
+    requests: str
 
 
 def load_of(name: str) -> LoadName:
     """Of "new, 8 clients, 48 requests, 16 tokens, 24 words, cold"."""
-    kind, clients, tokens, caches = re.fullmatch(LOAD, name).groups()
-    return LoadName(kind, clients, caches, tokens)
+    kind, clients, requests, tokens, caches = re.fullmatch(LOAD, name).groups()
+    return LoadName(kind, clients, caches, tokens, requests)
 
 
 def serving_tables(report: dict) -> str:
@@ -187,7 +188,7 @@ def serving_tables(report: dict) -> str:
     beside = [[shown_server(name), *(per_second(found[key]) for key, _ in others)] for name, found in results.items()]
     of_stock, merged = [results["stock"]], [found for name, found in results.items() if name != "stock"]
     lost = sum(one["lost"] for found in results.values() for one in found.values())
-    number = sum(int(key.split()[3]) * protocol["rounds"] * len(results) for key in loads)
+    number = sum(int(load.requests) for load in loads.values()) * protocol["rounds"] * len(results)
     versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
     rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
     alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"

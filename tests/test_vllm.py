@@ -378,7 +378,7 @@ class TestRefusals:
                 pass
 
 
-def batch_of(llm, asked: list[tuple[Image.Image, str, int]], device: str = "cuda") -> dict[str, torch.Tensor]:
+def batch_of(llm, asked: list[tuple[Image.Image, str, int]]) -> dict[str, torch.Tensor]:
     """What the engine gives the model of pictures with their questions and budgets."""
     processor, items = llm.llm_engine.renderer.mm_processor, []
     for image, question, budget in asked:
@@ -388,7 +388,7 @@ def batch_of(llm, asked: list[tuple[Image.Image, str, int]], device: str = "cuda
         items += [
             ("image", item) for item in processor.apply(inputs, TimingContext(enabled=False))["mm_kwargs"]["image"]
         ]
-    ((_, _, batch),) = group_and_batch_mm_kwargs(items, device=torch.device(device), pin_memory=True)
+    ((_, _, batch),) = group_and_batch_mm_kwargs(items, device=torch.device("cuda"), pin_memory=True)
     return batch
 
 
@@ -409,7 +409,7 @@ def test_the_host_does_not_wait_for_the_gpu_and_recorded_towers_compute_the_same
                 with_graphs = model._run_tower(batch["pixel_values"])[0].clone()
                 torch.testing.assert_close(model._compute_tower(batch["pixel_values"])[0], with_graphs)
                 expected = [image.clone() for image in model.embed_multimodal(**batch)]
-                model.kept_features.rows.clear()
+                model.kept_features.forget()
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
                 try:

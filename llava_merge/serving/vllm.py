@@ -280,10 +280,10 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         self.keeps_features = config.merger_config.question_aware and self.requires <= READ_FOR_QUESTION
         self.kept_features = KeptFeatures()
         in_parts = vllm_config.parallel_config.tensor_parallel_size > 1 and self.is_native
-        changes = in_parts or vllm_config.lora_config or vllm_config.quant_config or self.resizes_pictures
+        cannot_be_replayed = in_parts or self.resizes_pictures or vllm_config.lora_config or vllm_config.quant_config
         is_profiled = not self.multimodal_config.skip_mm_profiling  # else they would be recorded by the first request
         as_graphs = vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
-        self.records_tower = as_graphs and is_profiled and not changes
+        self.records_tower = as_graphs and is_profiled and not cannot_be_replayed
         self.tower_graphs: TowerGraphs | None = None
         self.has_run_tower = False
         self.text_tower = self.question_tokenizer = None
@@ -347,12 +347,12 @@ class LlavaMergeForConditionalGeneration(VllmLlava, SupportsMRoPE):
         ]
 
     def _run_tower(self, pixel_values: Tensor) -> tuple[Tensor, MergeExtras]:
-        """Features (I, N, vision_dim) and what the method requires of the tower, which the next call may overwrite."""
+        """Features (I, N, vision_dim) and what the method requires of the tower."""
         if not self.has_run_tower:
             self._prepare_tower(pixel_values)
-        run, number = self.tower_graphs or self._compute_tower, len(pixel_values)
+        run = self.tower_graphs or self._compute_tower
         at_once = IMAGES_AT_ONCE if self.tower_graphs is None else RECORDED_IMAGES[0]
-        if number <= at_once:
+        if len(pixel_values) <= at_once:
             return run(pixel_values)
         parts = [run(part) for part in pixel_values.split(at_once)]
         return torch.cat([features for features, _ in parts]), MergeExtras.joined([extras for _, extras in parts])
