@@ -164,8 +164,11 @@ def load_of(name: str) -> LoadName:
     return LoadName(kind, clients, caches, tokens, requests)
 
 
-def serving_tables(report: dict) -> str:
-    """Requests a second of merged servers beside the stock one's, seconds to the first token, and other loads."""
+def serving_tables(report: dict, invariant: dict) -> str:
+    """Requests a second of merged servers beside the stock one's, seconds to the first token, and other loads.
+
+    `invariant` is the report of servers whose kernels round alike in every batch.
+    """
     protocol, results = report["protocol"], report["results"]
     loads = {key: load_of(key) for key in results["stock"]}
     short = [load for load in loads.values() if load.kind != "large" and load.tokens == "16"]
@@ -186,7 +189,7 @@ def serving_tables(report: dict) -> str:
         for _, load in others
     ]
     beside = [[shown_server(name), *(per_second(found[key]) for key, _ in others)] for name, found in results.items()]
-    of_stock, merged = [results["stock"]], [found for name, found in results.items() if name != "stock"]
+    of_stock, merged = share_of_others(results, stock=True), share_of_others(results, stock=False)
     lost = sum(one["lost"] for found in results.values() for one in found.values())
     number = sum(int(load.requests) for load in loads.values()) * protocol["rounds"] * len(results)
     versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
@@ -201,18 +204,58 @@ def serving_tables(report: dict) -> str:
         f"{protocol['hardware']}, {protocol['cores']} cores, {versions}, random weights in the shape of "
         f"{protocol['model']}; JPEGs of {protocol['pictures']}, enlarged to 0.3 megapixels but where more is said, "
         f"questions of 24 words, answers of 16 tokens, {rounds}; × is beside stock. The clients alone reach {alone} "
-        f"where nothing is computed. Of {number} answers {lost} were lost. Asked again, {share_of_others(of_stock)} of "
-        f"stock's answers and {share_of_others(merged)} of the merged ones were others than before: with random "
-        f"weights two words are often nearly as likely, and kernels round by the size of a batch "
-        f"([serving_7b.json](examples/results/serving_7b.json)).",
+        f"where nothing is computed. Of {number} answers {lost} were lost. Asked again, {of_stock} of stock's answers "
+        f"and {merged} of the merged ones were others than before: with random weights two words are often nearly as "
+        f"likely, and kernels round by the size of a batch. With kernels that do not (`VLLM_BATCH_INVARIANT=1`), "
+        f"{share_of_others(invariant['results'], stock=True)} of stock's and "
+        f"{share_of_others(invariant['results'], stock=False)} of the merged ones were others "
+        f"([serving_7b.json](examples/results/serving_7b.json), "
+        f"[serving_invariant.json](examples/results/serving_invariant.json)).",
     )
     return "\n\n".join(parts)
 
 
-def share_of_others(rows: list[dict]) -> str:
-    """Share of the answers that were others when servers were asked again."""
+def share_of_others(results: dict, stock: bool) -> str:
+    """Of the answers of stock or merged servers that were asked again: how many were others."""
+    rows = [found for name, found in results.items() if name.endswith("stock") == stock]
     again = [load for found in rows for key, load in found.items() if key.endswith(", warm")]
-    return f"{sum(one['different'] for one in again) / sum(one['compared'] for one in again):.1%}"
+    different, compared = (sum(one[field] for one in again) for field in ("different", "compared"))
+    return f"{different} of {compared} ({different / compared:.1%})"
+
+
+def settings_table(report: dict) -> str:
+    """Requests a second of servers with other numbers of processes and threads; new images, 128 clients."""
+    results, columns = report["results"], ("stock", "fixed_pooling@64", "fixed_pooling@16")
+    rows = []
+    for setting, _, _ in report["protocol"]["server"]:
+        cells = [[*results[f"{setting}, {column}"].values()] for column in columns]  # cold and warm
+        rows.append([setting, *(per_second(cell[caches]) for caches in (0, 1) for cell in cells)])
+    head = [f"{shown_server(column)}, {caches}" for caches in ("cold", "warm") for column in columns]
+    return (
+        f"{table(['API servers', *head], rows)}\n\nAs above, but 1 round, 12 GB of KV cache each, and "
+        f"{report['protocol']['cores']} cores on which other tests ran, too "
+        f"([serving_settings.json](examples/results/serving_settings.json))."
+    )
+
+
+def steps_table(report: dict) -> str:
+    """Milliseconds of an engine's step, on host and device."""
+    found, protocol = report["milliseconds"], report["protocol"]
+    waits = sum(part["waits"] for row in found.values() for cell in row.values() for part in cell.values())
+    rows = []
+    for name, row in found.items():
+        images = [f"{row[size]['images']['host']:.1f}, {row[size]['images']['device']:.1f}" for size in row]
+        between = [f"{row[size]['between the text']['device']:.1f}" for size in row]
+        positions = [f"{row[size]['positions']['host']:.1f}" if "positions" in row[size] else "" for size in row]
+        rows.append([shown_server(f"{name}@64" if name != "stock" else name), *images, *between, *positions])
+    sizes = ["1 image", "32 images"]
+    parts = ("tower to projector: host, device", "between the text", "positions: host")
+    return (
+        f"{table(['ms', *(f'{part}, {size}' for part in parts for size in sizes)], rows)}\n\n"
+        f"{protocol['hardware']}, vLLM {protocol['vllm']}, {protocol['dtype']}, the shape of {protocol['shape']}, "
+        f'medians of {protocol["rounds"]}; "host" is until the call returns, "device" until the device is done. '
+        f"The host waited {waits} times for the device ([serving_steps.json](examples/results/serving_steps.json))."
+    )
 
 
 def shown_server(name: str) -> str:
@@ -576,7 +619,9 @@ def updated(text: str) -> str:
         "loading": loading_sentence(read_result("loading"), read_result("loading_gpu")),
         "served": served_table(read_result("evaluation_served"), read_result("evaluation_served_hard")),
         "host": host_table(read_result("serving_host")),
-        "serving": serving_tables(read_result("serving_7b")),
+        "serving": serving_tables(read_result("serving_7b"), read_result("serving_invariant")),
+        "settings": settings_table(read_result("serving_settings")),
+        "steps": steps_table(read_result("serving_steps")),
     }
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
