@@ -15,7 +15,7 @@ import llava_merge
 
 
 # commands; what needs lmms-eval or vLLM
-NOT_SHOWN = ("llava_merge.__main__", "llava_merge.cli", "llava_merge.plugins.lmms_eval", "llava_merge.serving.vllm")
+NOT_SHOWN = ("llava_merge.__main__", "llava_merge.cli", "llava_merge.evaluation.lmms_eval", "llava_merge.serving.vllm")
 
 
 def module_names() -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_merge import MergerInfo, list_mergers
-from llava_merge.configuration_llava_merge import QUESTION_METHODS
 from llava_merge.evaluation.protocol import check_same_protocol
-from llava_merge.files import write_whole
+from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
+from llava_merge.model.files import write_whole
 
 
 README = Path(__file__).parents[1] / "README.md"

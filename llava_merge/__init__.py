@@ -3,10 +3,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
-from .compat import AutoModelForVision2Seq, register_multimodal_model
-from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .merge_extras import MergeExtras
-from .merging_base import (
+from .model.compat import AutoModelForVision2Seq, register_multimodal_model
+from .model.configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .model.merge_extras import MergeExtras
+from .model.merging_base import (
     MERGING_METHODS,
     MergeContext,
     MergeOutput,
@@ -15,10 +15,10 @@ from .merging_base import (
     list_mergers,
     register_merging_method,
 )
-from .modeling_llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
-from .modeling_token_merger import LearnableTokenMergerV3, TokenMerger
-from .processing_llava_merge import LlavaMergeProcessor
-from .question_turns import Question
+from .model.modeling_llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
+from .model.modeling_token_merger import LearnableTokenMergerV3, TokenMerger
+from .model.processing_llava_merge import LlavaMergeProcessor
+from .model.question_turns import Question
 from .version import __version__
 
 

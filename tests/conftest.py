@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
-from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.model.compat import TRANSFORMERS_VERSION
 
 
 logging.enable_propagation()  # to caplog
@@ -235,7 +235,7 @@ def picture() -> Image.Image:
 def said_of_positions(monkeypatch) -> list[str]:
     """Warnings of positions that a language model was not made for, each time they are given."""
     said = []
-    monkeypatch.setattr("llava_merge.position_range.logger", SimpleNamespace(warning_once=said.append))
+    monkeypatch.setattr("llava_merge.model.position_range.logger", SimpleNamespace(warning_once=said.append))
     return said
 
 

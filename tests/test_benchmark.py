@@ -24,7 +24,7 @@ from llava_merge.benchmark.timing import (
     with_encoded_images,
 )
 from llava_merge.cli import app
-from llava_merge.inference_graphs import InferenceGraphs
+from llava_merge.model.inference_graphs import InferenceGraphs
 
 
 pytestmark = pytest.mark.newest

@@ -14,10 +14,10 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeProcessor, MergerConfig
-from llava_merge.compat import TRANSFORMERS_V5
-from llava_merge.placeholders import budget_of_each_image
-from llava_merge.processing_llava_merge import check_proportions
-from llava_merge.token_placing import find_cache
+from llava_merge.model.compat import TRANSFORMERS_V5
+from llava_merge.model.placeholders import budget_of_each_image
+from llava_merge.model.processing_llava_merge import check_proportions
+from llava_merge.model.token_placing import find_cache
 
 
 pytestmark = pytest.mark.core

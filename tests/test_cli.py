@@ -31,8 +31,8 @@ from llava_merge.evaluation.cards import add_evaluation
 from llava_merge.evaluation.fingerprints import check_is_of_report, describe_merger, hash_of_text_model
 from llava_merge.evaluation.report import read_evaluation
 from llava_merge.evaluation.run import settings_of_options
-from llava_merge.hub import MERGER, make_card
-from llava_merge.pushing import SavedFolder
+from llava_merge.model.hub import MERGER, make_card
+from llava_merge.serving.pushing import SavedFolder
 
 
 pytestmark = pytest.mark.newest

@@ -28,7 +28,7 @@ from llava_merge.demo.scenes import (
     scene_rng,
 )
 from llava_merge.evaluation.data import demo_questions
-from llava_merge.pictures import open_image
+from llava_merge.training.pictures import open_image
 from llava_merge.visualization import CAPTION_HEIGHT, thumbnail
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import Trainer, TrainingArguments, pipeline
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
-from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.model.compat import TRANSFORMERS_VERSION
 
 
 NEWEST = Version("5.24")

@@ -10,9 +10,9 @@ from conftest import IMAGE_ID, agnostic, aware, make_processor, pixels, prompts,
 from torch.utils import _pytree as pytree
 
 from llava_merge import LlavaMergeProcessor
-from llava_merge.compat import CACHE_ARGUMENT
-from llava_merge.merge_extras import TowerFeatures
-from llava_merge.token_placing import EncodedImages
+from llava_merge.model.compat import CACHE_ARGUMENT
+from llava_merge.model.merge_extras import TowerFeatures
+from llava_merge.model.token_placing import EncodedImages
 
 
 pytestmark = pytest.mark.core

@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeProcessor, TokenMerger
 from llava_merge.cli import app
-from llava_merge.configuration_llava_merge import QUESTION_MARKS
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import HARD_QUESTION_TYPES, draw_scene, scene_of
 from llava_merge.evaluation import run as run_module
@@ -46,6 +45,7 @@ from llava_merge.evaluation.report import (
     make_warnings,
 )
 from llava_merge.evaluation.run import default_budgets, evaluate
+from llava_merge.model.configuration_llava_merge import QUESTION_MARKS
 
 
 pytestmark = pytest.mark.newest

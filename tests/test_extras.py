@@ -20,7 +20,7 @@ from llava_merge import (
     Question,
     register_merging_method,
 )
-from llava_merge.merge_extras import find_layer, mean_attention, projected_relevance, projected_word_relevance
+from llava_merge.model.merge_extras import find_layer, mean_attention, projected_relevance, projected_word_relevance
 
 
 pytestmark = pytest.mark.core

@@ -7,7 +7,7 @@ from conftest import agnostic, aware, pixels, prompts, tiny_config, tiny_model, 
 from test_mergers import inputs, make
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger
-from llava_merge.configuration_llava_merge import default_feature_layers
+from llava_merge.model.configuration_llava_merge import default_feature_layers
 
 
 pytestmark = pytest.mark.core

@@ -28,8 +28,8 @@ from test_positions import slow_positions_and_bias
 from test_question import masks_token_by_token
 
 from llava_merge import MERGING_METHODS, LlavaMergeConfig, MergeOutput, MergerConfig, Question, TokenMerger
-from llava_merge.merging_base import READ_FOR_QUESTION
-from llava_merge.question_turns import TurnMarks
+from llava_merge.model.merging_base import READ_FOR_QUESTION
+from llava_merge.model.question_turns import TurnMarks
 
 
 CHUNKS = 20

@@ -6,8 +6,8 @@ import torch
 from conftest import IMAGE_ID, agnostic, aware, image_features, pixels, prompts, tiny_model
 from packaging.version import Version
 
-from llava_merge.compat import CACHE_ARGUMENT, TRANSFORMERS_V5, TRANSFORMERS_VERSION
-from llava_merge.placeholders import repeat_rows_together
+from llava_merge.model.compat import CACHE_ARGUMENT, TRANSFORMERS_V5, TRANSFORMERS_VERSION
+from llava_merge.model.placeholders import repeat_rows_together
 
 
 pytestmark = pytest.mark.core

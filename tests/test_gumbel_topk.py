@@ -6,7 +6,7 @@ import torch
 from conftest import aware, pixels, prompts, tiny_model
 
 from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, Question, TokenMerger
-from llava_merge.merging_gumbel_topk import best_tokens, drowned, sampled_tokens, soft_topk
+from llava_merge.model.merging_gumbel_topk import best_tokens, drowned, sampled_tokens, soft_topk
 
 
 N, DIM = 24, 16

@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, MergerConfig
 from llava_merge.cli import app
-from llava_merge.compat import TRANSFORMERS_V5
-from llava_merge.configuration_llava_merge import AUTO_MAP
 from llava_merge.demo import MERGERS, MODEL_DIR, PICTURE, find_merger
+from llava_merge.model.compat import TRANSFORMERS_V5
+from llava_merge.model.configuration_llava_merge import AUTO_MAP
 
 
 pytestmark = [pytest.mark.core, pytest.mark.skipif(sys.platform == "win32", reason="memory is limited as on POSIX")]
@@ -476,7 +476,7 @@ def test_no_command_replaces_a_text_tower(base, clip_folder, command, named, tmp
 
 @pytest.mark.newest
 def test_the_demo_does_not_replace_what_it_shows_by_default(monkeypatch):
-    monkeypatch.setattr("llava_merge.pictures.save_picture", lambda *arguments: None)
+    monkeypatch.setattr("llava_merge.training.pictures.save_picture", lambda *arguments: None)
     for output in (PICTURE, MODEL_DIR / "demo.png", Path(find_merger(MERGERS[0])) / "demo.png"):
         done = CliRunner().invoke(app, ["demo", "--output", str(output)])
         assert done.exit_code == 2 and "is, holds or lies in" in done.stderr, done.output

@@ -20,7 +20,7 @@ from llava_merge import LlavaMergeProcessor
 
 pytestmark = pytest.mark.core
 
-PACKAGE = Path(llava_merge.__file__).parent
+PACKAGE = Path(llava_merge.__file__).parent / "model"  # what travels
 SAVED_BY_0_1_0 = Path(__file__).parent / "data" / "saved_on_4.57"
 ENTRY_FILES = (
     "configuration_llava_merge",
@@ -118,7 +118,7 @@ def server():
 
 
 AUTO_CLASSES = ["AutoModelForImageTextToText"]
-AUTO_CLASSES += [] if llava_merge.compat.TRANSFORMERS_V5 else ["AutoModelForVision2Seq"]
+AUTO_CLASSES += [] if llava_merge.model.compat.TRANSFORMERS_V5 else ["AutoModelForVision2Seq"]
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
@@ -305,7 +305,7 @@ def test_a_save_that_pushes_brings_the_file_of_its_method_to_its_branch(saved, s
     monkeypatch.chdir(tmp_path)
     code = PUSH_OF_ONE_OF_OWN.format(folder=str(tmp_path / "code"), saved=str(saved[0]))
     environment = server.environment(tmp_path / "home")
-    environment["PYTHONPATH"] = str(PACKAGE.parent)
+    environment["PYTHONPATH"] = str(PACKAGE.parents[1])
     run_python(code, environment)
     pushed = server.branch("org/own", "next")
     assert pushed["first_tokens.py"].decode() == OWN_METHOD
@@ -334,7 +334,7 @@ batch = {{name: load_file({str(saved[1])!r})[name] for name in ("pixel_values",)
 features = model.model.encode_images(**batch).pooler_output
 save_file({{str(number): each.detach() for number, each in enumerate(features)}}, {str(tmp_path / "features")!r})
 """
-    run_python(save, {"PYTHONPATH": str(PACKAGE.parent)})
+    run_python(save, {"PYTHONPATH": str(PACKAGE.parents[1])})
     load = f"""
 import torch
 from safetensors.torch import load_file
@@ -351,7 +351,7 @@ model.save_pretrained({str(tmp_path / "again")!r})
 again = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 assert again.config.merger_config.merger_type == "first_tokens"
 """
-    run_python(block + load, {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PACKAGE.parent)})
+    run_python(block + load, {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PACKAGE.parents[1])})
 
 
 def test_push_leaves_what_it_does_not_replace(saved, server, tmp_path):
@@ -367,7 +367,7 @@ def test_push_leaves_what_it_does_not_replace(saved, server, tmp_path):
     server.put("org/full", theirs)
     push = f"""
 from pathlib import Path
-from llava_merge.pushing import push_directory
+from llava_merge.serving.pushing import push_directory
 push_directory(Path({str(saved[0])!r}), "org/full", revision="next")
 """
     run_python(push, server.environment(tmp_path / "pusher"))
@@ -379,7 +379,7 @@ push_directory(Path({str(saved[0])!r}), "org/full", revision="next")
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md"])
 def test_a_link_out_of_the_folder_is_not_published(name, saved, tmp_path):
-    from llava_merge.pushing import SavedFolder, push_directory
+    from llava_merge.serving.pushing import SavedFolder, push_directory
 
     shutil.copytree(saved[0], tmp_path / "cloned")
     (tmp_path / "id_rsa").write_text("secret")
@@ -392,7 +392,7 @@ def test_a_link_out_of_the_folder_is_not_published(name, saved, tmp_path):
 
 
 def test_links_of_a_snapshot_lead_into_the_blobs_of_its_repo(saved, tmp_path):
-    from llava_merge.pushing import SavedFolder
+    from llava_merge.serving.pushing import SavedFolder
 
     snapshot = as_snapshot(saved[0], tmp_path / "models--org--x")
     assert "config.json" in SavedFolder.read(snapshot).files()
@@ -405,6 +405,6 @@ def test_links_of_a_snapshot_lead_into_the_blobs_of_its_repo(saved, tmp_path):
 @pytest.mark.parametrize("push", ["push_to_hub", "push_merger_to_hub"])
 def test_a_push_with_an_unknown_option_is_refused_before_the_hub_is_asked(push, monkeypatch):
     """Before, the repo was made, and got its card."""
-    monkeypatch.setattr("llava_merge.hub.HfApi", None)
+    monkeypatch.setattr("llava_merge.model.hub.HfApi", None)
     with pytest.raises(ValueError, match="foo=1: a push takes .*commit_message, .*Leave it out"):
         getattr(tiny_model(agnostic()), push)("org/no", foo=1)

@@ -6,8 +6,8 @@ import torch
 from conftest import answered, pixels, prompts, tiny_model, tiny_stock
 
 from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger
-from llava_merge.merging_grid import slot_geometry, window_weights
-from llava_merge.merging_image_resize import grid_of_budget, resize_pictures
+from llava_merge.model.merging_grid import slot_geometry, window_weights
+from llava_merge.model.merging_image_resize import grid_of_budget, resize_pictures
 
 
 pytestmark = pytest.mark.core

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
 from llava_merge import LlavaMergeForConditionalGeneration
-from llava_merge.inference_graphs import PrefillShape
-from llava_merge.joint_projections import PartOfJoint, joint_projections, lie_side_by_side
-from llava_merge.patch_projection import ProjectedPatches, projected_patches
+from llava_merge.model.inference_graphs import PrefillShape
+from llava_merge.model.joint_projections import PartOfJoint, joint_projections, lie_side_by_side
+from llava_merge.model.patch_projection import ProjectedPatches, projected_patches
 
 
 NUM_TOKENS = 9

@@ -16,8 +16,8 @@ pytest.importorskip("lmms_eval")
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR, find_merger
+from llava_merge.evaluation.lmms_eval import LlavaMergeChat, cut_at, generation_options
 from llava_merge.evaluation.metrics import exact_match
-from llava_merge.plugins.lmms_eval import LlavaMergeChat, cut_at, generation_options
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lmms_eval"
@@ -122,6 +122,6 @@ def test_answers_end_where_the_task_says():
 
 
 def test_the_core_does_not_need_lmms_eval():
-    assert importlib.util.find_spec("llava_merge.plugins") is not None
+    assert importlib.util.find_spec("llava_merge.evaluation.lmms_eval") is not None
     code = "import llava_merge, sys; assert not [name for name in sys.modules if name.startswith('lmms_eval')]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

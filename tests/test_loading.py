@@ -39,8 +39,8 @@ from llava_merge import (
     MergerConfig,
     TokenMerger,
 )
-from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
 from llava_merge.demo import MODEL_DIR
+from llava_merge.model.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
 
 
 pytestmark = pytest.mark.core

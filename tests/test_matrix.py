@@ -7,7 +7,7 @@ from conftest import aware, pixels, prompts, tiny_model
 from test_mergers import METHODS
 
 from llava_merge import MERGING_METHODS
-from llava_merge.merging_base import READ_FOR_QUESTION
+from llava_merge.model.merging_base import READ_FOR_QUESTION
 
 
 N = 36

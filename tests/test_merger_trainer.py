@@ -28,10 +28,10 @@ from typer.testing import CliRunner
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
 from llava_merge.cli import app
-from llava_merge.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
-from llava_merge.configuration_llava_merge import check_merger_fields
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, describe_scene, draw_scene, sample_scene, scene_rng
+from llava_merge.model.compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_V5
+from llava_merge.model.configuration_llava_merge import check_merger_fields
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint, remove_broken_off
 from llava_merge.training.collator import MergerCollator

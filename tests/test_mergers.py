@@ -20,8 +20,8 @@ from llava_merge import (
     TokenMerger,
     list_mergers,
 )
-from llava_merge.merging_fixed_pooling import soft_maximum_of_turns
-from llava_merge.merging_grid import (
+from llava_merge.model.merging_fixed_pooling import soft_maximum_of_turns
+from llava_merge.model.merging_grid import (
     NUM_KEPT,
     cell_weights,
     patch_distances,
@@ -504,7 +504,7 @@ class TestKeptGeometry:
     def test_what_a_recorded_graph_has_made_is_its_own(self, monkeypatch):
         cpu = torch.device("cpu")
         with monkeypatch.context() as recording:
-            recording.setattr("llava_merge.merging_grid.is_recording", lambda: True)
+            recording.setattr("llava_merge.model.merging_grid.is_recording", lambda: True)
             one = slot_geometry((5, 9), 4, cpu)
         assert slot_geometry((5, 9), 4, cpu) is not one
 

@@ -22,8 +22,9 @@ from conftest import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig, placeholders, prompt_reading
-from llava_merge.compat import TRANSFORMERS_V5
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig
+from llava_merge.model import placeholders, prompt_reading
+from llava_merge.model.compat import TRANSFORMERS_V5
 
 
 pytestmark = pytest.mark.core

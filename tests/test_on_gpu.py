@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 
-from llava_merge import placeholders, prompt_reading
-from llava_merge.question_turns import Prompt
+from llava_merge.model import placeholders, prompt_reading
+from llava_merge.model.question_turns import Prompt
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

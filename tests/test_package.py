@@ -1,10 +1,12 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """What the package promises as a package: light import, files at their places, README's commands."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,40 @@ def test_metadata_is_in_one_place():
 
 def test_exports_are_there():
     assert all(hasattr(llava_merge, name) for name in llava_merge.__all__)
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """Modules of this package that a module imports when it is imported itself."""
+    module = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.col_offset:
+            parts = [*module[: -node.level], node.module] if node.level else [node.module]
+            name = ".".join(filter(None, parts))
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    return found
+
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "llava_merge").rglob("*.py")
+}
+IMPORTS = {name: (modules_imported_by(path) & FILES.keys()) - {name} for name, path in FILES.items()}
+
+
+class TestLayout:
+    def test_the_root_has_few_entries(self):
+        entries = [path.name for path in (ROOT / "llava_merge").iterdir() if path.name != "__pycache__"]
+        assert len(entries) <= 12, entries
+
+    def test_what_travels_imports_nothing_that_stays(self):
+        core = {name for name in FILES if name.startswith("llava_merge.model.")}
+        assert len(core) > 40 and set().union(*(IMPORTS[name] for name in core)) <= core
+        folder = ROOT / "llava_merge" / "model"
+        assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"], "none travels"
+
+    def test_no_import_goes_in_a_circle(self):
+        TopologicalSorter(IMPORTS).prepare()
 
 
 def test_readme_has_two_commands_and_a_changelog():

@@ -18,7 +18,7 @@ from conftest import (
 from transformers import AutoProcessor, LlavaProcessor, Trainer, TrainingArguments, pipeline
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
-from llava_merge.compat import TRANSFORMERS_V5
+from llava_merge.model.compat import TRANSFORMERS_V5
 
 
 TEXT = "USER: <image> what color is the star ? ASSISTANT:"

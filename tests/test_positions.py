@@ -43,10 +43,10 @@ from llava_merge import (
     MergingMethod,
     TokenMerger,
 )
-from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
-from llava_merge.merging_grid import slot_places, slots_per_row
-from llava_merge.token_layout import layout_of_images
-from llava_merge.token_placing import find_cache
+from llava_merge.model.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
+from llava_merge.model.merging_grid import slot_places, slots_per_row
+from llava_merge.model.token_layout import layout_of_images
+from llava_merge.model.token_placing import find_cache
 
 
 pytestmark = pytest.mark.core

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from llava_merge.cli import app
 from llava_merge.evaluation.data import read_questions
-from llava_merge.pictures import open_image
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import read_dataset
+from llava_merge.training.pictures import open_image
 
 
 PNG = "0.png"
@@ -507,17 +507,19 @@ class TestOpening:
 
     def test_urls_are_encoded(self, monkeypatch):
         asked = []
-        monkeypatch.setattr("llava_merge.pictures.urlopen", lambda request, **kwargs: asked.append(request.full_url))
+        monkeypatch.setattr(
+            "llava_merge.training.pictures.urlopen", lambda request, **kwargs: asked.append(request.full_url)
+        )
         with pytest.raises(ValueError, match="is not a picture that can be opened"):
             open_image("https://example.org/a b/\u00e9.png?x=%20&y=1")
         assert asked == ["https://example.org/a%20b/%C3%A9.png?x=%20&y=1"]
 
     def test_a_file_without_end_is_not_read_to_its_end(self, monkeypatch, server):
-        monkeypatch.setattr("llava_merge.pictures.LARGEST_FILE", 3)
+        monkeypatch.setattr("llava_merge.training.pictures.LARGEST_FILE", 3)
 
         class Answer(io.BytesIO):
             length = 0
 
-        monkeypatch.setattr("llava_merge.pictures.urlopen", lambda *args, **kwargs: Answer(b"12345"))
+        monkeypatch.setattr("llava_merge.training.pictures.urlopen", lambda *args, **kwargs: Answer(b"12345"))
         with pytest.raises(ValueError, match="it has more than 0 MiB"):
             open_image("https://example.org/a.png")

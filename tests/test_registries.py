@@ -13,8 +13,9 @@ from conftest import agnostic, aware, make_processor, tiny_model, tiny_stock
 from transformers import AutoModelForPreTraining, AutoTokenizer, pipeline
 from transformers.models.auto import modeling_auto
 
-from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, registries
-from llava_merge.compat import TRANSFORMERS_V5
+from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge.model import registries
+from llava_merge.model.compat import TRANSFORMERS_V5
 
 
 M = 9

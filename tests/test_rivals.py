@@ -7,9 +7,10 @@ from conftest import tiny_model
 from test_mergers import inputs, make
 from torch import nn
 
-from llava_merge import MergerConfig, TokenMerger, merging_quecc
-from llava_merge.merging_grid import blend_weights, cell_weights, slot_cells, slot_geometry, window_weights
-from llava_merge.merging_mqt import place_waves
+from llava_merge import MergerConfig, TokenMerger
+from llava_merge.model import merging_quecc
+from llava_merge.model.merging_grid import blend_weights, cell_weights, slot_cells, slot_geometry, window_weights
+from llava_merge.model.merging_mqt import place_waves
 
 
 def attention_of(part, dim: int, output_proj: nn.Linear | None = None) -> nn.MultiheadAttention:

@@ -8,8 +8,8 @@ from test_mergers import inputs, make
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import NEEDLE, draw_scene, scene_of
-from llava_merge.merging_grid import patch_distances, slot_places
-from llava_merge.merging_salient_pooling import centred, relative_differences, salient_patches
+from llava_merge.model.merging_grid import patch_distances, slot_places
+from llava_merge.model.merging_salient_pooling import centred, relative_differences, salient_patches
 
 
 def picks_one_by_one(scores: list[float], grid: tuple[int, int], num_tokens: int) -> list[int]:

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from llava_merge.merging_cdpruner import cdpruner, conditional_dpp_picks
-from llava_merge.merging_divprune import divprune, max_min_picks
-from llava_merge.merging_fastervlm import fastervlm
-from llava_merge.merging_mmtok import coverage_of_patches, coverage_picks, mmtok
-from llava_merge.merging_prumerge_plus import evenly_spread, prumerge_plus
-from llava_merge.merging_random import random_tokens
-from llava_merge.merging_selection import (
+from llava_merge.model.merging_cdpruner import cdpruner, conditional_dpp_picks
+from llava_merge.model.merging_divprune import divprune, max_min_picks
+from llava_merge.model.merging_fastervlm import fastervlm
+from llava_merge.model.merging_mmtok import coverage_of_patches, coverage_picks, mmtok
+from llava_merge.model.merging_prumerge_plus import evenly_spread, prumerge_plus
+from llava_merge.model.merging_random import random_tokens
+from llava_merge.model.merging_selection import (
     cosine_similarity,
     in_raster_order,
     largest,
@@ -20,10 +20,10 @@ from llava_merge.merging_selection import (
     other_patches,
     top_patches,
 )
-from llava_merge.merging_strided import strided_tokens
-from llava_merge.merging_tome import tome
-from llava_merge.merging_visionzip import visionzip
-from llava_merge.merging_vispruner import vispruner
+from llava_merge.model.merging_strided import strided_tokens
+from llava_merge.model.merging_tome import tome
+from llava_merge.model.merging_visionzip import visionzip
+from llava_merge.model.merging_vispruner import vispruner
 
 
 GRID, N, DIM, HEADS = (4, 6), 24, 8, 2

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
-from llava_merge.compat import TRANSFORMERS_V5
-from llava_merge.merge_extras import MergeExtras, index_on
-from llava_merge.merging_base import MERGING_METHODS, READ_FOR_QUESTION
-from llava_merge.question_turns import TurnMarks, split_turns
+from llava_merge.model.compat import TRANSFORMERS_V5
+from llava_merge.model.merge_extras import MergeExtras, index_on
+from llava_merge.model.merging_base import MERGING_METHODS, READ_FOR_QUESTION
+from llava_merge.model.question_turns import TurnMarks, split_turns
+from llava_merge.model.token_layout import place_on_slots
 from llava_merge.serving import requests
 from llava_merge.serving.requests import (
     RequestRules,
@@ -24,7 +25,6 @@ from llava_merge.serving.requests import (
     positions_of,
     served_budgets,
 )
-from llava_merge.token_layout import place_on_slots
 
 
 def config(**fields) -> LlavaMergeConfig:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import ModelOutput
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
-from llava_merge.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
+from llava_merge.model.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 
 
 pytestmark = pytest.mark.core

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import nn
 
 from llava_merge import list_mergers
-from llava_merge.compat import TRANSFORMERS_VERSION
+from llava_merge.model.compat import TRANSFORMERS_VERSION
 
 
 M = 9

@@ -15,9 +15,9 @@ from transformers import CLIPImageProcessor
 
 from llava_merge import MergerConfig, TokenMerger
 from llava_merge.demo.scenes import draw_scene, scene_of
-from llava_merge.merging_divprune import divprune
-from llava_merge.merging_grid import window_weights
-from llava_merge.merging_tome import tome
+from llava_merge.model.merging_divprune import divprune
+from llava_merge.model.merging_grid import window_weights
+from llava_merge.model.merging_tome import tome
 from llava_merge.visualization import (
     CAPTION_HEIGHT,
     MERGING,

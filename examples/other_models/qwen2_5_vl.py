@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from llava_merge import MergeOutput
-from llava_merge.merging_divprune import divprune
-from llava_merge.merging_tome import tome
+from llava_merge.model.merging_divprune import divprune
+from llava_merge.model.merging_tome import tome
 
 
 Merge = Callable[[Tensor, tuple[int, int], int], MergeOutput]  # features (1, N, dim), grid, M

@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
 from llava_merge.evaluation.grid import Cell
-from llava_merge.placeholders import ALL_TOKENS, tokens_of_budget
+from llava_merge.model.placeholders import ALL_TOKENS, tokens_of_budget
 
 
 IMAGE_TOKEN_ID = 32000

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from llava_merge.inference_graphs import InferenceGraphs
+from llava_merge.model.inference_graphs import InferenceGraphs
 
 
 PHASES = ("vision_tower", "merger", "multi_modal_projector", "language_model")

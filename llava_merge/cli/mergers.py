@@ -16,7 +16,7 @@ READS = {True: "reads the question", False: "reads the question with question_aw
 def mergers(as_json: JsonOption = False):
     """Lists the merging methods: what each does, whether it is trained, and what it needs."""
     from llava_merge import list_mergers
-    from llava_merge.configuration_llava_merge import QUESTION_METHODS
+    from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
 
     methods = list_mergers()
     if as_json:

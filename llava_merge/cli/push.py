@@ -34,7 +34,7 @@ def push(
     own README.md is the card, else that of the repo, else a new one.
     """
     from llava_merge.evaluation.report import read_evaluation
-    from llava_merge.pushing import push_directory
+    from llava_merge.serving.pushing import push_directory
 
     results = None if report is None else read_evaluation(report)
     commit = push_directory(directory, repo_id, results, merger, private or None, revision, create_pr)

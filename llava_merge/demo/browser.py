@@ -16,7 +16,7 @@ from llava_merge.demo import KNOWS, MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTU
 from llava_merge.demo.compare import Answer, Comparison
 from llava_merge.demo.scenes import draw_scene, scene_of
 from llava_merge.evaluation.candidates import OWN, UNMERGED, shown_name
-from llava_merge.pictures import open_image
+from llava_merge.training.pictures import open_image
 from llava_merge.visualization import draw_merging, draw_token_maps, thumbnail
 
 

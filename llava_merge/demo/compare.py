@@ -11,7 +11,7 @@ from PIL import Image
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, list_mergers
 from llava_merge.demo import MODEL_DIR
 from llava_merge.evaluation.candidates import OWN, Candidate, parse_candidate, put_merger
-from llava_merge.placeholders import ALL_TOKENS
+from llava_merge.model.placeholders import ALL_TOKENS
 from llava_merge.visualization import draw_merging, thumbnail
 
 

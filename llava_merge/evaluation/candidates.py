@@ -13,7 +13,7 @@ from torch import nn
 
 from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger, list_mergers
 from llava_merge.demo import find_merger
-from llava_merge.placeholders import ALL_TOKENS
+from llava_merge.model.placeholders import ALL_TOKENS
 
 
 UNMERGED, OWN = "none", "own"

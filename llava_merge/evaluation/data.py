@@ -19,8 +19,8 @@ from llava_merge.demo.scenes import (
     draw_scene,
     scene_of,
 )
-from llava_merge.pictures import scheme_of
 from llava_merge.training.data import ERROR, SKIP, ChatDataset, files_of_dataset, read_dataset, sample_name
+from llava_merge.training.pictures import scheme_of
 from llava_merge.training.samples import first_turn, images_of, kept_turns, located, open_images, read_turns
 
 

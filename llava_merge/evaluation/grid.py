@@ -12,8 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.evaluation.candidates import Candidate, budgets_of
 from llava_merge.evaluation.data import PictureQuestion
-from llava_merge.placeholders import tokens_of_budget
-from llava_merge.processing_llava_merge import bos_options
+from llava_merge.model.placeholders import tokens_of_budget
+from llava_merge.model.processing_llava_merge import bos_options
 
 
 @dataclass(frozen=True)

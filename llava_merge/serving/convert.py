@@ -12,7 +12,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import find_adapter_config_file, logging
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
-from llava_merge.checkpoint_files import check_safetensors_files, refuse_missing_weights
 from llava_merge.evaluation.candidates import (
     UNMERGED,
     checkpoints_of,
@@ -20,9 +19,10 @@ from llava_merge.evaluation.candidates import (
     put_merger,
     text_towers_of,
 )
-from llava_merge.files import CONFIG, refuse_link_outside, refuse_output_in_input, save_at_once
-from llava_merge.merging_base import MERGING_METHODS, method_file
-from llava_merge.saving import save_method
+from llava_merge.model.checkpoint_files import check_safetensors_files, refuse_missing_weights
+from llava_merge.model.files import CONFIG, refuse_link_outside, refuse_output_in_input, save_at_once
+from llava_merge.model.merging_base import MERGING_METHODS, method_file
+from llava_merge.model.saving import save_method
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 

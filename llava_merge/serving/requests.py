@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from llava_merge import LlavaMergeConfig
-from llava_merge.configuration_llava_merge import keeps_places
-from llava_merge.merging_base import find_merging_method
-from llava_merge.merging_image_resize import grid_of_budget, makes_picture
-from llava_merge.placeholders import is_whole_number
-from llava_merge.position_range import warn_of_positions
-from llava_merge.prompt_reading import turn_marks_of
-from llava_merge.question_turns import split_turns
-from llava_merge.token_layout import place_on_slots
+from llava_merge.model.configuration_llava_merge import keeps_places
+from llava_merge.model.merging_base import find_merging_method
+from llava_merge.model.merging_image_resize import grid_of_budget, makes_picture
+from llava_merge.model.placeholders import is_whole_number
+from llava_merge.model.position_range import warn_of_positions
+from llava_merge.model.prompt_reading import turn_marks_of
+from llava_merge.model.question_turns import split_turns
+from llava_merge.model.token_layout import place_on_slots
 
 
 BUDGET = "num_merged_tokens"
@@ -168,7 +168,7 @@ class RequestRules:
             warn_of_positions(positions, num_text + num_images * budget, self.max_positions)
 
     def questions(self, ids: list[int], num_images: int) -> list[list[int]]:
-        """What each image is merged for, as ids: the text of its turn, by the rule of `llava_merge.question_turns`.
+        """What each image is merged for, as ids: the text of its turn, as `question_turns` says it.
 
         Args:
             ids: The prompt, with one placeholder for each image.

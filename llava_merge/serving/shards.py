@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
-from llava_merge.checkpoint_files import read_index
+from llava_merge.model.checkpoint_files import read_index
 
 
 CHUNK = 1 << 24  # bytes copied at once

@@ -38,10 +38,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from llava_merge import LlavaMergeProcessor
-from llava_merge.checkpoint_files import refuse_missing_weights
-from llava_merge.configuration_llava_merge import keeps_places
-from llava_merge.inference_graphs import Recorded
-from llava_merge.merge_extras import (
+from llava_merge.model.checkpoint_files import refuse_missing_weights
+from llava_merge.model.configuration_llava_merge import keeps_places
+from llava_merge.model.inference_graphs import Recorded
+from llava_merge.model.merge_extras import (
     MergeExtras,
     attention_layer_of,
     features_of,
@@ -49,10 +49,11 @@ from llava_merge.merge_extras import (
     merge_by_budget,
     read_tower,
 )
-from llava_merge.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
-from llava_merge.merging_image_resize import resize_pictures
-from llava_merge.modeling_token_merger import TokenMerger
-from llava_merge.question_turns import Question
+from llava_merge.model.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
+from llava_merge.model.merging_image_resize import resize_pictures
+from llava_merge.model.modeling_token_merger import TokenMerger
+from llava_merge.model.question_turns import Question
+from llava_merge.model.text_tower import TextTower, read_for_question
 from llava_merge.serving.requests import (
     BUDGET,
     RequestRules,
@@ -61,7 +62,6 @@ from llava_merge.serving.requests import (
     num_rope_rows,
     positions_of,
 )
-from llava_merge.text_tower import TextTower, read_for_question
 
 
 QUESTIONS = "question_input_ids"

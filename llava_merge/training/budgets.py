@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_merge.placeholders import is_whole_number
+from llava_merge.model.placeholders import is_whole_number
 
 
 IGNORED = -100  # label of a token that no loss is taken of

@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_merge.processing_llava_merge import bos_options
+from llava_merge.model.processing_llava_merge import bos_options
 from llava_merge.training.budgets import IGNORED
 from llava_merge.training.samples import Sample
 

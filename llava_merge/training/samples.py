@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_merge.pictures import open_image, path_of_file_url, scheme_of
 from llava_merge.training.json_rows import BROKEN
+from llava_merge.training.pictures import open_image, path_of_file_url, scheme_of
 
 
 IMAGE = "<image>"

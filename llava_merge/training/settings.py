@@ -15,7 +15,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from yaml import YAMLError
 
-from llava_merge.configuration_llava_merge import own_merger_fields
+from llava_merge.model.configuration_llava_merge import own_merger_fields
 
 
 PARTS = ("merger", "merger_projector", "merger_lora", "all")

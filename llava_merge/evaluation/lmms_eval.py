@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.evaluation.candidates import UNMERGED, put_merger
-from llava_merge.placeholders import ALL_TOKENS
+from llava_merge.model.placeholders import ALL_TOKENS
 
 
 MODEL_ID = "llava_merge"

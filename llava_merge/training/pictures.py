@@ -14,8 +14,8 @@ from urllib.request import Request, url2pathname, urlopen
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava_merge.files import renamed_when_whole
-from llava_merge.processing_llava_merge import check_proportions
+from llava_merge.model.files import renamed_when_whole
+from llava_merge.model.processing_llava_merge import check_proportions
 
 
 TIMEOUT = 60  # seconds that a server may be silent
