@@ -1,10 +1,11 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""Writes the tables of README.md: what mergers there are, and what was measured.
+"""Writes the tables of README.md, the guides and results/README.md: what mergers there are, and what was measured.
 
 python examples/update_readme.py
 """
 
 import json
+import os
 import re
 import statistics
 from itertools import product
@@ -17,8 +18,9 @@ from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
 from llava_merge.model.files import write_whole
 
 
-README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "examples" / "results"
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md")))
 TRAINED = {  # mergers of the evaluation, and what they are called in the table
     "llava_merge/demo/mergers/question_aware": "`fixed_pooling` (V3), question-aware",
     "llava_merge/demo/mergers/agnostic": "`fixed_pooling` (V3)",
@@ -64,12 +66,19 @@ def mergers_table() -> str:
     return table(head, [merger_row(merger) for merger in mergers])
 
 
+def methods_table() -> str:
+    """A line for each method: the default first, then by name."""
+    mergers = sorted(list_mergers(), key=lambda merger: (merger.name != "fixed_pooling", merger.name))
+    rows = [merger_row(merger) for merger in mergers]
+    return table(["`merger_type`", "trained", "what it does"], [[row[0], row[1], row[4]] for row in rows])
+
+
 def merger_row(merger: MergerInfo) -> list[str]:
     question = "no"
     if merger.question_aware:
         question = "yes" if merger.name in QUESTION_METHODS else "with `question_aware=True`"
     file = f"merging_{merger.name}.py"
-    source = ", ".join([f"[{file}](llava_merge/{file})", *([merger.paper] if merger.paper else [])])
+    source = ", ".join([f"[{file}](llava_merge/model/{file})", *([merger.paper] if merger.paper else [])])
     name = f"`{merger.name}`" + (" (default)" if merger.name == "fixed_pooling" else "")
     return [name, "yes" if merger.trained else "no", question, ", ".join(merger.requires), merger.summary, source]
 
@@ -320,11 +329,12 @@ def first_numbers(hard: dict, speed: dict) -> str:
     return (
         f"{table(['', '', *(f'{budget} tokens' for budget in BUDGETS)], rows)}\n\nRight answers in % to "
         f"{hard['protocol']['questions']} questions about hard drawn scenes, of the bundled model, whose language "
-        f"model was trained with all 576 tokens alone ([all methods, losses included](#measured)). At the size of "
+        f"model was trained with all 576 tokens alone ([all methods, losses included]"
+        f"(examples/guides/evaluation.md#measured)). At the size of "
         f"LLaVA-1.5-7B, with 64 tokens of `divprune` on one {protocol['hardware']}, the first token comes "
         f"{merged['first_token_ratio']:.1f} × as fast in batches of 32, and a whole answer of "
         f"{protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with one prompt alone merging gains nothing "
-        f"([Speed](#speed))."
+        f"([Speed](examples/guides/speed.md))."
     )
 
 
@@ -363,6 +373,46 @@ def training_cost_table(report: dict) -> str:
         f"(largest relative difference, of five decimals: {worst:g}) "
         f"([training_benchmark.json](examples/results/training_benchmark.json))."
     )
+
+
+def speed_in_short(report: dict, served: dict) -> str:
+    """Times at 7B's shape, and requests a second of servers, of few mergers."""
+    results, protocol = report["results"], report["protocol"]
+    shown = ("none@all", "divprune@64", "fixed_pooling@64", "fixed_pooling@16")
+    largest = [*results][-1]
+    rows = [
+        [
+            timed_merger(results[largest][key]),
+            results[largest][key]["budget"],
+            *(timed(of_size[key], "first_token") for of_size in results.values()),
+            timed(results[largest][key], "answer"),
+        ]
+        for key in shown
+    ]
+    loads = {load_of(key): key for key in served["results"]["stock"]}
+    asked = ("new", "cold", "16")
+    new = {load.clients: key for load, key in loads.items() if (load.kind, load.caches, load.tokens) == asked}
+    most = max(new, key=int)
+    rate = {name: found[new[most]] for name, found in served["results"].items()}
+    head = ["", "tokens", *(f"first token, batch {size}" for size in results), f"answer, batch {largest}"]
+    return (
+        f"{table(head, rows)}\n\n{protocol['parameters'] / 1e9:.1f} billion parameters in the shape of LLaVA-1.5-7B, "
+        f"random weights, {protocol['dtype']}, one {protocol['hardware']}, answers of {protocol['new_tokens']} tokens; "
+        f"× is how many times faster than stock ([Speed](examples/guides/speed.md)). On vLLM, where {most} clients ask "
+        f"about new images, {rate['fixed_pooling@64']['ratio']:.1f} × the requests per second of stock with 64 tokens "
+        f"and {rate['fixed_pooling@16']['ratio']:.1f} × with 16 ([Serving](examples/guides/serving.md))."
+    )
+
+
+def results_table() -> str:
+    """Of each file of results: the hardware and the command."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        report = read_result(path.stem)
+        hardware = report.get("protocol", report).get("hardware")
+        command = report.get("command", "llava-merge train examples/configs/demo.yaml")
+        rows.append([f"[{path.name}](examples/results/{path.name})", hardware, f"`{command}`".replace("|", "\\|")])
+    return table(["file", "hardware", "command"], rows)
 
 
 def speed_table(report: dict, later: dict) -> str:
@@ -583,8 +633,8 @@ def rivals_table(simple: dict, hard: dict) -> str:
     return table(["", *(f"{kind}, {budget}" for kind in ("simple", "hard") for budget in BUDGETS)], rows)
 
 
-def updated(text: str) -> str:
-    """README with the tables of today between their marks."""
+def updated(documents: dict[Path, str]) -> dict[Path, str]:
+    """Texts of README and guides with the tables of today between their marks, each in one of them."""
     simple, hard = map(read_evaluation, ("evaluation_demo", "evaluation_demo_hard"))
     training, cost, flips = map(read_result, ("demo_training", "training_benchmark", "evaluation_flips"))
     lora = {
@@ -596,6 +646,9 @@ def updated(text: str) -> str:
     on_h200 = {size: f"benchmark_7b_compiled_{size}_h200" for size in ("1", "8")}
     tables = {
         "mergers": mergers_table(),
+        "methods": methods_table(),
+        "results": results_table(),
+        "speed in short": speed_in_short(read_result("benchmark_7b"), read_result("serving_7b")),
         "first numbers": first_numbers(hard, read_result("benchmark_7b")),
         "accuracy of mergers": f"{accuracy}\n\n{other_host_sentence(read_result('evaluation_demo_salient'))}",
         "rivals": rivals_table(*map(read_rivals, ("", "_hard"))),
@@ -623,18 +676,30 @@ def updated(text: str) -> str:
         "settings": settings_table(read_result("serving_settings")),
         "steps": steps_table(read_result("serving_steps")),
     }
+    documents = dict(documents)
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = f"{re.escape(marks[0])}.*{re.escape(marks[1])}"
-        text, found = re.subn(pattern, lambda _: f"{marks[0]}\n{lines}\n{marks[1]}", text, flags=re.DOTALL)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"README.md has {found} places between {marks[0]} and {marks[1]}; it has to have one.")
-    return text
+        places = [path for path, text in documents.items() for _ in range(text.count(marks[0]))]
+        if len(places) != 1:
+            raise ValueError(f"{len(places)} documents have a place between {marks[0]} and {marks[1]}; one has to.")
+        before, _, rest = documents[places[0]].partition(marks[0])
+        after = rest.partition(marks[1])[2]
+        documents[places[0]] = f"{before}{marks[0]}\n{relinked(lines, places[0].parent)}\n{marks[1]}{after}"
+    return documents
+
+
+def relinked(lines: str, folder: Path) -> str:
+    """Lines whose links, which are from the root, are from the `folder`."""
+    return re.sub(r"\]\((?!http)([^)#]+)", lambda link: f"]({os.path.relpath(ROOT / link[1], folder)}", lines)
+
+
+def read_documents() -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 
 
 def main():
-    text = updated(README.read_text(encoding="utf-8"))
-    write_whole(README, text)
+    for path, text in updated(read_documents()).items():
+        write_whole(path, text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""README's table of what works: vision towers and language models of other kinds, tiny and with random weights."""
+"""The guides' table of what works: vision towers and language models of other kinds, tiny and with random weights."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGenerat
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[1] / "examples" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
 TOWERS = {
     "CLIP": ("clip_vision_model", "default"),
     "DINOv2": ("dinov2", "default"),
@@ -106,9 +106,9 @@ def test_language_model_with_and_without_windows(name):
         check(make_stock(text=MIXED[name]), attention_mass=1.0)
 
 
-def test_the_readme_s_table_is_of_these():
+def test_the_guide_s_table_is_of_these():
     works, refused = {}, {}
-    for line in README.split("## What works")[1].split("\n## ")[0].splitlines():
+    for line in GUIDE.split("## What works")[1].split("\n## ")[0].splitlines():
         if line.startswith(("| vision tower", "| language model")):
             _, kind, first, second, _ = line.split("|")
             works[kind.strip()], refused[kind.strip()] = first, second

@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The code in README, docstrings and model cards, run as it stands, with the bundled model for LLaVA-1.5-7B."""
+"""The code in README, guides, docstrings and model cards, run as it stands, with the bundled model for LLaVA-1.5-7B."""
 
 import doctest
 import importlib
@@ -22,6 +22,20 @@ from llava_merge.training.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+IN_ORDER = (
+    "pipeline",
+    "mergers",
+    "positions",
+    "speed",
+    "training",
+    "evaluation",
+    "serving",
+    "saving",
+    "troubleshooting",
+)
+GUIDES = [(ROOT / "examples" / "guides" / f"{name}.md").read_text(encoding="utf-8") for name in IN_ORDER]
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = "\n".join([README, *GUIDES])
 SEVEN_B = "llava-hf/llava-1.5-7b-hf"
 START = f"""
 import os
@@ -38,10 +52,10 @@ def python_blocks(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub after README's Python was run against it, the blocks one after the other, in one process."""
+    """A Hub after the Python of README and guides was run against it, all blocks in one process, in turn."""
     folder = tmp_path_factory.mktemp("readme")
     Image.open(PICTURE).save(folder / "my.png")
-    code = "\n".join([START.format(folder=str(folder)), *python_blocks(README)]).replace(SEVEN_B, str(MODEL_DIR))
+    code = "\n".join([START.format(folder=str(folder)), *python_blocks(TEXT)]).replace(SEVEN_B, str(MODEL_DIR))
     with HubServer() as server:
         environment = server.environment(folder / "home")
         answer = run_python(code, environment).stdout
@@ -91,7 +105,7 @@ def test_docstrings_have_examples():
 
 COMMANDS = [
     command
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT + CONTRIBUTING, flags=re.DOTALL)
     for line in block.strip().splitlines()
     for command in line.split(" && ")
 ]

@@ -17,6 +17,7 @@ import llava_merge
 pytestmark = pytest.mark.newest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ROOT / "examples" / "guides"
 # What the parts of transformers and huggingface_hub that the core is built on import by themselves.
 BASELINE = """
 import transformers, torch, safetensors, huggingface_hub
@@ -116,11 +117,41 @@ def test_readme_has_two_commands_and_a_changelog():
     blocks = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.strip().splitlines()]
     assert len(lines) == 2 and "llava-merge demo" in lines[0] and "pytest" in lines[1]
-    assert "## Changelog" in README
+    assert f"## {llava_merge.__version__}" in (GUIDES / "changelog.md").read_text(encoding="utf-8")
 
 
-def test_readme_quotes_errors_as_they_are():
-    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 300 and len(README.encode()) <= 20_000
+    assert all(f"(examples/guides/{path.name})" in README for path in GUIDES.glob("*.md"))
+
+
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", ".github/*.md", "examples/**/*.md", "llava_merge/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http", "mailto:")):
+            continue
+        target, _, anchor = link.partition("#")
+        there = (document.parent / target).resolve() if target else document
+        assert there.exists(), link
+        assert not anchor or anchor in anchors_of(there), link
+
+
+def test_the_guide_quotes_errors_as_they_are():
+    section = (GUIDES / "troubleshooting.md").read_text(encoding="utf-8").split("\n## ")[0]
     quoted = re.findall(r'^\| "(.*?)" \|', section, flags=re.MULTILINE)
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "llava_merge").rglob("*.py"))
     plain = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines

@@ -41,7 +41,7 @@ from vllm.plugins import load_general_plugins  # noqa: E402
 
 
 pytestmark = pytest.mark.vllm
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[1] / "examples" / "guides" / "serving.md").read_text(encoding="utf-8")
 NUM_GPUS = torch.cuda.device_count()  # of CUDA, where the tests run on them if there are any
 # without a look at free memory, which several tests share
 ON_GPU = {"kv_cache_memory_bytes": 2**28, "gpu_memory_utilization": 0.1} if NUM_GPUS else {}
@@ -587,10 +587,10 @@ class TestLoads:
 
 
 class Clients:
-    """What talks to a server, which is started as README says."""
+    """What talks to a server, which is started as the guide says."""
 
     def __init__(self, folder, log, *more: str):
-        (command,) = re.findall(r"^vllm serve .*", README, flags=re.MULTILINE)
+        (command,) = re.findall(r"^vllm serve .*", GUIDE, flags=re.MULTILINE)
         options = command.split()[3:]  # behind the folder
         options += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "256", *more]
         options += [f"--{name.replace('_', '-')}={value}" for name, value in ON_GPU.items()]
