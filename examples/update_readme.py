@@ -333,7 +333,7 @@ def first_numbers(hard: dict, speed: dict) -> str:
         f"(examples/guides/evaluation.md#measured)). At the size of "
         f"LLaVA-1.5-7B, with 64 tokens of `divprune` on one {protocol['hardware']}, the first token comes "
         f"{merged['first_token_ratio']:.1f} × as fast in batches of 32, and a whole answer of "
-        f"{protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; with one prompt alone merging gains nothing "
+        f"{protocol['new_tokens']} tokens {merged['answer_ratio']:.1f} ×; one prompt alone gains nothing, not compiled "
         f"([Speed](examples/guides/speed.md))."
     )
 

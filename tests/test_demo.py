@@ -83,7 +83,7 @@ class TestEmbeddedModel:
     def test_the_committed_scores_of_the_bundled_mergers(self, scenes, merger, shares, ahead):
         """Of the unmerged score, with 64, 16 and 4 tokens; all but the grid's agnostic one lead what is untrained.
 
-        But for what is `ahead` with 64, as README says: of simple scenes, these are enough for anybody.
+        But for what is `ahead` with 64, as the guide says: of simple scenes, these are enough for anybody.
         """
         results = load_example("update_readme").read_evaluation(f"evaluation_{scenes}")["results"]
         scores = {key: row["scores"]["all"]["score"] for key, row in results.items()}

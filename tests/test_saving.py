@@ -417,7 +417,7 @@ def save_on_each_rank(rank: int, folder: str, rounds: int):
 
 
 def test_every_rank_may_save_and_the_first_one_writes(tmp_path):
-    """As stock does on 5.x; README's scripts run under torchrun as they are."""
+    """As stock does on 5.x; scripts of the guides run under torchrun as they are."""
     torch.multiprocessing.spawn(save_on_each_rank, args=(str(tmp_path), 6), nprocs=2)
 
 

@@ -51,7 +51,7 @@ BACKGROUNDS = (
     (234, 234, 234),
     (222, 242, 240),
 )
-SPLITS = ("train", "validation", "test", "final")  # nothing but the tables in README uses the last
+SPLITS = ("train", "validation", "test", "final")  # nothing but the tables in README and guides uses the last
 QUESTION_TYPES = ("color", "shape", "count", "existence", "position", "digit")
 HARD_QUESTION_TYPES = ("color", "shape", "count", "existence", "position", "number", "relation", "needle")
 
