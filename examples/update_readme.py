@@ -61,16 +61,19 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def mergers_table() -> str:
     """Of [`llava_merge.list_mergers`]: the default first, then by name."""
-    mergers = sorted(list_mergers(), key=lambda merger: (merger.name != "fixed_pooling", merger.name))
     head = ["`merger_type`", "trained", "reads the question", "needs", "what it does", "source"]
-    return table(head, [merger_row(merger) for merger in mergers])
+    return table(head, merger_rows())
 
 
 def methods_table() -> str:
-    """A line for each method: the default first, then by name."""
+    """The same in short."""
+    rows = [[name, trained, summary] for name, trained, _, _, summary, _ in merger_rows()]
+    return table(["`merger_type`", "trained", "what it does"], rows)
+
+
+def merger_rows() -> list[list[str]]:
     mergers = sorted(list_mergers(), key=lambda merger: (merger.name != "fixed_pooling", merger.name))
-    rows = [merger_row(merger) for merger in mergers]
-    return table(["`merger_type`", "trained", "what it does"], [[row[0], row[1], row[4]] for row in rows])
+    return [merger_row(merger) for merger in mergers]
 
 
 def merger_row(merger: MergerInfo) -> list[str]:
@@ -202,7 +205,7 @@ def serving_tables(report: dict, invariant: dict) -> str:
     lost = sum(one["lost"] for found in results.values() for one in found.values())
     number = sum(int(load.requests) for load in loads.values()) * protocol["rounds"] * len(results)
     versions = f"vLLM {protocol['vllm']}, torch {protocol['versions']['torch']}, {protocol['dtype']}"
-    rounds = f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
+    rounds = rounds_of(protocol)
     alone = f"{report['clients_alone']['requests_per_second']:.0f} requests a second"
     parts = (
         table(["requests a second", "load", *head], rows),
@@ -224,6 +227,10 @@ def serving_tables(report: dict, invariant: dict) -> str:
     return "\n\n".join(parts)
 
 
+def rounds_of(protocol: dict) -> str:
+    return f"{protocol['rounds']} round" + ("s" if protocol["rounds"] > 1 else "")
+
+
 def share_of_others(results: dict, stock: bool) -> str:
     """Of the answers of stock or merged servers that were asked again: how many were others."""
     rows = [found for name, found in results.items() if name.endswith("stock") == stock]
@@ -233,17 +240,19 @@ def share_of_others(results: dict, stock: bool) -> str:
 
 
 def settings_table(report: dict) -> str:
-    """Requests a second of servers with other numbers of processes and threads; new images, 128 clients."""
-    results, columns = report["results"], ("stock", "fixed_pooling@64", "fixed_pooling@16")
-    rows = []
-    for setting, _, _ in report["protocol"]["server"]:
+    """Requests a second of one load, of servers with other numbers of processes and threads."""
+    results, protocol = report["results"], report["protocol"]
+    columns, rows = ("stock", "fixed_pooling@64", "fixed_pooling@16"), []
+    for setting, _, _ in protocol["server"]:
         cells = [[*results[f"{setting}, {column}"].values()] for column in columns]  # cold and warm
         rows.append([setting, *(per_second(cell[caches]) for caches in (0, 1) for cell in cells)])
     head = [f"{shown_server(column)}, {caches}" for caches in ("cold", "warm") for column in columns]
+    load = load_of(next(iter(results[f"{setting}, stock"])))
+    cache = re.search(r"--kv-cache-memory-bytes (\d+)G", protocol["vllm_options"])[1]
     return (
-        f"{table(['API servers', *head], rows)}\n\nAs above, but 1 round, 12 GB of KV cache each, and "
-        f"{report['protocol']['cores']} cores on which other tests ran, too "
-        f"([serving_settings.json](examples/results/serving_settings.json))."
+        f"{table(['API servers', *head], rows)}\n\nAs above, {load.kind} images, {load.clients} clients, but "
+        f"{rounds_of(protocol)}, {cache} GB of KV cache each, and {protocol['cores']} cores on which other tests ran, "
+        f"too ([serving_settings.json](examples/results/serving_settings.json))."
     )
 
 
@@ -256,8 +265,15 @@ def steps_table(report: dict) -> str:
         images = [f"{row[size]['images']['host']:.1f}, {row[size]['images']['device']:.1f}" for size in row]
         between = [f"{row[size]['between the text']['device']:.1f}" for size in row]
         positions = [f"{row[size]['positions']['host']:.1f}" if "positions" in row[size] else "" for size in row]
-        rows.append([shown_server(f"{name}@64" if name != "stock" else name), *images, *between, *positions])
-    sizes = ["1 image", "32 images"]
+        rows.append(
+            [
+                shown_server(name if name == "stock" else f"{name}@{protocol['num_merged_tokens']}"),
+                *images,
+                *between,
+                *positions,
+            ]
+        )
+    sizes = [re.sub("^1 images", "1 image", size) for size in found["stock"]]
     parts = ("tower to projector: host, device", "between the text", "positions: host")
     return (
         f"{table(['ms', *(f'{part}, {size}' for part in parts for size in sizes)], rows)}\n\n"
@@ -679,12 +695,13 @@ def updated(documents: dict[Path, str]) -> dict[Path, str]:
     documents = dict(documents)
     for name, lines in tables.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        places = [path for path, text in documents.items() for _ in range(text.count(marks[0]))]
+        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        places = [(path, place) for path, text in documents.items() for place in pattern.findall(text)]
         if len(places) != 1:
-            raise ValueError(f"{len(places)} documents have a place between {marks[0]} and {marks[1]}; one has to.")
-        before, _, rest = documents[places[0]].partition(marks[0])
-        after = rest.partition(marks[1])[2]
-        documents[places[0]] = f"{before}{marks[0]}\n{relinked(lines, places[0].parent)}\n{marks[1]}{after}"
+            raise ValueError(f"{len(places)} places are between {marks[0]} and {marks[1]}; there has to be one.")
+        ((path, place),) = places
+        filled = f"{marks[0]}\n{relinked(lines, path.parent)}\n{marks[1]}"
+        documents[path] = documents[path].replace(place, filled)
     return documents
 
 

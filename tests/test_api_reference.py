@@ -14,11 +14,8 @@ import llava_merge
 
 pytest.importorskip("pdoc", reason="extra `docs`")
 pytestmark = pytest.mark.newest
-NOT_IMPORTED = (
-    "llava_merge.__main__",
-    "llava_merge.evaluation.lmms_eval",
-    "llava_merge.serving.vllm",
-)  # runs; need more
+# runs; need more
+NOT_IMPORTED = ("llava_merge.__main__", "llava_merge.evaluation.lmms_eval", "llava_merge.serving.vllm")
 MODULES = [module.name for module in pkgutil.walk_packages(llava_merge.__path__, "llava_merge.")]
 
 

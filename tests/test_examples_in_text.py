@@ -21,21 +21,12 @@ from llava_merge.training.settings import load_settings
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-IN_ORDER = (
-    "pipeline",
-    "mergers",
-    "positions",
-    "speed",
-    "training",
-    "evaluation",
-    "serving",
-    "saving",
-    "troubleshooting",
-)
-GUIDES = [(ROOT / "examples" / "guides" / f"{name}.md").read_text(encoding="utf-8") for name in IN_ORDER]
-CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
-TEXT = "\n".join([README, *GUIDES])
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "examples" / "guides").glob("*.md")),
+    ROOT / ".github" / "CONTRIBUTING.md",
+]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 SEVEN_B = "llava-hf/llava-1.5-7b-hf"
 START = f"""
 import os
@@ -105,7 +96,7 @@ def test_docstrings_have_examples():
 
 COMMANDS = [
     command
-    for block in re.findall(r"```bash\n(.*?)```", TEXT + CONTRIBUTING, flags=re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     for line in block.strip().splitlines()
     for command in line.split(" && ")
 ]

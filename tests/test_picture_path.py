@@ -34,8 +34,8 @@ def modules_called(call) -> list[str]:
 @pytest.mark.parametrize(("fields", "most"), [(agnostic(9), 140), (aware(9), 148)], ids=["agnostic", "aware"])
 def test_changes_of_module(fields, most):
     """The aim is 60; raise no figure here."""
-    model, processor = tiny_model(fields).eval(), make_processor(processor_class=LlavaMergeProcessor)
-    processor.num_merged_tokens = 9
+    model = tiny_model(fields).eval()
+    processor = make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9)
     prompt = "USER: <image> what is red ? ASSISTANT:"
     inputs = processor(images=Image.new("RGB", (84, 84)), text=prompt, return_tensors="pt")
     model.generate(**inputs, max_new_tokens=1, do_sample=False)  # what the first call prepares
