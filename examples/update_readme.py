@@ -4,6 +4,7 @@
 python examples/update_readme.py
 """
 
+import inspect
 import json
 import os
 import re
@@ -12,10 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_merge import MergerInfo, list_mergers
+from llava_merge import MERGING_METHODS, MergerInfo, list_mergers
 from llava_merge.evaluation.protocol import check_same_protocol
+from llava_merge.model.checkpoint_files import write_whole
 from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
-from llava_merge.model.files import write_whole
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def merger_row(merger: MergerInfo) -> list[str]:
     question = "no"
     if merger.question_aware:
         question = "yes" if merger.name in QUESTION_METHODS else "with `question_aware=True`"
-    file = f"merging_{merger.name}.py"
+    file = Path(inspect.getfile(MERGING_METHODS[merger.name])).name
     source = ", ".join([f"[{file}](llava_merge/model/{file})", *([merger.paper] if merger.paper else [])])
     name = f"`{merger.name}`" + (" (default)" if merger.name == "fixed_pooling" else "")
     return [name, "yes" if merger.trained else "no", question, ", ".join(merger.requires), merger.summary, source]

@@ -5,10 +5,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .model.compat import AutoModelForVision2Seq, register_multimodal_model
 from .model.configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .model.merge_extras import MergeExtras
 from .model.merging_base import (
     MERGING_METHODS,
     MergeContext,
+    MergeExtras,
     MergeOutput,
     MergerInfo,
     MergingMethod,
@@ -18,7 +18,7 @@ from .model.merging_base import (
 from .model.modeling_llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeModel
 from .model.modeling_token_merger import LearnableTokenMergerV3, TokenMerger
 from .model.processing_llava_merge import LlavaMergeProcessor
-from .model.question_turns import Question
+from .model.questions import Question
 from .version import __version__
 
 

@@ -235,7 +235,7 @@ def picture() -> Image.Image:
 def said_of_positions(monkeypatch) -> list[str]:
     """Warnings of positions that a language model was not made for, each time they are given."""
     said = []
-    monkeypatch.setattr("llava_merge.model.position_range.logger", SimpleNamespace(warning_once=said.append))
+    monkeypatch.setattr("llava_merge.model.placeholders.logger", SimpleNamespace(warning_once=said.append))
     return said
 
 

@@ -16,8 +16,8 @@ from transformers.utils import logging
 from llava_merge import LlavaMergeProcessor, MergerConfig
 from llava_merge.model.compat import TRANSFORMERS_V5
 from llava_merge.model.placeholders import budget_of_each_image
+from llava_merge.model.positions import find_cache
 from llava_merge.model.processing_llava_merge import check_proportions
-from llava_merge.model.token_placing import find_cache
 
 
 pytestmark = pytest.mark.core

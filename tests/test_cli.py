@@ -31,7 +31,7 @@ from llava_merge.evaluation.cards import add_evaluation
 from llava_merge.evaluation.fingerprints import check_is_of_report, describe_merger, hash_of_text_model
 from llava_merge.evaluation.report import read_evaluation
 from llava_merge.evaluation.run import settings_of_options
-from llava_merge.model.hub import MERGER, make_card
+from llava_merge.model.model_card import MERGER, make_card
 from llava_merge.serving.pushing import SavedFolder
 
 

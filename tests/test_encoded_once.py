@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from llava_merge import LlavaMergeProcessor
 from llava_merge.model.compat import CACHE_ARGUMENT
-from llava_merge.model.merge_extras import TowerFeatures
-from llava_merge.model.token_placing import EncodedImages
+from llava_merge.model.positions import EncodedImages
+from llava_merge.model.vision_encoding import TowerFeatures
 
 
 pytestmark = pytest.mark.core

@@ -20,7 +20,8 @@ from llava_merge import (
     Question,
     register_merging_method,
 )
-from llava_merge.model.merge_extras import find_layer, mean_attention, projected_relevance, projected_word_relevance
+from llava_merge.model.relevance import projected_relevance, projected_word_relevance
+from llava_merge.model.vision_encoding import find_layer, mean_attention
 
 
 pytestmark = pytest.mark.core

@@ -29,7 +29,7 @@ from test_question import masks_token_by_token
 
 from llava_merge import MERGING_METHODS, LlavaMergeConfig, MergeOutput, MergerConfig, Question, TokenMerger
 from llava_merge.model.merging_base import READ_FOR_QUESTION
-from llava_merge.model.question_turns import TurnMarks
+from llava_merge.model.questions import TurnMarks
 
 
 CHUNKS = 20

@@ -43,25 +43,59 @@ assert type(model).__module__.startswith("transformers_modules"), type(model)
 """
 
 
-def relative_imports(name: str) -> set[str]:
-    return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", (PACKAGE / f"{name}.py").read_text(), flags=re.MULTILINE))
+def relative_imports(file: Path) -> set[str]:
+    return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", file.read_text(), flags=re.MULTILINE))
 
 
-def all_relative_imports(name: str) -> set[str]:
-    found, queue = set(), [name]
+def all_relative_imports(entry: Path) -> set[str]:
+    found, queue = set(), [entry]
     while queue:
         new = relative_imports(queue.pop()) - found
         found |= new
-        queue += new
+        queue += [entry.with_name(f"{name}.py") for name in new]
     return found
 
 
-@pytest.mark.parametrize("entry", ENTRY_FILES)
-def test_every_sibling_that_travels_exists_and_is_named_by_the_entry_file(entry):
-    """transformers 4.57 copies no deeper than the imports of the entry file when it loads a folder."""
-    needed = all_relative_imports(entry)
-    assert all((PACKAGE / f"{name}.py").exists() for name in needed)
-    assert needed == relative_imports(entry)
+def check_code(folder: Path, entries: set[str], methods: set[str], most_files: int, most_bytes: int):
+    """The folder holds the code of its entry files and of `methods`, and no more."""
+    code = {file.stem: file for file in folder.glob("*.py")}
+    reached = set()
+    for entry in entries:
+        # transformers 4.57 copies no deeper than the imports of the entry file when it loads a folder
+        assert all_relative_imports(code[entry]) == relative_imports(code[entry]) <= code.keys(), entry
+        reached |= {entry, *relative_imports(code[entry])}
+    assert code.keys() == reached
+    assert {name for name in code if name.startswith("merging_")} == {"merging_base", "merging_grid", *methods}
+    size = sum(file.stat().st_size for file in code.values())
+    assert len(code) <= most_files and size <= most_bytes, (len(code), size)
+
+
+ALSO_NEEDED = {
+    "cdpruner": {"merging_selection", "relevance"},
+    "mmtok": {"merging_selection", "relevance"},
+    "fixed_pooling": {"merging_attention"},
+    "image_resize": set(),
+    "average_pooling": set(),
+    "quecc": {"merging_attention", "merging_fixed_pooling", "merging_tokenpacker"},
+    "visionzip": {"merging_selection"},
+}
+
+
+@pytest.mark.parametrize("name", ALSO_NEEDED)
+def test_a_checkpoint_brings_the_code_of_its_own_method_alone(name, tmp_path):
+    """The aim is 15 files and 150 KB, 8 and 60 of a merger alone; raise no figure here."""
+    layers = {"feature_layers": [1, 2]} if name == "quecc" else {}
+    model = tiny_model({"merger_type": name, "num_merged_tokens": 9, "num_heads": 4, **layers})
+    model.save_pretrained(tmp_path / "model")
+    model.save_merger(tmp_path / "merger")
+    more = len(ALSO_NEEDED[name])
+    methods = {f"merging_{name}", *ALSO_NEEDED[name]} - {"relevance"}
+    entries = {"configuration_llava_merge", "modeling_llava_merge", "modeling_token_merger"}
+    check_code(tmp_path / "model", entries, methods, 23 + more, 390_000)
+    check_code(tmp_path / "merger", entries - {"modeling_llava_merge"}, methods, 10 + len(methods), 180_000)
+    assert (tmp_path / "model" / "relevance.py").exists() == ("relevance" in ALSO_NEEDED[name])
+    model.save_pretrained(tmp_path / "model")  # over the one before
+    check_code(tmp_path / "model", entries, methods, 23 + more, 390_000)
 
 
 @pytest.mark.parametrize("entry", ENTRY_FILES)
@@ -91,7 +125,7 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
         "threading",
         "uuid",
     }
-    for name in {entry, *all_relative_imports(entry)}:
+    for name in {entry, *all_relative_imports(PACKAGE / f"{entry}.py")}:
         source = (PACKAGE / f"{name}.py").read_text()
         packages = re.findall(
             r"^\s*(?:from|import)\s+([a-z_0-9]+)(?:\.\S+)?(?:\s+import|\s*$)", source, flags=re.MULTILINE
@@ -145,9 +179,11 @@ llava_merge.LlavaMergeProcessor.from_pretrained({str(directory)!r}).push_to_hub(
 """
     run_python(push, server.environment(tmp_path / "pusher"))
     files = server.repos["org/llava-merge"]
-    code = {f"{name}.py" for entry in ENTRY_FILES for name in {entry, *all_relative_imports(entry)}}
-    assert not {"cli.py", "visualization.py"} & files.keys()
-    assert code | {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files.keys()
+    code = {file.name for file in directory.glob("*.py")}
+    assert (
+        len(code) > 10
+        and code | {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files.keys()
+    )
     card = files["README.md"].decode()
     assert "- token-merging" in card and "- merge\n" not in card
     assert 'from_pretrained("org/llava-merge", trust_remote_code=True)' in card and "| tokens per image | 9 |" in card
@@ -175,9 +211,9 @@ model.push_merger_to_hub("org/some-merger")
 """
     run_python(push, server.environment(tmp_path / "pusher"))
     files = server.repos["org/some-merger"]
-    code = {f"{name}.py" for name in {"modeling_token_merger", *all_relative_imports("modeling_token_merger")}}
+    code = {name for name in files if name.endswith(".py")}
     assert files.keys() - {".gitattributes"} == code | {"config.json", "model.safetensors", "README.md"}
-    for part in ("modeling_llava_merge", "loading", "generation", "question_marks", "processing"):
+    for part in ("modeling_llava_merge", "loading", "generation", "vision_encoding", "processing"):
         assert not any(part in name for name in code)
     merger = tiny_model(aware(), train_merger=True).model.merger.state_dict()
     pushed = load(files["model.safetensors"])
@@ -405,6 +441,6 @@ def test_links_of_a_snapshot_lead_into_the_blobs_of_its_repo(saved, tmp_path):
 @pytest.mark.parametrize("push", ["push_to_hub", "push_merger_to_hub"])
 def test_a_push_with_an_unknown_option_is_refused_before_the_hub_is_asked(push, monkeypatch):
     """Before, the repo was made, and got its card."""
-    monkeypatch.setattr("llava_merge.model.hub.HfApi", None)
+    monkeypatch.setattr("llava_merge.model.model_card.HfApi", None)
     with pytest.raises(ValueError, match="foo=1: a push takes .*commit_message, .*Leave it out"):
         getattr(tiny_model(agnostic()), push)("org/no", foo=1)

@@ -23,7 +23,7 @@ from conftest import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, MergerConfig
-from llava_merge.model import placeholders, prompt_reading
+from llava_merge.model import placeholders, questions
 from llava_merge.model.compat import TRANSFORMERS_V5
 
 
@@ -846,7 +846,7 @@ class TestSetMerger:
 def test_nothing_is_checked_once_the_tower_runs(merger, call, monkeypatch):
     """A check waits for the device, which has nothing else to do before the tower."""
     model, events = tiny_model(merger), []
-    for module in (placeholders, prompt_reading):
+    for module in (placeholders, questions):
         monkeypatch.setattr(module, "check_on_device", lambda *check: events.append("check"))
     model.model.vision_tower.register_forward_pre_hook(lambda *_: events.append("tower"))
     batch = {**prompts([1, 2], 9), "pixel_values": pixels(3)}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 
-from llava_merge.model import placeholders, prompt_reading
-from llava_merge.model.question_turns import Prompt
+from llava_merge.model import placeholders, questions
+from llava_merge.model.questions import Prompt
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -87,7 +87,7 @@ def test_a_forward_waits_for_its_checks_alone(name, no_waits, monkeypatch):
     model, batch = on_gpu(name, [1, 2])
     batch["question_mask"] = batch["attention_mask"].bool()
     checks = []
-    for module in (placeholders, prompt_reading):
+    for module in (placeholders, questions):
         monkeypatch.setattr(module, "check_on_device", lambda *check: checks.append(check[1]))
     for refused in (False, True):
         no_waits(refused)

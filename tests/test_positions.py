@@ -45,8 +45,7 @@ from llava_merge import (
 )
 from llava_merge.model.compat import TRANSFORMERS_V5, TRANSFORMERS_VERSION
 from llava_merge.model.merging_grid import slot_places, slots_per_row
-from llava_merge.model.token_layout import layout_of_images
-from llava_merge.model.token_placing import find_cache
+from llava_merge.model.positions import find_cache, layout_of_images
 
 
 pytestmark = pytest.mark.core

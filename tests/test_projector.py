@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 from llava_merge import LlavaMergeForConditionalGeneration, TokenMerger
-from llava_merge.model.saving import PROJECTOR
+from llava_merge.model.checkpoint_saving import PROJECTOR
 
 
 BATCH = {**prompts([1, 2], 9), "pixel_values": pixels(3)}

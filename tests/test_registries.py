@@ -14,7 +14,7 @@ from transformers import AutoModelForPreTraining, AutoTokenizer, pipeline
 from transformers.models.auto import modeling_auto
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
-from llava_merge.model import registries
+from llava_merge.model import compat
 from llava_merge.model.compat import TRANSFORMERS_V5
 
 
@@ -39,7 +39,7 @@ class TestNames:
     def test_nobody_is_replaced(self, monkeypatch):
         names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         monkeypatch.setitem(names, "llava_merge", "Theirs")
-        registries.register_names("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
+        compat.register_names("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
         assert names["llava_merge"] == "Theirs"
 
     def test_mappings_of_classes_still_list_and_load(self):
@@ -108,7 +108,7 @@ class TestLiger:
 
     @pytest.fixture
     def liger(self, monkeypatch):
-        kernels, calls = ModuleType(registries.LIGER), []
+        kernels, calls = ModuleType(compat.LIGER), []
 
         def apply_liger_kernel_to_llava(model=None, **options):
             calls.append((model, options))
@@ -116,7 +116,7 @@ class TestLiger:
         kernels.apply_liger_kernel_to_llava = apply_liger_kernel_to_llava
         kernels.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llava": apply_liger_kernel_to_llava}
         kernels.calls = calls
-        monkeypatch.setitem(sys.modules, registries.LIGER, kernels)
+        monkeypatch.setitem(sys.modules, compat.LIGER, kernels)
         return kernels
 
     def test_it_finds_the_model_type_though_it_is_imported_later(self, liger):
@@ -127,7 +127,7 @@ class TestLiger:
 
     def test_what_is_not_used_is_said(self, liger, monkeypatch):
         said = []
-        monkeypatch.setattr(registries, "logger", SimpleNamespace(warning_once=said.append))
+        monkeypatch.setattr(compat, "logger", SimpleNamespace(warning_once=said.append))
         apply = liger.MODEL_TYPE_TO_APPLY_LIGER_FN.get(LlavaMergeConfig.model_type)
         apply(fused_linear_cross_entropy=False)
         assert not said
@@ -140,9 +140,9 @@ class TestLiger:
 
     @pytest.mark.parametrize("lists", [{}, {"MODEL_TYPE_TO_APPLY_LIGER_FN": {}}])
     def test_a_release_without_llava_is_left_alone(self, lists, monkeypatch):
-        module = ModuleType(registries.LIGER)
+        module = ModuleType(compat.LIGER)
         vars(module).update(lists)
-        monkeypatch.setitem(sys.modules, registries.LIGER, module)
+        monkeypatch.setitem(sys.modules, compat.LIGER, module)
         assert LlavaMergeConfig.model_type == "llava_merge" and not any(lists.values())
 
     def test_the_installed_one(self):

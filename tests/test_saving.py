@@ -22,11 +22,11 @@ from conftest import agnostic, aware, make_processor, pixels, prompts, tiny_mode
 from hub_server import HubServer
 from safetensors.torch import load, load_file
 
-import llava_merge.model.saving
+import llava_merge.model.checkpoint_saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
+from llava_merge.model.checkpoint_files import STAGED, replaced_weights, save_at_once
+from llava_merge.model.checkpoint_saving import PROJECTOR, with_relative_imports
 from llava_merge.model.compat import TRANSFORMERS_V5
-from llava_merge.model.files import STAGED, replaced_weights, save_at_once
-from llava_merge.model.saving import PROJECTOR, with_relative_imports
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed")
@@ -388,7 +388,7 @@ def test_ranks_with_parts_of_a_tensor_save_as_in_transformers(tmp_path, monkeypa
     """4.57 puts each tensor together while it writes, for which it waits for all ranks."""
     model, called = tiny_model(OLD), []
     monkeypatch.setattr(type(model), "_tp_size", 2)
-    monkeypatch.setattr(llava_merge.model.saving, "is_first_rank", lambda: False)
+    monkeypatch.setattr(llava_merge.model.checkpoint_saving, "is_first_rank", lambda: False)
     monkeypatch.setattr(
         transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: called.append(args[1:])
     )
@@ -401,7 +401,7 @@ def save_on_each_rank(rank: int, folder: str, rounds: int):
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     models = [tiny_model(config, train_merger=True) for config in (NEW, OLD)]
     if rank == 1:
-        llava_merge.model.saving.save_at_once = None  # not to be called
+        llava_merge.model.checkpoint_saving.save_at_once = None  # not to be called
     for number in range(rounds):
         for save, name in ((models[number % 2].save_pretrained, "model"), (models[number % 2].save_merger, "merger")):
             torch.distributed.barrier()
@@ -465,7 +465,7 @@ class TestOwnMethod:
         for directory in (tmp_path / "model", tmp_path / "merger"):
             assert (directory / "my_method.py").read_text() == METHOD
         MERGING_METHODS.pop("first_tokens")
-        with pytest.raises(ValueError, match="'first_tokens' does not exist.*has to be imported before"):
+        with pytest.raises(ValueError, match="'first_tokens' does not exist.*Import a custom method before"):
             TokenMerger.from_pretrained(tmp_path / "merger")
         sys.modules.pop("my_method")
 

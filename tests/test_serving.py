@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from llava_merge import LlavaMergeConfig, LlavaMergeModel
 from llava_merge.model.compat import TRANSFORMERS_V5
-from llava_merge.model.merge_extras import MergeExtras, index_on
-from llava_merge.model.merging_base import MERGING_METHODS, READ_FOR_QUESTION
-from llava_merge.model.question_turns import TurnMarks, split_turns
-from llava_merge.model.token_layout import place_on_slots
+from llava_merge.model.merging_base import MERGING_METHODS, READ_FOR_QUESTION, MergeExtras
+from llava_merge.model.positions import place_on_slots
+from llava_merge.model.questions import TurnMarks, split_turns
+from llava_merge.model.vision_encoding import index_on
 from llava_merge.serving import requests
 from llava_merge.serving.requests import (
     RequestRules,

@@ -10,7 +10,7 @@ from conftest import END, LONGEST, START, WORDS, aware, make_processor, pixels, 
 from transformers import CLIPModel
 
 from llava_merge import LlavaMergeForConditionalGeneration, Question
-from llava_merge.model.text_tower import TextTower
+from llava_merge.model.relevance import TextTower
 
 
 pytestmark = pytest.mark.core

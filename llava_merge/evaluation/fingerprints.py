@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llava_merge import LlavaMergeForConditionalGeneration, MergerConfig, TokenMerger
 from llava_merge.evaluation.candidates import Candidate
+from llava_merge.model.checkpoint_saving import merger_of_projector
 from llava_merge.model.configuration_llava_merge import BUDGET, QUESTION_MARKS, own_merger_fields
-from llava_merge.model.projector_files import merger_of_projector
 
 
 WIDTHS = ("vision_dim", "text_dim", "tower_dim")

@@ -1,15 +1,26 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """Every difference between the supported transformers releases, each with what changed and when it can go.
 
-Differences inside `generate` are in compat_generation.py, that of the processor in compat_processing.py.
+And the lists of other libraries that name a LLaVA: our names stand beside its own, and replace nobody's.
 """
 
+import functools
+import inspect
 import re
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import transformers
 from packaging.version import Version
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 TRANSFORMERS_VERSION = Version(transformers.__version__)
@@ -151,3 +162,113 @@ def record_before_replicas(tower: PreTrainedModel):
     for part in tower.modules():
         if isinstance(part, PreTrainedModel):
             maybe_install_capturing_hooks(part)
+
+
+_asked: ContextVar[dict[int, tuple] | None] = ContextVar("asked", default=None)
+
+
+def takes_arguments_of(stock: Callable) -> Callable:
+    """Decorator of an override with keyword arguments only: it is called as `stock` is, by position too.
+
+    `inspect.signature`, from which `generate` and `Trainer` learn what a model takes, shows the parameters of `stock`
+    in the installed release, then those that the override adds.
+    """
+    shown = inspect.signature(stock)
+    *parameters, catch_all = shown.parameters.values()  # self, input_ids, ..., **kwargs
+    names = [parameter.name for parameter in parameters[1:]]
+
+    def decorate(override: Callable) -> Callable:
+        own = [
+            parameter
+            for parameter in inspect.signature(override).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in shown.parameters
+        ]
+
+        @functools.wraps(override)
+        def with_names(self, *args, **kwargs):
+            if len(args) > len(names):
+                raise TypeError(f"{override.__name__} takes at most {len(names)} arguments by position: {names}")
+            return override(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+        with_names.__signature__ = shown.replace(parameters=[*parameters, *own, catch_all])
+        return with_names
+
+    return decorate
+
+
+@contextmanager
+def asking(model, *arguments):
+    """Inside, [`asked_of`] the model returns these arguments, in this thread or task."""
+    token = _asked.set({**(_asked.get() or {}), id(model): arguments})
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked_of(model, *arguments) -> tuple:
+    """The arguments of [`asking`], or these outside."""
+    return (_asked.get() or {}).get(id(model), arguments)
+
+
+def taken_by(function: Callable, arguments: dict) -> dict:
+    """Those of the arguments, by name, that the function takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return arguments if takes_all else {name: arguments[name] for name in arguments if name in parameters}
+
+
+LIGER = "liger_kernel.transformers.monkey_patch"
+PEFT = "peft.utils.constants"
+STOCK = "llava"
+
+
+def register_names(model_type: str, for_generation: str, headless: str):
+    """Adds our classes to the names by which pipelines, trainers and servers tell what a model does.
+
+    `AutoModel.register` adds to the classes alone.
+    """
+    ours = {"LlavaForConditionalGeneration": for_generation, "LlavaModel": headless}
+    for mapping, names in vars(modeling_auto).items():
+        if mapping.startswith("MODEL_") and mapping.endswith("_MAPPING_NAMES") and STOCK in names:
+            names.setdefault(model_type, ours[names[STOCK]])
+
+
+class ModelType:
+    """`model_type` of a configuration, in the lists of libraries that are not imported yet when this package is.
+
+    They look a model up by it, so that our names are there when they do. A configuration may be given another one.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, config, owner) -> str:
+        register_with_imported(self.name)
+        return self.name if config is None else vars(config).get("model_type", self.name)
+
+    def __set__(self, config, name: str):
+        vars(config)["model_type"] = name
+
+
+def register_with_imported(model_type: str):
+    """Adds `model_type` to the lists of Liger and PEFT, where the process has imported them."""
+    kernels = getattr(sys.modules.get(LIGER), "MODEL_TYPE_TO_APPLY_LIGER_FN", {})
+    if STOCK in kernels:
+        kernels.setdefault(model_type, apply_liger_kernel_to_llava_merge)
+    for mapping, modules in list(vars(sys.modules.get(PEFT, object)).items()):
+        if mapping.endswith("_TARGET_MODULES_MAPPING") and STOCK in modules:
+            modules.setdefault(model_type, modules[STOCK])
+
+
+def apply_liger_kernel_to_llava_merge(
+    cross_entropy: bool = False, fused_linear_cross_entropy: bool = True, model=None, **kwargs
+):
+    """Liger's kernels for LLaVA, but for its forward, which gives a merger neither labels nor a budget."""
+    if fused_linear_cross_entropy:
+        logger.warning_once(
+            "Liger's fused loss is not used, whose forward would not tell the merger what is answer; its kernels for "
+            "the layers are. liger_kernel_config={'fused_linear_cross_entropy': False} says so."
+        )
+    options = {"cross_entropy": cross_entropy, "fused_linear_cross_entropy": False, **kwargs}
+    sys.modules[LIGER].apply_liger_kernel_to_llava(model=model, **options)

@@ -8,9 +8,8 @@ from operator import index
 
 from transformers import CONFIG_MAPPING, GenerationConfig, LlavaConfig, PretrainedConfig
 
-from .compat import add_sub_config
+from .compat import ModelType, add_sub_config, register_names
 from .placeholders import is_whole_number
-from .registries import ModelType, register_names
 
 
 AUTO_MAP = {

@@ -12,15 +12,13 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import CACHE_ARGUMENT
+from .compat import CACHE_ARGUMENT, takes_arguments_of
 from .configuration_llava_merge import keeps_places
-from .generation_llava_merge import EncodesImagesBeforeForward
+from .generation import EncodesImagesBeforeForward
 from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
-from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget
-from .position_range import warn_of_positions
-from .running_calls import counted
-from .stock_signature import takes_arguments_of
-from .token_placing import find_cache
+from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget, warn_of_positions
+from .positions import find_cache
+from .vision_encoding import counted
 
 
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -18,13 +18,19 @@ from transformers.utils import logging
 
 from .compat import CACHE_ARGUMENT
 from .joint_projections import joint_projections
-from .merge_extras import attention_layer_of, find_layer
 from .merging_base import MERGING_METHODS
 from .patch_projection import projected_patches
 from .placeholders import ALL_TOKENS, tokens_of_budget
-from .question_turns import Prompt, Question
-from .token_layout import TokenLayout, biased_causal_mask, counted_positions, numbers_of_placeholders
-from .token_placing import EncodedImages, sliding_window_of
+from .positions import (
+    EncodedImages,
+    TokenLayout,
+    biased_causal_mask,
+    counted_positions,
+    numbers_of_placeholders,
+    sliding_window_of,
+)
+from .questions import Prompt, Question
+from .vision_encoding import attention_layer_of, find_layer
 
 
 @dataclass(frozen=True)

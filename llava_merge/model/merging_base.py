@@ -1,10 +1,11 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""The interface of a merging method. To add one: a file with a [`MergingMethod`], imported by both modeling files."""
+"""The interface of a merging method. To add one: a file merging_NAME.py here, with a [`MergingMethod`]."""
 
 import inspect
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,97 @@ from transformers.utils import ModelOutput
 
 from .configuration_llava_merge import MergerConfig
 from .merging_grid import SlotGeometry
-from .question_turns import Question
+from .questions import Question
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters, or in a replica of DataParallel, which has none, the copies that stand in their places."""
+    for part in module.modules():
+        weights = part._parameters | getattr(part, "_former_parameters", {})
+        yield from (weight for weight in weights.values() if weight is not None)
 
 
 MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
+KINDS = ("cls_attention", "keys", "layers", "relevance", "word_relevance")  # of extras
+IS_PACKAGE = __name__.startswith("llava_merge.")  # and not the code of a checkpoint
+WHERE_METHODS_ARE = "Import a custom method before; its file lies beside the weights that were saved with it."
+NEEDS_PACKAGE = "A checkpoint brings the code of its own method alone; the others need the package llava_merge."
 READ_FOR_QUESTION = frozenset({"relevance", "word_relevance"})  # of what a method may require
+
+
+@dataclass(frozen=True)
+class MergeExtras:
+    """What a method asked for; keys and attention are of the layer that makes the features.
+
+    Attributes:
+        cls_attention: (I, N) float32, attention of CLS to each patch, mean over the heads. CLS looks at itself too, so
+            that rows sum to less than 1. In a tower without CLS, the mean attention that a patch receives from all.
+        keys: (I, N, hidden size of the tower), of all heads side by side.
+        num_heads: Heads of the keys.
+        layers: Hidden states (I, N, hidden size of the tower) that `MergerConfig.feature_layers` names.
+        relevance: (I, N) float32, how much each patch matters for its image's question.
+        word_relevance: (I, N, T) float32, for each token of it; -inf throughout where a token is none.
+    """
+
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    num_heads: int = 1
+    layers: tuple[Tensor, ...] = ()
+    relevance: Tensor | None = None
+    word_relevance: Tensor | None = None
+
+    @property
+    def kinds(self) -> set[str]:
+        """Names of what is there."""
+        return {name for name in KINDS if getattr(self, name) is not None and len(getattr(self, name))}
+
+    def of_kinds(self, kinds: frozenset[str]) -> "MergeExtras":
+        """Without what is not in `kinds`."""
+        return replace(self, **{name: getattr(MergeExtras, name) for name in self.kinds - kinds})
+
+    def of_images(self, images: Tensor) -> "MergeExtras":
+        """Those of some of the images, by index: (n,)."""
+        return self._each(lambda tensor: tensor[images.to(tensor.device)])
+
+    def first(self, number: int) -> "MergeExtras":
+        """Copies of those of the first images."""
+        return self._each(lambda tensor: tensor[:number].clone())
+
+    @classmethod
+    def joined(cls, parts: list["MergeExtras"]) -> "MergeExtras":
+        """Those of the images of all `parts`, one after the other."""
+        first = parts[0]
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in first._tensors}
+        layers = tuple(torch.cat(states) for states in zip(*(part.layers for part in parts), strict=True))
+        return replace(first, **tensors, layers=layers)
+
+    def to(self, device: torch.device) -> "MergeExtras":
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is there besides `layers`, by name."""
+        tensors = {name: getattr(self, name) for name in KINDS if name != "layers"}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _each(self, change) -> "MergeExtras":
+        changed = {name: change(tensor) for name, tensor in self._tensors.items()}
+        return replace(self, **changed, layers=tuple(map(change, self.layers)))
+
+    def check_shapes(self, features: Tensor):
+        """Compares them with `features` (I, N, vision_dim).
+
+        Raises:
+            ValueError: They are of another number of images or patches.
+        """
+        named = self._tensors | {f"layers[{index}]": layer for index, layer in enumerate(self.layers)}
+        for name, tensor in named.items():
+            if tensor.shape[:2] != features.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; for features of shape {tuple(features.shape)} it has to "
+                    f"begin with {tuple(features.shape[:2])}. Take both from the same images."
+                )
 
 
 @dataclass
@@ -187,7 +274,7 @@ def find_merging_method(config: MergerConfig) -> type[MergingMethod]:
     if config.merger_type not in MERGING_METHODS:
         raise ValueError(
             f"merger_type={config.merger_type!r} does not exist; choose one of {', '.join(sorted(MERGING_METHODS))}. "
-            f"A method of your own has to be imported before; its file lies beside the weights that were saved with it."
+            f"{WHERE_METHODS_ARE if IS_PACKAGE else NEEDS_PACKAGE}"
         )
     method = MERGING_METHODS[config.merger_type]
     if config.question_aware and not method.uses_question:
@@ -237,15 +324,13 @@ def check_options(config: MergerConfig, method: type[MergingMethod]):
             )
 
 
-def method_file(config: MergerConfig) -> Path | None:
-    """The file of the method that `config` names where that is no part of this package, so that it has to be saved too.
+def method_file(config: MergerConfig) -> Path:
+    """The file of the method that `config` names.
 
     Raises:
-        ValueError: It is defined in a script or notebook, which no other process can import.
+        ValueError: The method is defined in a script or notebook, which no other process can import.
     """
     module = inspect.getmodule(find_merging_method(config))
-    if module.__name__.rpartition(".")[0] == __name__.rpartition(".")[0]:
-        return None
     if module.__name__ == "__main__":
         raise ValueError(
             f"merger_type={config.merger_type!r} is defined in the script or notebook that runs, so that a checkpoint "
@@ -303,3 +388,21 @@ def as_source(weights: Tensor, num_images: int) -> Tensor:
 def weighted_sum(weights: Tensor, features: Tensor) -> Tensor:
     """`weights` (M, N) or (I, M, N) times `features` (I, N, dim), in the dtype of the features: (I, M, dim)."""
     return torch.matmul(weights.to(features.dtype), features)
+
+
+@register_merging_method("none")
+class Identity(MergingMethod):
+    """Keeps every visual token: stock LLaVA, bit for bit.
+
+    The baseline of every comparison.
+    """
+
+    needs_grid = False
+    training_free = True
+    sits_on_slots = True
+
+    def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
+        source = None
+        if context.return_source:
+            source = as_source(torch.eye(features.shape[1], device=features.device), features.shape[0])
+        return MergeOutput(merged_features=features, source=source)

@@ -11,7 +11,7 @@ from .configuration_llava_merge import MergerConfig
 from .merging_attention import attention_weights, check_heads, join_heads, split_heads
 from .merging_base import MergeContext, MergeOutput, MergingMethod, OwnInitialization, register_merging_method
 from .merging_grid import default_query_grid, sample_query_map
-from .question_turns import Question
+from .questions import Question
 
 
 class ZeroLinear(OwnInitialization, nn.Linear):

@@ -60,6 +60,11 @@ class ImageResize(MergingMethod):
         if config.num_merged_tokens is not None:
             grid_of_budget(config.num_merged_tokens)
 
+    @staticmethod
+    def resized(pixel_values: Tensor, num_tokens: int, patch_shape: tuple[int, int]) -> Tensor:
+        """See [`resize_pictures`]."""
+        return resize_pictures(pixel_values, num_tokens, patch_shape)
+
     def forward(self, features: Tensor, context: MergeContext) -> MergeOutput:
         raise ValueError(
             "merger_type='image_resize' makes pictures smaller before the tower, and has nothing to merge behind it. "

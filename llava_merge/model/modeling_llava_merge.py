@@ -15,83 +15,81 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-# Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
-# file when it loads a folder with trust_remote_code.
-from .bypass import Bypassable
-from .checkpoint_files import naming_broken_files  # noqa: F401
+from .checkpoint_files import (
+    naming_broken_files,  # noqa: F401
+    save_at_once,  # noqa: F401
+)
+from .checkpoint_loading import (
+    LlavaMergePreTrainedModel,
+    find_question_marks,  # noqa: F401
+    read_checkpoint,  # noqa: F401
+    unused_layers_pattern,
+)
+from .checkpoint_saving import (
+    SavesAtOnce,  # noqa: F401
+    save_projector,  # noqa: F401
+)
 from .compat import (
     OUTPUT_OF_IMAGES,
+    asked_of,
+    asking,
     hidden_states_to_keep,
     image_features_result,
     record_before_replicas,
     register_llava_key_mapping,
+    register_names,  # noqa: F401
+    taken_by,
+    takes_arguments_of,
 )
-from .compat_generation import KeepsEncodedImagesToThePrefill  # noqa: F401
-from .compat_processing import MergedPlaceholderProcessor  # noqa: F401
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .files import save_at_once  # noqa: F401
-from .generation_llava_merge import images_to_merge
+from .generation import (
+    KeepsEncodedImagesToThePrefill,  # noqa: F401
+    images_to_merge,
+)
 from .graph_generation import GeneratesFromGraphs
-from .hub import MODEL, check_push_options, push_card_if_missing
 from .inference_graphs import InferenceGraphs  # noqa: F401
 from .joint_projections import joint_projections  # noqa: F401
 from .layer_replacement import replaced  # noqa: F401
-from .layout_cache import keep_layout
-from .loading import read_checkpoint  # noqa: F401
-from .merge_extras import (
-    MergeExtras,
+from .merging_base import READ_FOR_QUESTION, MergeExtras, MergeOutput, required_extras, weights_of
+from .model_card import MODEL, check_push_options, push_card_if_missing
+from .modeling_token_merger import TokenMerger
+from .patch_projection import projected_patches  # noqa: F401
+from .placeholders import (
+    ALL_TOKENS,
+    budget_of_each_image,
+    check_num_features,
+    check_placeholders,
+    tokens_of_budget,
+    warn_of_positions,  # noqa: F401
+)
+from .positions import (
+    EncodedImages,
+    ImagesOfPrompt,
+    PlacesTokens,
+    TokenLayout,  # noqa: F401
+    find_cache,
+    keep_layout,
+)
+from .processing_llava_merge import MergedPlaceholderProcessor  # noqa: F401
+from .questions import Prompt, Question, ReadsPrompt
+from .vision_encoding import (
+    Bypassable,
+    ResizesPictures,
+    RunningCalls,
     TowerFeatures,
     attention_layer_of,
+    counted,
     features_of,
     merge_by_budget,
     read_tower,
 )
-from .merging_attention import check_heads  # noqa: F401
-from .merging_average_pooling import AveragePooling  # noqa: F401
-from .merging_base import READ_FOR_QUESTION, MergeOutput, required_extras
-from .merging_c_abstractor import CAbstractor  # noqa: F401
-from .merging_cdpruner import CDPruner  # noqa: F401
-from .merging_divprune import DivPrune  # noqa: F401
-from .merging_fastervlm import FasterVLM  # noqa: F401
-from .merging_fixed_pooling import FixedPooling  # noqa: F401
-from .merging_grid import slot_geometry  # noqa: F401
-from .merging_gumbel_topk import GumbelTopK  # noqa: F401
-from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
-from .merging_image_resize import ImageResize  # noqa: F401
-from .merging_mmtok import MMTok  # noqa: F401
-from .merging_mqt import MQT  # noqa: F401
-from .merging_none import Identity  # noqa: F401
-from .merging_prumerge_plus import PruMergePlus  # noqa: F401
-from .merging_quecc import QueCC  # noqa: F401
-from .merging_random import RandomTokens  # noqa: F401
-from .merging_resampler import Resampler  # noqa: F401
-from .merging_salient_pooling import SalientPooling  # noqa: F401
-from .merging_selection import keep_patches  # noqa: F401
-from .merging_strided import StridedTokens  # noqa: F401
-from .merging_tokenpacker import TokenPacker  # noqa: F401
-from .merging_tome import ToMe  # noqa: F401
-from .merging_visionzip import VisionZip  # noqa: F401
-from .merging_vispruner import VisPruner  # noqa: F401
-from .modeling_token_merger import TokenMerger
-from .patch_projection import projected_patches  # noqa: F401
-from .placeholders import ALL_TOKENS, budget_of_each_image, check_num_features, check_placeholders, tokens_of_budget
-from .position_range import warn_of_positions  # noqa: F401
-from .pretrained_llava_merge import LlavaMergePreTrainedModel, unused_layers_pattern
-from .projector_files import save_projector  # noqa: F401
-from .prompt_reading import ReadsPrompt
-from .question_marks import find_question_marks  # noqa: F401
-from .question_turns import Prompt, Question
-from .registries import register_names  # noqa: F401
-from .resized_pictures import ResizesPictures
-from .running_calls import RunningCalls, counted
-from .saving import SavesAtOnce  # noqa: F401
-from .stock_signature import asked_of, asking, taken_by, takes_arguments_of
-from .text_tower import TextTower, read_for_question
-from .token_layout import TokenLayout  # noqa: F401
-from .token_placing import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache
 from .vllm_backend import check_backend, is_run_by_vllm
-from .weights import weights_of
 
+
+try:
+    from . import relevance
+except ImportError:  # it travels with the methods that need it alone
+    relevance = None
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
 
@@ -156,7 +154,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         LlavaPreTrainedModel.__init__(self, config)
         self._prepare_loading(fresh_merger, allow_missing_weights)
         self.running_calls = RunningCalls()
-        self.text_tower: TextTower | None = None  # no module: it is neither trained nor saved
+        self.text_tower = None  # a TextTower and no module: it is neither trained nor saved
         self.question_tokenizer = None  # for the text tower, which reads questions as text
         self.vision_tower = AutoModel.from_config(config.used_vision_config)
         if config.used_vision_config is not config.vision_config:
@@ -247,20 +245,20 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
         if tower is None:
             device = device_of(self.multi_modal_projector, features)
             features, question = features.to(device), question.to(device)
-        read = read_for_question(
+        read = relevance.read_for_question(
             requires, features, question, self.multi_modal_projector, tower, self.question_tokenizer
         )
         return replace(extras, **read)
 
-    def find_text_tower(self, merger_config: MergerConfig, **hub_kwargs) -> TextTower | None:
-        """The text tower that `merger_config` asks for, if it does; loaded once.
+    def find_text_tower(self, merger_config: MergerConfig, **hub_kwargs):
+        """The `TextTower` that `merger_config` asks for, if it does; loaded once.
 
         Raises:
             ValueError: It cannot be loaded, or is of another vision tower.
         """
         name = merger_config.text_tower
         if name is not None and (self.text_tower is None or self.text_tower.name != name):
-            self.text_tower = TextTower(name, merger_config.vision_dim, hub_kwargs)
+            self.text_tower = relevance.TextTower(name, merger_config.vision_dim, hub_kwargs)
         return self.text_tower if name is not None else None
 
     def _run_tower(

@@ -12,24 +12,23 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-# Every sibling by name, also those used only by others: transformers 4.57 copies no deeper than the imports of this
-# file when it loads a folder with trust_remote_code.
 from .checkpoint_files import (
+    CONFIG,
     BoundsMissingWeights,
     check_shapes,
     hub_arguments,
     naming_broken_files,
     refuse_missing_weights,
 )
-from .compat import TRANSFORMERS_VERSION  # noqa: F401
+from .checkpoint_saving import PROJECTOR, SavesAtOnce, offloaded_weights, save_projector
+from .compat import (
+    TRANSFORMERS_VERSION,  # noqa: F401
+    register_names,  # noqa: F401
+)
 from .configuration_llava_merge import MergerConfig
-from .files import CONFIG
-from .hub import MERGER, check_push_options, push_card_if_missing, push_folder
-from .merge_extras import MergeExtras
-from .merging_attention import check_heads  # noqa: F401
-from .merging_average_pooling import AveragePooling  # noqa: F401
 from .merging_base import (
     MergeContext,
+    MergeExtras,
     MergeOutput,
     MergingMethod,
     OwnInitialization,
@@ -37,37 +36,12 @@ from .merging_base import (
     find_merging_method,
     full_precision,
     required_extras,
+    weights_of,
 )
-from .merging_c_abstractor import CAbstractor  # noqa: F401
-from .merging_cdpruner import CDPruner  # noqa: F401
-from .merging_divprune import DivPrune  # noqa: F401
-from .merging_fastervlm import FasterVLM  # noqa: F401
-from .merging_fixed_pooling import FixedPooling  # noqa: F401
 from .merging_grid import slot_geometry
-from .merging_gumbel_topk import GumbelTopK  # noqa: F401
-from .merging_gumbel_topk_question import GumbelTopKQuestion  # noqa: F401
-from .merging_image_resize import ImageResize  # noqa: F401
-from .merging_mmtok import MMTok  # noqa: F401
-from .merging_mqt import MQT  # noqa: F401
-from .merging_none import Identity  # noqa: F401
-from .merging_prumerge_plus import PruMergePlus  # noqa: F401
-from .merging_quecc import QueCC  # noqa: F401
-from .merging_random import RandomTokens  # noqa: F401
-from .merging_resampler import Resampler  # noqa: F401
-from .merging_salient_pooling import SalientPooling  # noqa: F401
-from .merging_selection import keep_patches  # noqa: F401
-from .merging_strided import StridedTokens  # noqa: F401
-from .merging_tokenpacker import TokenPacker  # noqa: F401
-from .merging_tome import ToMe  # noqa: F401
-from .merging_visionzip import VisionZip  # noqa: F401
-from .merging_vispruner import VisPruner  # noqa: F401
+from .model_card import MERGER, check_push_options, push_card_if_missing, push_folder
 from .placeholders import is_whole_number  # noqa: F401
-from .projector_files import save_projector
-from .question_turns import Question
-from .registries import register_names  # noqa: F401
-from .saving import PROJECTOR, SavesAtOnce, offloaded_weights
-from .text_tower import TextTower  # noqa: F401
-from .weights import weights_of
+from .questions import Question
 
 
 logger = logging.get_logger(f"transformers.{__name__}")

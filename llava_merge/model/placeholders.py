@@ -7,6 +7,10 @@ from operator import index
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 ALL_TOKENS = "all"  # of an image that is not merged
@@ -143,3 +147,20 @@ def repeat_rows_together(image_counts: Tensor, times: int) -> Tensor:
     first_image = (image_counts.cumsum(0) - image_counts).repeat_interleave(times)
     row_start = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum()), device=counts.device) + (first_image - row_start).repeat_interleave(counts)
+
+
+def warn_of_positions(num_positions: int, num_tokens: int, limit: int, name: str = "max_position_embeddings"):
+    """Warns, once for each sum of images, where a prompt with its answer takes more than `limit` positions.
+
+    Args:
+        num_positions: What it takes, of `num_tokens`.
+        name: Of the limit.
+    """
+    skipped = num_positions - num_tokens
+    if num_positions > limit and skipped > 0:
+        logger.warning_once(
+            f"A prompt with its answer can pass {name}={limit}, though it has fewer tokens: merged tokens keep the "
+            f"positions of their patches, and those of its images skip {skipped} positions, which leaves room for "
+            f"{max(0, limit - skipped)} tokens. Beyond, answers may be much worse. Give fewer images or less text, or "
+            f"use merger_config={{'position_ids': 'packed'}}."
+        )

@@ -19,10 +19,16 @@ from llava_merge.evaluation.candidates import (
     put_merger,
     text_towers_of,
 )
-from llava_merge.model.checkpoint_files import check_safetensors_files, refuse_missing_weights
-from llava_merge.model.files import CONFIG, refuse_link_outside, refuse_output_in_input, save_at_once
-from llava_merge.model.merging_base import MERGING_METHODS, method_file
-from llava_merge.model.saving import save_method
+from llava_merge.model.checkpoint_files import (
+    CONFIG,
+    check_safetensors_files,
+    refuse_link_outside,
+    refuse_missing_weights,
+    refuse_output_in_input,
+    save_at_once,
+)
+from llava_merge.model.checkpoint_saving import save_code
+from llava_merge.model.merging_base import MERGING_METHODS
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards
 
@@ -76,15 +82,13 @@ def convert(
     own = name_as_saved(model, files)
     check_complete(model, base, files, own)
     write_bos_in_chats(processor)
-    own_method = method_file(model.config.merger_config)
 
     def write(folder: Path):
         write_shards(files, own, folder)
         custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        if own_method is not None:
-            save_method(own_method, folder)
+        save_code(merger_config, folder)
         if (directory / GENERATION_CONFIG).is_file():
             shutil.copy(directory / GENERATION_CONFIG, folder)
 

@@ -14,11 +14,9 @@ from llava_merge import LlavaMergeConfig
 from llava_merge.model.configuration_llava_merge import keeps_places
 from llava_merge.model.merging_base import find_merging_method
 from llava_merge.model.merging_image_resize import grid_of_budget, makes_picture
-from llava_merge.model.placeholders import is_whole_number
-from llava_merge.model.position_range import warn_of_positions
-from llava_merge.model.prompt_reading import turn_marks_of
-from llava_merge.model.question_turns import split_turns
-from llava_merge.model.token_layout import place_on_slots
+from llava_merge.model.placeholders import is_whole_number, warn_of_positions
+from llava_merge.model.positions import place_on_slots
+from llava_merge.model.questions import split_turns, turn_marks_of
 
 
 BUDGET = "num_merged_tokens"
@@ -168,7 +166,7 @@ class RequestRules:
             warn_of_positions(positions, num_text + num_images * budget, self.max_positions)
 
     def questions(self, ids: list[int], num_images: int) -> list[list[int]]:
-        """What each image is merged for, as ids: the text of its turn, as `question_turns` says it.
+        """What each image is merged for, as ids: the text of its turn, as `model/questions.py` says it.
 
         Args:
             ids: The prompt, with one placeholder for each image.

@@ -41,7 +41,12 @@ from llava_merge import LlavaMergeProcessor
 from llava_merge.model.checkpoint_files import refuse_missing_weights
 from llava_merge.model.configuration_llava_merge import keeps_places
 from llava_merge.model.inference_graphs import Recorded
-from llava_merge.model.merge_extras import (
+from llava_merge.model.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
+from llava_merge.model.merging_image_resize import resize_pictures
+from llava_merge.model.modeling_token_merger import TokenMerger
+from llava_merge.model.questions import Question
+from llava_merge.model.relevance import TextTower, read_for_question
+from llava_merge.model.vision_encoding import (
     MergeExtras,
     attention_layer_of,
     features_of,
@@ -49,11 +54,6 @@ from llava_merge.model.merge_extras import (
     merge_by_budget,
     read_tower,
 )
-from llava_merge.model.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
-from llava_merge.model.merging_image_resize import resize_pictures
-from llava_merge.model.modeling_token_merger import TokenMerger
-from llava_merge.model.question_turns import Question
-from llava_merge.model.text_tower import TextTower, read_for_question
 from llava_merge.serving.requests import (
     BUDGET,
     RequestRules,

@@ -15,9 +15,14 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.evaluation.candidates import text_towers_of
+from llava_merge.model.checkpoint_files import (
+    refuse_output_in_input,
+    refuse_replaced_files,
+    renamed_when_whole,
+    write_whole,
+)
 from llava_merge.model.configuration_llava_merge import BUDGET
-from llava_merge.model.files import refuse_output_in_input, refuse_replaced_files, renamed_when_whole, write_whole
-from llava_merge.model.hub import ADAPTER, MERGER, MODEL, make_card
+from llava_merge.model.model_card import ADAPTER, MERGER, MODEL, make_card
 from llava_merge.training.budgets import BudgetSchedule
 from llava_merge.training.checkpoints import last_whole_checkpoint, remove_broken_off
 from llava_merge.training.collator import MergerCollator

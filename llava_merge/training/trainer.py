@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration
-from llava_merge.model.loading import ADAPTER_MERGER
+from llava_merge.model.checkpoint_loading import ADAPTER_MERGER
 from llava_merge.training import losses
 from llava_merge.training.budgets import IGNORED, BudgetSchedule, dropped_questions, with_budget, with_unseen_image
 from llava_merge.training.checkpoints import load_parts, naming_failed_writes, save_parts

@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""CLIP's text tower, which says how much each patch matters for a question."""
+"""How much each patch matters for a question, as the projector or CLIP's text tower says it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokeniz
 
 from .checkpoint_files import naming_broken_files, refuse_missing_weights
 from .configuration_llava_merge import as_data
-from .merge_extras import projected_relevance, projected_word_relevance
 from .merging_base import READ_FOR_QUESTION, full_precision
-from .question_turns import Question
+from .merging_selection import cosine_similarity
+from .questions import Question
 
 
 NO_TOKENIZER = (
@@ -161,6 +161,54 @@ class TextTower:
         longest, end = max(map(len, segments)), self.tokenizer.eos_token_id
         ids = [segment + [end] * (longest - len(segment)) for segment in segments]  # what is behind the end is not seen
         return self.clip.text_model(torch.tensor(ids, device=self.clip.device))
+
+
+def projected_relevance(features: Tensor, question: Question, projector: nn.Module) -> Tensor:
+    """Relevance of each patch of `features` (I, N, vision_dim) for its question: (I, N) float32, a cosine.
+
+    [`projected_similarity`] with the mean embedding of the question; 0 where there is none.
+    """
+    mask = question.mask.float()  # (I, B·T)
+    words = normalize(question.embeds.flatten(0, 1).float(), dim=-1)
+    wanted = mask @ words / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (I, text_dim)
+    return projected_similarity(features, wanted[:, None], projector)[:, :, 0]
+
+
+def projected_word_relevance(features: Tensor, question: Question, projector: nn.Module) -> Tensor:
+    """Relevance of each patch of `features` (I, N, vision_dim) for each token of its row: (I, N, T) float32, a cosine.
+
+    [`projected_similarity`] with the token's embedding; -inf where it is no question's.
+    """
+    rows, is_question = question.rows_of_images()
+    similarity = projected_similarity(features, question.embeds[rows], projector)
+    return similarity.masked_fill(~is_question[:, None], -torch.inf)
+
+
+def projected_similarity(features: Tensor, wanted: Tensor, projector: nn.Module) -> Tensor:
+    """Cosine of each patch of `features` (I, N, vision_dim) with what is `wanted` (I, n, text_dim): (I, N, n) float32.
+
+    Between the patch, seen from the mean of its image, and the direction in which `projector` leads from that mean to
+    `wanted`: its gradient there. It costs the projection of n tokens and its way back; to project all patches would say
+    nearly the same.
+    """
+    mean = features.mean(dim=1, keepdim=True)  # (I, 1, vision_dim)
+    directions = lead_back(projector, mean.expand(-1, wanted.shape[1], -1), wanted)
+    with full_precision(features.device):
+        return cosine_similarity(features - mean, directions)
+
+
+def lead_back(projector: nn.Module, tokens: Tensor, wanted: Tensor) -> Tensor:
+    """Gradient of the product of `projector(tokens)` with `wanted`: (I, n, vision_dim), of tokens (I, n, vision_dim).
+
+    Without a graph behind it, and also inside `torch.inference_mode()`.
+    """
+    if torch.compiler.is_compiling():  # which cannot trace autograd.grad; vjp crashes on quantised layers
+        projected, pull = torch.func.vjp(projector, tokens.detach())
+        return pull(wanted.to(projected.dtype))[0].detach()
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens, wanted = tokens.detach().clone().requires_grad_(), wanted.detach().clone()
+        product = (projector(tokens) * wanted).sum()
+        return torch.autograd.grad(product, tokens)[0]
 
 
 def read_for_question(

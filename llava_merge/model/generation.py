@@ -3,17 +3,47 @@
 
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
-from .compat import CHUNKS_LACK_IMAGES, FORWARD_TAKES_ENCODED_IMAGES, TRANSFORMERS_V5, TRANSFORMERS_VERSION
-from .compat_generation import KeepsEncodedImagesToThePrefill, prepare_inputs_for_generation
-from .layout_cache import keep_layout
-from .merge_extras import TowerFeatures
-from .placeholders import check_num_features, check_on_device, repeat_rows_together, tokens_of_budget
-from .position_range import warn_of_positions
-from .question_turns import Prompt
-from .stock_signature import takes_arguments_of
-from .token_layout import TokenLayout, counted_positions
-from .token_placing import ImagesOfPrompt, cached_length, find_cache
+from .compat import (
+    CHUNKS_LACK_IMAGES,
+    FORWARD_TAKES_ENCODED_IMAGES,
+    TRANSFORMERS_V5,
+    TRANSFORMERS_VERSION,
+    takes_arguments_of,
+)
+from .placeholders import check_num_features, check_on_device, repeat_rows_together, tokens_of_budget, warn_of_positions
+from .positions import ImagesOfPrompt, TokenLayout, cached_length, counted_positions, find_cache, keep_layout
+from .questions import Prompt
+from .vision_encoding import TowerFeatures
+
+
+class KeepsEncodedImagesToThePrefill:
+    """Mixin: `mm_encoder_outputs` go into the first forward, into all where nothing is cached, and never to a draft."""
+
+    if not FORWARD_TAKES_ENCODED_IMAGES:
+
+        @takes_arguments_of(LlavaForConditionalGeneration.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self, *, mm_encoder_outputs: dict | None = None, **kwargs) -> dict:
+            """As in transformers, with the images that `generate` encoded."""
+            model_inputs = super().prepare_inputs_for_generation(**kwargs)
+            if mm_encoder_outputs:
+                model_inputs.pop("pixel_values", None)
+                model_inputs["mm_encoder_outputs"] = dict(mm_encoder_outputs)
+                if kwargs.get("use_cache", True):
+                    mm_encoder_outputs.clear()  # this call's own dict, which the next step is given again
+            return model_inputs
+
+        def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+            """Drafts get the pictures: their towers are their own, and their features may be of another width."""
+            without = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
+            return super()._get_candidate_generator(*args, model_kwargs=without, **kwargs)
+
+
+# What an override below this mixin adds its arguments to.
+prepare_inputs_for_generation = (
+    LlavaForConditionalGeneration if FORWARD_TAKES_ENCODED_IMAGES else KeepsEncodedImagesToThePrefill
+).prepare_inputs_for_generation
 
 
 NO_IMAGES = (

@@ -1,0 +1,338 @@
+# Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
+"""Saves models and mergers atomically, by one rank, with the file of a custom method and a trained projector."""
+
+import ast
+import copy
+import importlib
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import cached_file, logging
+
+from .checkpoint_files import CONFIG, refusing_broken_file, save_at_once
+from .compat import TRANSFORMERS_V5
+from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
+from .merging_base import MERGING_METHODS, READ_FOR_QUESTION, method_file
+from .model_card import push_arguments, push_card_if_missing, push_folder, refuse_pickles
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
+
+CODE = Path(__file__).parent  # of the package, or of the checkpoint that this code came with
+CUSTOM_METHOD = "merging_of_checkpoint"
+MERGER, MODEL = "modeling_token_merger", "modeling_llava_merge"  # entry files of the code of a checkpoint
+SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
+
+
+def save_code(config: MergerConfig, folder: Path):
+    """Completes the code of a checkpoint: the file of its merging method and what that imports join the entry files.
+
+    An entry file gets the name of every other file: transformers 4.57 copies no deeper than its imports.
+
+    Raises:
+        ValueError: The method is defined in a script, or its file is called as one of this code.
+    """
+    method = method_file(config)
+    needed = {CUSTOM_METHOD} if method.parent != CODE and save_custom_method(method, folder) else set()
+    if method.parent == CODE:
+        needed = {method.stem}
+    if (folder / f"{MODEL}.py").is_file() and MERGING_METHODS[config.merger_type].requires & READ_FOR_QUESTION:
+        needed.add("relevance")  # which the model imports where it is there
+    for name in [entry for entry in (MERGER, MODEL) if (folder / f"{entry}.py").is_file()]:
+        entry = folder / f"{name}.py"
+        siblings, text = bring_code({name, *needed}, folder) - {name}, entry.read_text(encoding="utf-8")
+        unnamed = sorted(siblings - {*SIBLING.findall(text)})
+        lines = "".join(f"from .{sibling} import __name__ as _  # noqa: E402\n" for sibling in unnamed)
+        entry.write_text(f"{text}\n\n{lines}" if lines else text, encoding="utf-8")
+
+
+def bring_code(names: set[str], folder: Path) -> set[str]:
+    """The modules of `names` and all that they import, which are copied into `folder` where it lacks them."""
+    found, queue = set(), sorted(names)
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            file = folder / f"{name}.py"
+            if not file.is_file():
+                shutil.copy(CODE / file.name, file)
+            queue += SIBLING.findall(file.read_text(encoding="utf-8"))
+    return found
+
+
+def save_custom_method(file: Path, folder: Path) -> bool:
+    """Copies the `file` of a custom method beside the code of a checkpoint; whether that code can import it too.
+
+    It imports a second copy, which takes from this code what the first takes from the package.
+
+    Raises:
+        ValueError: It is called as a file of that code.
+    """
+    siblings = {path.stem for path in CODE.glob("*.py")} - {"__init__"}
+    if file.stem in siblings:
+        raise ValueError(
+            f"The file {file.name} of merger_type's method is called as one of llava_merge's own, which it would "
+            f"replace in the checkpoint. Rename it."
+        )
+    shutil.copy(file, folder)
+    tree = with_relative_imports(ast.parse(file.read_text(encoding="utf-8")), siblings, file.parent)
+    if tree is None:
+        logger.warning(
+            f"{file.name} imports llava_merge otherwise than by `from llava_merge import NAME`, more of it than a "
+            f"checkpoint brings, or a file beside it: with trust_remote_code=True this checkpoint will not load."
+        )
+        return False
+    (folder / f"{CUSTOM_METHOD}.py").write_text(ast.unparse(tree) + "\n", encoding="utf-8")
+    return True
+
+
+def with_relative_imports(tree: ast.Module, siblings: set[str], place: Path) -> ast.Module | None:
+    """Code that imports from the `siblings`, modules beside it, what it imports from this package by name.
+
+    None where it imports the package as a whole, what no sibling has, or a module that lies in its `place` alone.
+    """
+    package = __name__.partition(".")[0]
+
+    class ToSiblings(ast.NodeTransformer):
+        def visit_Import(self, node: ast.Import) -> ast.Import:  # noqa: N802 - ast's name
+            for alias in node.names:
+                refuse_local(alias.name)
+            return node
+
+        def visit_ImportFrom(self, node: ast.ImportFrom):  # noqa: N802
+            if node.level or node.module.partition(".")[0] != package:
+                refuse_local("." if node.level else node.module)
+                return node
+            names = defaultdict(list)
+            for alias in node.names:
+                found = getattr(importlib.import_module(node.module), alias.name, None)
+                home = node.module if "." in node.module else getattr(found, "__module__", package)
+                names[home.rpartition(".")[2]].append(alias)
+            if not siblings.issuperset(names):
+                raise LookupError
+            return [ast.ImportFrom(module, imported, level=1) for module, imported in names.items()]
+
+    def refuse_local(name: str):
+        head = name.partition(".")[0]
+        if head in ("", package) or (place / head).is_dir() or (place / f"{head}.py").is_file():
+            raise LookupError
+
+    try:
+        return ast.fix_missing_locations(ToSiblings().visit(tree))
+    except LookupError:
+        return None
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes, of those that run together."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def offloaded_weights(module: nn.Module) -> dict:
+    """`state_dict` for `save_pretrained` where accelerate keeps weights elsewhere; nothing where it does not."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return {}
+    # by name, or remote code would need accelerate to be installed
+    return {"state_dict": importlib.import_module("accelerate.utils.modeling").get_state_dict_offloaded_model(module)}
+
+
+def refuse_other_kind(directory: Path, model_type: str):
+    """Refuses to replace a whole model by a merger, or a merger by a whole model: both are kept in model.safetensors.
+
+    Raises:
+        ValueError: So it would be.
+    """
+    try:
+        present = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if {present, model_type} == {"llava_merge", "llava_merger"}:
+        present, saved = ("merger", "model") if present == "llava_merger" else ("model", "merger")
+        raise ValueError(
+            f"{directory} holds a {present}, which the {saved} would replace. Save the {saved} into another folder."
+        )
+
+
+class SavesAtOnce:
+    """Mixin whose `save_pretrained` leaves the old checkpoint or the new one, whatever happens."""
+
+    _card_kind = ""  # what the model card calls it
+    _optional_files: tuple[str, ...] = ()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        """As in transformers, but a save that fails leaves what was there; of several ranks, the first writes.
+
+        A custom merging method is saved, and pushed, with its file. `push_to_hub=True` pushes the files of this
+        save in one commit, after they were saved; its arguments are those of `push_to_hub`.
+
+        Raises:
+            ValueError: The method is defined in a script or notebook, so that no other process could load it; or the
+                folder holds a merger, and this is a whole model, or the other way round.
+        """
+        is_gathered_late = not TRANSFORMERS_V5 and self._tp_size is not None  # 4.57 waits for all ranks as it writes
+        if kwargs.get("distributed_checkpoint") or is_gathered_late:  # every rank writes
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            return save_code(self.merging_config, Path(save_directory)) if is_first_rank() else None
+        pushes, hub_kwargs = kwargs.pop("push_to_hub", False), push_arguments(kwargs)
+        if not (is_main_process and is_first_rank()):
+            if TRANSFORMERS_V5:  # takes part in gathering shards, and writes nothing; 4.57 would write weights
+                super().save_pretrained(save_directory, False, *args, **kwargs)
+            elif is_main_process:
+                logger.warning_once(
+                    f"Of several ranks the first one saves, so nothing was written to {save_directory} by this one."
+                )
+            return
+        refuse_pickles(kwargs)
+        refuse_other_kind(Path(save_directory), self.config.model_type)
+        method_file(self.merging_config)  # refuses a method without a file before anything is written
+
+        def save(staged: Path):
+            self._write_files(staged, True, *args, **kwargs)
+            save_code(self.merging_config, staged)
+
+        files = save_at_once(save, save_directory, self._optional_files)
+        if pushes:
+            repo_id = hub_kwargs.pop("repo_id", None) or Path(os.path.realpath(save_directory)).name
+            push_card_if_missing(self.config, repo_id, self._card_kind, hub_kwargs)
+            return push_folder(save_directory, repo_id, files=files, kind=self._card_kind, **hub_kwargs)
+
+    def _write_files(self, *args, **kwargs):
+        super().save_pretrained(*args, **kwargs)
+
+
+LAYERS = ("linear_1", "linear_2")
+
+
+def save_projector(projector: nn.Module, directory: Path):
+    """Writes the weights of a projector, also of one that PEFT trains as a whole or accelerate keeps elsewhere.
+
+    Raises:
+        ValueError: It is quantised, or has LoRA layers.
+    """
+    check_plain(projector)
+    weights = offloaded_weights(projector).get("state_dict")
+    if weights is None:
+        weights = {
+            f"{layer}.{name}": parameter.detach().contiguous()
+            for layer in LAYERS
+            for name, parameter in getattr(projector, layer).named_parameters()
+        }
+    save_file(weights, directory / PROJECTOR, metadata={"format": "pt"})
+
+
+def check_plain(projector: nn.Module):
+    """Refuses a projector that has other weights than those of two linear layers.
+
+    Raises:
+        ValueError: It is quantised, or has LoRA layers, or is no projector of LLaVA.
+    """
+    if not all(hasattr(projector, layer) for layer in LAYERS):
+        raise ValueError(
+            f"multi_modal_projector is a {type(projector).__name__}, whose weights cannot be saved with a merger. "
+            f"Leave the projector out, or save the whole model."
+        )
+    for layer in LAYERS:
+        kind = type(getattr(projector, layer))
+        if kind is not nn.Linear:
+            raise ValueError(
+                f"multi_modal_projector.{layer} is a {kind.__module__}.{kind.__name__}, which cannot be saved with a "
+                f"merger. Merge the adapter first (merge_and_unload of PEFT), load the model in full precision, or "
+                f"leave the projector out."
+            )
+
+
+def check_replaceable(projector: nn.Module):
+    """Refuses to replace a projector that has LoRA layers, which would be lost, or that is none of LLaVA.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if not any(isinstance(module, LlavaMultiModalProjector) for module in projector.modules()):
+        raise ValueError(
+            f"multi_modal_projector is a {type(projector).__name__}, which the projector of a merger does not replace. "
+            f"Load the merger before you put in your own."
+        )
+    adapted = [name for name, _ in projector.named_modules() if name.endswith(".base_layer")]
+    if adapted:
+        raise ValueError(
+            f"multi_modal_projector has adapters on {', '.join(adapted)}, which another projector would drop. Load the "
+            f"merger before PEFT adds its layers, or merge them first (merge_and_unload)."
+        )
+
+
+def read_projector(path: str, hub_kwargs: dict) -> dict[str, Tensor]:
+    """Weights of the projector in a merger checkpoint, directory or Hub repo.
+
+    Raises:
+        ValueError: The file is not there, truncated or corrupted.
+    """
+    file = cached_file(path, PROJECTOR, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if file is None:
+        raise ValueError(
+            f"{path} lacks {PROJECTOR}, the projector that was trained with its merger (has_projector in config.json). "
+            f"Download or save the checkpoint again."
+        )
+    with refusing_broken_file(file):
+        return load_file(file)
+
+
+def make_projector(weights: dict[str, Tensor], config: LlavaMergeConfig, path: str) -> LlavaMultiModalProjector:
+    """A projector for the model of `config` with the `weights` of the merger checkpoint at `path`.
+
+    Raises:
+        ValueError: They are those of another width, or of another architecture.
+    """
+    with torch.device("meta"):
+        projector = LlavaMultiModalProjector(config)
+    needed = {name: tuple(parameter.shape) for name, parameter in projector.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if needed != found:
+        raise ValueError(
+            f"The projector in {path} has weights {found}, this model needs {needed}. Use a merger that was trained "
+            f"with this LLaVA, or a LLaVA of these widths."
+        )
+    projector.load_state_dict(weights, assign=True)
+    return projector
+
+
+def replace_projectors(model: nn.Module, projector: LlavaMultiModalProjector, dtype: torch.dtype, path: str):
+    """Puts copies of `projector` in the place of the model's, of which PEFT keeps two, one of them trained.
+
+    Args:
+        path: The merger checkpoint that it came with.
+    """
+    for name, old in list(model.named_modules()):
+        if isinstance(old, LlavaMultiModalProjector):
+            weight = next(old.parameters())
+            new = copy.deepcopy(projector).to("cpu" if weight.is_meta else weight.device)
+            new = new.to(weight.dtype if weight.is_floating_point() else dtype).train(old.training)
+            new.came_with = path
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new.requires_grad_(weight.requires_grad))
+
+
+def merger_of_projector(projector: nn.Module) -> str | None:
+    """The merger checkpoint that `projector` came with, None where it is the LLaVA's own."""
+    return getattr(projector, "came_with", None)
+
+
+def warn_if_another_merger_s(projector: nn.Module):
+    """Warns where the `projector` came with a merger that was replaced, so that it belongs to neither of the two."""
+    path = merger_of_projector(projector)
+    if path is not None:
+        logger.warning(
+            f"The projector that came with the merger {path} stays in the model, and was not trained for the new "
+            f"merger. Load the model again for its own."
+        )
