@@ -28,7 +28,7 @@ from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.benchmark.models import SHAPES, config_of_shape
 from llava_merge.demo import MODEL_DIR
 from llava_merge.evaluation.protocol import describe_machine
-from llava_merge.model.checkpoint_files import write_whole
+from llava_merge.model.checkpoint_saving import write_whole
 from llava_merge.serving.convert import convert
 
 

@@ -27,7 +27,7 @@ from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, Que
 from llava_merge.benchmark.models import make_inputs, make_model
 from llava_merge.benchmark.timing import Stopwatch
 from llava_merge.evaluation.protocol import describe_machine
-from llava_merge.model.checkpoint_files import write_whole
+from llava_merge.model.checkpoint_saving import write_whole
 from llava_merge.model.inference_graphs import Recorded, for_graphs
 
 

@@ -27,7 +27,7 @@ from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, Ll
 from llava_merge.benchmark.models import make_model
 from llava_merge.demo import MODEL_DIR
 from llava_merge.demo.scenes import ask_question, draw_scene, sample_scene, scene_rng
-from llava_merge.model.checkpoint_files import write_whole
+from llava_merge.model.checkpoint_saving import write_whole
 from llava_merge.training.budgets import IGNORED, BudgetSchedule
 from llava_merge.training.collator import MergerCollator
 from llava_merge.training.data import ChatDataset

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from llava_merge import MERGING_METHODS, MergerInfo, list_mergers
 from llava_merge.evaluation.protocol import check_same_protocol
-from llava_merge.model.checkpoint_files import write_whole
+from llava_merge.model.checkpoint_saving import write_whole
 from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
 
 

@@ -24,8 +24,7 @@ from safetensors.torch import load, load_file
 
 import llava_merge.model.checkpoint_saving
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, TokenMerger
-from llava_merge.model.checkpoint_files import STAGED, replaced_weights, save_at_once
-from llava_merge.model.checkpoint_saving import PROJECTOR, with_relative_imports
+from llava_merge.model.checkpoint_saving import PROJECTOR, STAGED, replaced_weights, save_at_once, with_relative_imports
 from llava_merge.model.compat import TRANSFORMERS_V5
 
 

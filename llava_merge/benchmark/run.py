@@ -28,7 +28,7 @@ from llava_merge.evaluation.candidates import (
 )
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, check_device, describe_machine
-from llava_merge.model.checkpoint_files import refuse_output_in_input, renamed_when_whole, write_whole
+from llava_merge.model.checkpoint_saving import refuse_output_in_input, renamed_when_whole, write_whole
 from llava_merge.model.inference_graphs import InferenceGraphs
 from llava_merge.model.placeholders import ALL_TOKENS
 

@@ -46,7 +46,7 @@ def demo(
     from llava_merge.demo import ANSWERS, KNOWS, MERGERS, MODEL_DIR, NUM_MERGED_TOKENS, PICTURE, QUESTIONS
     from llava_merge.demo.compare import Comparison
     from llava_merge.evaluation.candidates import checkpoints_of, shown_name, text_towers_of
-    from llava_merge.model.checkpoint_files import refuse_output_in_input
+    from llava_merge.model.checkpoint_saving import refuse_output_in_input
     from llava_merge.training.pictures import check_writable, open_image, save_picture
     from llava_merge.visualization import side_by_side, thumbnail
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from llava_merge.evaluation.protocol import check_same_protocol
-from llava_merge.model.checkpoint_files import write_whole
+from llava_merge.model.checkpoint_saving import write_whole
 
 
 class AnswersFile:

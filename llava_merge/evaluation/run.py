@@ -39,13 +39,13 @@ from llava_merge.evaluation.report import (
     protocol_in_words,
     read_evaluation,
 )
-from llava_merge.model.checkpoint_files import (
+from llava_merge.model.checkpoint_loading import read_checkpoint
+from llava_merge.model.checkpoint_saving import (
     refuse_output_in_input,
     refuse_replaced_files,
     renamed_when_whole,
     write_whole,
 )
-from llava_merge.model.checkpoint_loading import read_checkpoint
 
 
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -3,11 +3,12 @@
 
 import copy
 import importlib
+import inspect
 import json
 import os
 import re
 import string
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .checkpoint_files import (
@@ -36,7 +36,7 @@ from .checkpoint_saving import (
     replace_projectors,
     warn_if_another_merger_s,
 )
-from .compat import LOADS_SAVED_MODULES_OF_ADAPTERS, MERGER_IN_MODULE_LISTS, TRANSFORMERS_VERSION, usable_device_map
+from .compat import LOADS_SAVED_MODULES_OF_ADAPTERS, TRANSFORMERS_VERSION, usable_device_map
 from .configuration_llava_merge import (
     BUDGET,
     DEFAULT_MERGER_TYPE,
@@ -51,10 +51,10 @@ from .configuration_llava_merge import (
     stock_or_own_fields,
 )
 from .merging_base import MERGING_METHODS, find_merging_method
-from .model_card import MODEL
+from .model_card import MODEL, check_push_options, push_card_if_missing
 from .modeling_token_merger import TokenMerger
 from .processing_llava_merge import MergedPlaceholderProcessor
-from .vision_encoding import bypassing, counted
+from .vision_encoding import counted
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -456,12 +456,6 @@ def read_questions_of_folder(merger_config, path: str, hub_kwargs: dict):
     return tokenizer
 
 
-def unused_layers_pattern(config: LlavaMergeConfig) -> str:
-    """Pattern of the keys of tower layers that no feature is taken from, so that they are not built."""
-    layers = range(config.num_used_tower_layers, config.vision_config.num_hidden_layers)
-    return rf"\blayers\.({'|'.join(map(str, layers)) or 'none'})\."
-
-
 def names_text_tower(merger_config: MergerConfig | dict | None) -> bool:
     """Whether a caller's configuration names a text tower, which may then be fetched; a checkpoint's may not."""
     if isinstance(merger_config, dict):
@@ -477,37 +471,10 @@ def in_the_place_of(old: TokenMerger, merger: TokenMerger) -> TokenMerger:
     return merger
 
 
-class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrainedModel):
-    """What the headless model and the one with a language-modelling head share: loading and the merger's handling."""
+class ModelCheckpoints(BoundsMissingWeights, SavesAtOnce):
+    """Mixin of LLaVA with and without its head: checkpoints of all kinds, and another merger for a loaded model."""
 
-    config_class = LlavaMergeConfig
     _card_kind = MODEL
-    _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
-    _parts: tuple[str, ...] = ()
-
-    def _prepare_loading(self, fresh_merger: bool, allow_missing_weights: bool):
-        """What loading shall leave alone: called between the initialisation of transformers' class and the parts'."""
-        if fresh_merger:
-            self._may_be_missing = r"(^|\.)merger\."
-            self._keys_to_ignore_on_load_missing = [self._may_be_missing]
-        if allow_missing_weights:
-            self._may_be_missing = ""
-        if (
-            "quantization_config" in vars(self.config)
-            and not find_merging_method(self.config.merger_config).training_free
-        ):
-            self._keep_in_fp32_modules = [MERGER_IN_MODULE_LISTS]  # its branches that start at zero would become noise
-        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\..*{unused_layers_pattern(self.config)}"]
-
-    @property
-    def merging_config(self) -> MergerConfig:
-        """The configuration of its merger."""
-        return self.config.merger_config
-
-    @property
-    def headless_model(self):
-        """The model that holds tower, merger, projector and language model."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(
@@ -589,51 +556,6 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         wants_marks = merger_config.question_aware and merger_config.question_end_token_ids is None
         if wants_marks or text_tower is not None:
             headless.question_tokenizer = read_questions_of_folder(merger_config, path, hub_kwargs)
-
-    def load_state_dict(self, state_dict: dict, *args, **kwargs):
-        """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""
-        renamed = {self._name_in_model(key): tensor for key, tensor in state_dict.items()}
-        return super().load_state_dict(renamed, *args, **kwargs)
-
-    def _name_in_model(self, key: str) -> str:
-        saved = next((prefix for prefix in self._saved_prefixes if key.startswith(prefix)), "")
-        return self._saved_prefixes.get(saved, "") + key.removeprefix(saved)
-
-    @contextmanager
-    def merger_bypassed(self):
-        """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
-
-        That holds for the calls of this thread or asyncio task; others go on merging. The prompts need all placeholders
-        then: a processor with `num_merged_tokens=None`.
-        """
-        with bypassing(self.headless_model):
-            yield self
-
-    def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
-        """Changes M of the model, and of `processor` if given; the weights stay.
-
-        Raises:
-            ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
-            RuntimeError: A call of this model is running.
-        """
-        merger_config = self.config.merger_config
-        if merger_config.merger_type == "none":
-            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
-        if num_merged_tokens is None:
-            raise ValueError(
-                "num_merged_tokens=None: give a number; to keep all tokens, call inside model.merger_bypassed(), or "
-                "give num_merged_tokens='all' in the call."
-            )
-        changed = MergerConfig(
-            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
-        )
-        changed.num_tokens(self.config.num_patches)
-        with self._no_call_beside("set_num_merged_tokens"):
-            for config in (merger_config, self.headless_model.merger.config):  # one and the same, but for PEFT's copy
-                config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
-            self.config.image_seq_length = num_merged_tokens
-        if processor is not None:
-            processor.num_merged_tokens = num_merged_tokens
 
     def set_question_marks(self, processor):
         """Learns from the processor's chat template which ids stand between question and answer.
@@ -719,9 +641,6 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
             warn_if_another_merger_s(self.headless_model.multi_modal_projector)
             self._put_merger(merger)
 
-    def _no_call_beside(self, change: str):
-        return self.headless_model.running_calls.none_beside(change)
-
     def _fit_merger_config(self, merger_config: MergerConfig | dict) -> MergerConfig:
         """`merger_config` as this model needs it.
 
@@ -744,16 +663,6 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
                 new.config = new.method.config = self.config.merger_config
                 setattr(self.headless_model.get_submodule(parent), child, new)
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
-        """As in transformers, which knows a part by its configuration: the tower's is a copy, with the layers built."""
-        config, built = self.config, self.headless_model.vision_tower.config
-        whole, config.vision_config = config.vision_config, built
-        try:
-            super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        finally:
-            config.vision_config = whole
-        whole._attn_implementation = built._attn_implementation
-
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """As in transformers, from safetensors only.
 
@@ -770,3 +679,16 @@ class LlavaMergePreTrainedModel(BoundsMissingWeights, SavesAtOnce, LlavaPreTrain
         The other arguments, and the errors, are those of [`TokenMerger.push_to_hub`].
         """
         return self.headless_model.merger.push_to_hub(repo_id, projector=self._projector_to_save(projector), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """As in transformers, with the code; a repo without a model card gets one.
+
+        Raises:
+            ValueError: An argument is none of transformers'.
+        """
+        if self.headless_model is self:  # whose use a card does not show
+            return super().push_to_hub(repo_id, **kwargs)
+        names = inspect.signature(super().push_to_hub).parameters
+        check_push_options(kwargs, tuple(name for name in names if name not in ("repo_id", "deprecated_kwargs")))
+        push_card_if_missing(self.config, repo_id, MODEL, kwargs)
+        return super().push_to_hub(repo_id, **kwargs)

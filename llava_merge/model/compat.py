@@ -23,6 +23,8 @@ from transformers.utils import logging
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
+IS_PACKAGE = __name__.startswith("llava_merge.")  # and not the code that came with a checkpoint
+
 TRANSFORMERS_VERSION = Version(transformers.__version__)
 
 # 5.0 moved key renaming into a registry, returns output objects from get_image_features, expands placeholders in

@@ -2,9 +2,8 @@
 """LLaVA with a merger between vision tower and projector, without and with its head."""
 
 import functools
-import inspect
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,21 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .checkpoint_files import (
-    naming_broken_files,  # noqa: F401
-    save_at_once,  # noqa: F401
-)
-from .checkpoint_loading import (
-    LlavaMergePreTrainedModel,
-    find_question_marks,  # noqa: F401
-    read_checkpoint,  # noqa: F401
-    unused_layers_pattern,
-)
-from .checkpoint_saving import (
-    SavesAtOnce,  # noqa: F401
-    save_projector,  # noqa: F401
-)
+from .checkpoint_files import OfCheckpoint
 from .compat import (
+    IS_PACKAGE,
+    MERGER_IN_MODULE_LISTS,
     OUTPUT_OF_IMAGES,
     asked_of,
     asking,
@@ -37,40 +25,30 @@ from .compat import (
     image_features_result,
     record_before_replicas,
     register_llava_key_mapping,
-    register_names,  # noqa: F401
     taken_by,
     takes_arguments_of,
 )
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation import (
-    KeepsEncodedImagesToThePrefill,  # noqa: F401
     images_to_merge,
 )
 from .graph_generation import GeneratesFromGraphs
-from .inference_graphs import InferenceGraphs  # noqa: F401
-from .joint_projections import joint_projections  # noqa: F401
-from .layer_replacement import replaced  # noqa: F401
-from .merging_base import READ_FOR_QUESTION, MergeExtras, MergeOutput, required_extras, weights_of
-from .model_card import MODEL, check_push_options, push_card_if_missing
+from .merging_base import READ_FOR_QUESTION, MergeExtras, MergeOutput, find_merging_method, required_extras, weights_of
 from .modeling_token_merger import TokenMerger
-from .patch_projection import projected_patches  # noqa: F401
 from .placeholders import (
     ALL_TOKENS,
     budget_of_each_image,
     check_num_features,
     check_placeholders,
     tokens_of_budget,
-    warn_of_positions,  # noqa: F401
 )
 from .positions import (
     EncodedImages,
     ImagesOfPrompt,
     PlacesTokens,
-    TokenLayout,  # noqa: F401
     find_cache,
     keep_layout,
 )
-from .processing_llava_merge import MergedPlaceholderProcessor  # noqa: F401
 from .questions import Prompt, Question, ReadsPrompt
 from .vision_encoding import (
     Bypassable,
@@ -78,6 +56,7 @@ from .vision_encoding import (
     RunningCalls,
     TowerFeatures,
     attention_layer_of,
+    bypassing,
     counted,
     features_of,
     merge_by_budget,
@@ -86,6 +65,8 @@ from .vision_encoding import (
 from .vllm_backend import check_backend, is_run_by_vllm
 
 
+if IS_PACKAGE:
+    from . import checkpoint_loading  # what loads, changes, saves and pushes mergers stays at home
 try:
     from . import relevance
 except ImportError:  # it travels with the methods that need it alone
@@ -132,6 +113,104 @@ def tower_options(vision_feature_layer, vision_feature_select_strategy) -> dict:
         "vision_feature_layer": vision_feature_layer,
         "vision_feature_select_strategy": vision_feature_select_strategy,
     }
+
+
+def unused_layers_pattern(config: LlavaMergeConfig) -> str:
+    """Pattern of the keys of tower layers that no feature is taken from, so that they are not built."""
+    layers = range(config.num_used_tower_layers, config.vision_config.num_hidden_layers)
+    return rf"\blayers\.({'|'.join(map(str, layers)) or 'none'})\."
+
+
+class LlavaMergePreTrainedModel(
+    checkpoint_loading.ModelCheckpoints if IS_PACKAGE else OfCheckpoint, LlavaPreTrainedModel
+):
+    """What the headless model and the one with a language-modelling head share."""
+
+    config_class = LlavaMergeConfig
+    _saved_prefixes: dict[str, str] = {}  # of the keys in a checkpoint, and what they are called in the model
+    _parts: tuple[str, ...] = ()
+
+    def _prepare_loading(self, fresh_merger: bool, allow_missing_weights: bool):
+        """What loading shall leave alone: called between the initialisation of transformers' class and the parts'."""
+        if fresh_merger:
+            self._may_be_missing = r"(^|\.)merger\."
+            self._keys_to_ignore_on_load_missing = [self._may_be_missing]
+        if allow_missing_weights:
+            self._may_be_missing = ""
+        if (
+            "quantization_config" in vars(self.config)
+            and not find_merging_method(self.config.merger_config).training_free
+        ):
+            self._keep_in_fp32_modules = [MERGER_IN_MODULE_LISTS]  # its branches that start at zero would become noise
+        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\..*{unused_layers_pattern(self.config)}"]
+
+    @property
+    def merging_config(self) -> MergerConfig:
+        """The configuration of its merger."""
+        return self.config.merger_config
+
+    @property
+    def headless_model(self):
+        """The model that holds tower, merger, projector and language model."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict, *args, **kwargs):
+        """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""
+        renamed = {self._name_in_model(key): tensor for key, tensor in state_dict.items()}
+        return super().load_state_dict(renamed, *args, **kwargs)
+
+    def _name_in_model(self, key: str) -> str:
+        saved = next((prefix for prefix in self._saved_prefixes if key.startswith(prefix)), "")
+        return self._saved_prefixes.get(saved, "") + key.removeprefix(saved)
+
+    @contextmanager
+    def merger_bypassed(self):
+        """Inside, images keep all their tokens, as in the stock model: `with model.merger_bypassed(): ...`.
+
+        That holds for the calls of this thread or asyncio task; others go on merging. The prompts need all placeholders
+        then: a processor with `num_merged_tokens=None`.
+        """
+        with bypassing(self.headless_model):
+            yield self
+
+    def set_num_merged_tokens(self, num_merged_tokens: int, processor=None):
+        """Changes M of the model, and of `processor` if given; the weights stay.
+
+        Raises:
+            ValueError: M is below 1 or above the number of visual tokens; nothing is changed then.
+            RuntimeError: A call of this model is running.
+        """
+        merger_config = self.config.merger_config
+        if merger_config.merger_type == "none":
+            raise ValueError(f"num_merged_tokens={num_merged_tokens}: merger_type='none' keeps all tokens.")
+        if num_merged_tokens is None:
+            raise ValueError(
+                "num_merged_tokens=None: give a number; to keep all tokens, call inside model.merger_bypassed(), or "
+                "give num_merged_tokens='all' in the call."
+            )
+        changed = MergerConfig(
+            **{**merger_config.to_dict(), "num_merged_tokens": num_merged_tokens, "merge_ratio": None}
+        )
+        changed.num_tokens(self.config.num_patches)
+        with self._no_call_beside("set_num_merged_tokens"):
+            for config in (merger_config, self.headless_model.merger.config):  # one and the same, but for PEFT's copy
+                config.num_merged_tokens, config.merge_ratio = num_merged_tokens, None
+            self.config.image_seq_length = num_merged_tokens
+        if processor is not None:
+            processor.num_merged_tokens = num_merged_tokens
+
+    def _no_call_beside(self, change: str):
+        return self.headless_model.running_calls.none_beside(change)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """As in transformers, which knows a part by its configuration: the tower's is a copy, with the layers built."""
+        config, built = self.config, self.headless_model.vision_tower.config
+        whole, config.vision_config = config.vision_config, built
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        finally:
+            config.vision_config = whole
+        whole._attn_implementation = built._attn_implementation
 
 
 class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, LlavaMergePreTrainedModel, LlavaModel):
@@ -825,14 +904,3 @@ class LlavaMergeForConditionalGeneration(
         if labels is not None:
             answer_mask = labels != -100
         return super().forward(labels=labels, answer_mask=answer_mask, **ours, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """As in transformers, with the code; a repo without a model card gets one.
-
-        Raises:
-            ValueError: An argument is none of transformers'.
-        """
-        names = inspect.signature(super().push_to_hub).parameters
-        check_push_options(kwargs, tuple(name for name in names if name not in ("repo_id", "deprecated_kwargs")))
-        push_card_if_missing(self.config, repo_id, MODEL, kwargs)
-        return super().push_to_hub(repo_id, **kwargs)

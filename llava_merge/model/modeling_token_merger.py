@@ -1,30 +1,15 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
 """A merger as a model of its own, with its checkpoints."""
 
-import json
 from operator import index
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .checkpoint_files import (
-    CONFIG,
-    BoundsMissingWeights,
-    check_shapes,
-    hub_arguments,
-    naming_broken_files,
-    refuse_missing_weights,
-)
-from .checkpoint_saving import PROJECTOR, SavesAtOnce, offloaded_weights, save_projector
-from .compat import (
-    TRANSFORMERS_VERSION,  # noqa: F401
-    register_names,  # noqa: F401
-)
+from .checkpoint_files import OfCheckpoint, hub_arguments
+from .compat import IS_PACKAGE
 from .configuration_llava_merge import MergerConfig
 from .merging_base import (
     MergeContext,
@@ -39,15 +24,16 @@ from .merging_base import (
     weights_of,
 )
 from .merging_grid import slot_geometry
-from .model_card import MERGER, check_push_options, push_card_if_missing, push_folder
-from .placeholders import is_whole_number  # noqa: F401
 from .questions import Question
 
+
+if IS_PACKAGE:
+    from . import checkpoint_saving as checkpoints  # saving and pushing stay at home
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
+class TokenMerger(checkpoints.MergerCheckpoints if IS_PACKAGE else OfCheckpoint, PreTrainedModel):
     """Merges the N visual tokens of each image into M: a merging method as a model that saves and loads by itself.
 
     Args:
@@ -67,8 +53,6 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = True
     _auto_class = "AutoModel"
-    _card_kind = MERGER
-    _optional_files = (PROJECTOR,)
 
     def __init__(self, config: MergerConfig):
         super().__init__(config)
@@ -223,61 +207,14 @@ class TokenMerger(BoundsMissingWeights, SavesAtOnce, PreTrainedModel):
         Raises:
             ValueError: A weight is missing, or a file is truncated or corrupted.
         """
-        path = pretrained_model_name_or_path
-        config = kwargs.pop("config", None)
+        path, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         if config is None:
             fields, unused = MergerConfig.get_config_dict(path, **hub_arguments(kwargs))
             config = MergerConfig.of_merger(path, fields, **unused)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if find_merging_method(config).training_free:  # transformers cannot load a model without weights
-            return (cls(config), {}) if wants_info else cls(config)
-        kwargs = {**kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
-        hub_kwargs = hub_arguments(kwargs)
-        with naming_broken_files(path, hub_kwargs, kwargs.get("variant")):
-            if not kwargs.get("variant"):
-                with torch.device("meta"):
-                    shapes = {name: weight.shape for name, weight in cls(config).named_parameters()}
-                check_shapes(path, shapes, hub_kwargs)
-            merger, info = super().from_pretrained(path, *args, **kwargs)
-        refuse_missing_weights(path, info["missing_keys"])
-        return (merger, info) if wants_info else merger
-
-    @property
-    def merging_config(self) -> MergerConfig:
-        """Its configuration."""
-        return self.config
-
-    def _write_files(self, save_directory: Path, *args, projector: nn.Module | None = None, **kwargs):
-        """Code, config.json and weights, if there are any, and the `projector` that was trained with the merger."""
-        if not self.method.training_free:
-            super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
-        else:
-            self.config.architectures = [type(self).__name__]
-            custom_object_save(self, save_directory, config=self.config)
-            self.config.save_pretrained(save_directory)
-        if projector is not None:
-            save_projector(projector, save_directory)
-            file = save_directory / CONFIG
-            fields = json.loads(file.read_text(encoding="utf-8")) | {"has_projector": True}  # of that checkpoint alone
-            file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def push_to_hub(self, repo_id: str, projector: nn.Module | None = None, **kwargs):
-        """Pushes the merger in one commit; a repo without a model card gets one.
-
-        Args:
-            repo_id: Repo on the Hub, made where it does not exist.
-            projector: The projector that was trained with it, to be pushed too.
-            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, as in
-                transformers.
-
-        Raises:
-            ValueError: There are others.
-        """
-        check_push_options(kwargs)
-        push_card_if_missing(self.config, repo_id, MERGER, kwargs)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, projector=projector)
-            return push_folder(folder, repo_id, gone=[] if projector is not None else [PROJECTOR], **kwargs)
+        if not find_merging_method(config).training_free:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        merger = cls(config)  # transformers cannot load a model without weights
+        return (merger, {}) if kwargs.get("output_loading_info") else merger
 
 
 class LearnableTokenMergerV3(TokenMerger):

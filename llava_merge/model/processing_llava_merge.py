@@ -13,11 +13,12 @@ from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import MultiModalData, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
-from .checkpoint_files import save_at_once, write_whole
-from .compat import TRANSFORMERS_V5
+from .compat import IS_PACKAGE, TRANSFORMERS_V5
 from .placeholders import ALL_TOKENS, budget_of_each_image, is_whole_number, tokens_of_budget, warn_of_positions
 
 
+if IS_PACKAGE:
+    from . import checkpoint_saving
 if TRANSFORMERS_V5:
     from transformers.processing_utils import ProcessingKwargs as ProcessorKwargs
 else:
@@ -184,7 +185,7 @@ def name_plain_tokenizer(path: Path, tokenizer):
     if extra:  # an empty one hides the others from 5.17
         config["additional_special_tokens" if isinstance(extra, list) else "extra_special_tokens"] = extra
     config |= {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names")}  # were of the class
-    write_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 CHANNELS = (1, 3, 4)
@@ -289,18 +290,20 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
             processor.num_merged_tokens = num_merged_tokens
         return processor
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in transformers, but all at once; links in the folder are replaced and not followed."""
-        if push_to_hub:
-            kwargs.setdefault("repo_id", Path(save_directory).name)
-        write, said = super().save_pretrained, []
+    if IS_PACKAGE:
 
-        def save(staged: Path):
-            paths = write(str(staged), push_to_hub=push_to_hub, **kwargs)
-            said.extend(Path(path).relative_to(staged) for path in paths)
+        def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+            """As in transformers, but all at once; links in the folder are replaced and not followed."""
+            if push_to_hub:
+                kwargs.setdefault("repo_id", Path(save_directory).name)
+            write, said = super().save_pretrained, []
 
-        save_at_once(save, save_directory)
-        return [str(Path(save_directory) / path) for path in said]
+            def save(staged: Path):
+                paths = write(str(staged), push_to_hub=push_to_hub, **kwargs)
+                said.extend(Path(path).relative_to(staged) for path in paths)
+
+            checkpoint_saving.save_at_once(save, save_directory)
+            return [str(Path(save_directory) / path) for path in said]
 
     def __call__(
         self,

@@ -19,15 +19,14 @@ from llava_merge.evaluation.candidates import (
     put_merger,
     text_towers_of,
 )
-from llava_merge.model.checkpoint_files import (
+from llava_merge.model.checkpoint_files import check_safetensors_files, refuse_missing_weights
+from llava_merge.model.checkpoint_saving import (
     CONFIG,
-    check_safetensors_files,
     refuse_link_outside,
-    refuse_missing_weights,
     refuse_output_in_input,
     save_at_once,
+    save_code,
 )
-from llava_merge.model.checkpoint_saving import save_code
 from llava_merge.model.merging_base import MERGING_METHODS
 from llava_merge.serving.requests import check_servable
 from llava_merge.serving.shards import tensors_of, weight_files, write_shards

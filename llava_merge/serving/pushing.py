@@ -15,9 +15,9 @@ from transformers.utils import find_adapter_config_file
 
 from llava_merge.evaluation.cards import add_evaluation, find_merger_of_report
 from llava_merge.evaluation.fingerprints import check_is_of_report, is_norm_of_text
-from llava_merge.model.checkpoint_files import CONFIG, check_safetensors_files, refuse_link_outside, replaced_weights
+from llava_merge.model.checkpoint_files import check_safetensors_files
 from llava_merge.model.checkpoint_loading import read_checkpoint
-from llava_merge.model.checkpoint_saving import PROJECTOR
+from llava_merge.model.checkpoint_saving import CONFIG, PROJECTOR, refuse_link_outside, replaced_weights
 from llava_merge.model.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from llava_merge.model.merging_base import find_merging_method
 from llava_merge.model.model_card import ADAPTER, MERGER, MODEL, make_card, prepare_repo

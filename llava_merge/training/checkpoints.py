@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava_merge import LlavaMergeForConditionalGeneration, TokenMerger
-from llava_merge.model.checkpoint_files import refusing_broken_file, remove_leftovers
+from llava_merge.model.checkpoint_files import refusing_broken_file
 from llava_merge.model.checkpoint_saving import PROJECTOR as PROJECTOR_FILE
+from llava_merge.model.checkpoint_saving import remove_leftovers
 
 
 WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|iostream|os error", re.IGNORECASE)  # no OSErrors

@@ -14,7 +14,7 @@ from urllib.request import Request, url2pathname, urlopen
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava_merge.model.checkpoint_files import renamed_when_whole
+from llava_merge.model.checkpoint_saving import renamed_when_whole
 from llava_merge.model.processing_llava_merge import check_proportions
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor, __version__
 from llava_merge.evaluation.candidates import text_towers_of
-from llava_merge.model.checkpoint_files import (
+from llava_merge.model.checkpoint_saving import (
     refuse_output_in_input,
     refuse_replaced_files,
     renamed_when_whole,
