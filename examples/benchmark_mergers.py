@@ -5,9 +5,10 @@ python examples/benchmark_mergers.py --output merger_overhead.json
 python examples/benchmark_mergers.py --model 0.2b --batch-sizes 1 --dtype float32 --repeats 3 --output cpu.json
 
 All of a method counts, also what it asks of the tower (attention, keys) and how it reads the question. "eager" is as
-`model.generate` calls it, "recorded" the same kernels as one CUDA graph, as with `compile_for_inference(backend=None)`,
-and "compiled" a graph of what inductor made of them. Methods that pick in many steps (`chooses_in_steps`) are
-not compiled, since that takes minutes for each M. Random weights and pictures: they change no time.
+`model.generate` calls it, "recorded" the same kernels as one CUDA graph, as in `compile_for_inference(model,
+backend=None)`, and "compiled" a graph of what inductor made of them. Methods that pick in many steps
+(`chooses_in_steps`) are not compiled, since that takes minutes for each M. Random weights and pictures: they change
+no time.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from llava_merge import MERGING_METHODS, LlavaMergeForConditionalGeneration, Question, list_mergers
 from llava_merge.benchmark.models import make_inputs, make_model
 from llava_merge.benchmark.timing import Stopwatch
+from llava_merge.compiled.graphs import Recorded, for_graphs
 from llava_merge.evaluation.protocol import describe_machine
 from llava_merge.model.checkpoint_saving import write_whole
-from llava_merge.model.inference_graphs import Recorded, for_graphs
 
 
 AWARE = "fixed_pooling:question_aware"

@@ -3,6 +3,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
+from .compiled import CompiledModel, compile_for_inference
 from .model.compat import AutoModelForVision2Seq, register_multimodal_model
 from .model.configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .model.merging_base import (
@@ -19,8 +20,9 @@ from .model.modeling_llava_merge import LlavaMergeForConditionalGeneration, Llav
 from .model.modeling_token_merger import LearnableTokenMergerV3, TokenMerger
 from .model.processing_llava_merge import LlavaMergeProcessor
 from .model.questions import Question
-from .version import __version__
 
+
+__version__ = "0.2.0"
 
 AutoConfig.register("llava_merge", LlavaMergeConfig, exist_ok=True)
 AutoConfig.register("llava_merger", MergerConfig, exist_ok=True)
@@ -34,6 +36,7 @@ AutoProcessor.register(LlavaMergeConfig, LlavaMergeProcessor, exist_ok=True)
 __all__ = [
     "MERGING_METHODS",
     "AutoModelForVision2Seq",
+    "CompiledModel",
     "LearnableTokenMergerV3",
     "LlavaMergeConfig",
     "LlavaMergeForConditionalGeneration",
@@ -48,6 +51,7 @@ __all__ = [
     "Question",
     "TokenMerger",
     "__version__",
+    "compile_for_inference",
     "list_mergers",
     "register_merging_method",
 ]

@@ -5,7 +5,9 @@ import pytest
 import torch
 from conftest import agnostic, aware, pixels, prompts, tiny_model
 
+from llava_merge import compile_for_inference
 from llava_merge.model import placeholders, questions
+from llava_merge.model.merging_grid import NUM_KEPT, slot_geometry
 from llava_merge.model.questions import Prompt
 
 
@@ -102,15 +104,62 @@ def test_cuda_graphs_answer_as_the_kernels_do(name, monkeypatch):
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     calls = [{**inputs(counts, text), **settings} for counts in ([1], [1, 1]) for text in (3, 8, 20)]
     expected = [model.generate(**call) for call in calls]
-    model.compile_for_inference(batch_sizes=[1, 2], prompt_lengths=[24, 48], max_new_tokens=8, backend=None)
-    graphs, seen = model.inference_graphs, []
-    prefill = graphs.prefill
-    monkeypatch.setattr(graphs, "prefill", lambda shape, *args: seen.append(shape) or prefill(shape, *args))
+    fast = compile_for_inference(model, batch_sizes=[1, 2], prompt_lengths=[24, 48], max_new_tokens=8, backend=None)
+    seen, prefill = [], fast.graphs.prefill
+    monkeypatch.setattr(fast.graphs, "prefill", lambda shape, *args: seen.append(shape) or prefill(shape, *args))
     for call, answer in zip(calls, expected, strict=True):
-        assert torch.equal(model.generate(**call), answer)
+        assert torch.equal(fast.generate(**call), answer)
     assert len(seen) == len(calls) and len({*seen}) == 4
     for given in (NUM_TOKENS - 1, NUM_TOKENS + 1):  # of which the prefill runs before the check
         wrong = {key: tensor.cuda() for key, tensor in prompts([1], given, text=8).items()}
         with pytest.raises(ValueError, match=f"hold {given} image placeholders"):
-            model.generate(**{**calls[1], **wrong})
-    assert torch.equal(model.generate(**calls[1]), expected[1])
+            fast.generate(**{**calls[1], **wrong})
+    assert torch.equal(fast.generate(**calls[1]), expected[1])
+
+
+SETTINGS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+def test_decompiling_leaves_no_memory_behind():
+    model, batch = on_gpu("V3, question-aware", [1])
+    allocated, free = [], []
+    for _ in range(6):
+        fast = compile_for_inference(model, prompt_lengths=[24, 48], max_new_tokens=8, backend=None)
+        fast.generate(**batch, **SETTINGS)
+        fast.decompile()
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+        free.append(torch.cuda.mem_get_info()[0])
+    assert allocated[-1] - allocated[1] < 2**20, allocated  # the first cycle sets up libraries
+    assert free[1] - free[-1] < 2**24, free
+
+
+@pytest.mark.parametrize("name", ["V3", "image_resize", "quecc", "salient_pooling"])
+def test_answers_stay_the_same_when_caches_have_let_go_of_what_graphs_read(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, batch = on_gpu(name, [1])
+    expected = model.generate(**batch, **SETTINGS)
+    fast = compile_for_inference(model, prompt_lengths=[24], max_new_tokens=8, backend=None)
+    device, others = torch.device("cuda", torch.cuda.current_device()), []
+    for number in range(NUM_KEPT + 16):
+        geometry = slot_geometry((9, 9), 1 + number, device)
+        others += [torch.full_like(tensor, torch.nan) for tensor in (geometry.windows, geometry.centres)]
+        others += [torch.full((size,), torch.nan, device=device) for size in (9 * 36, 9 * 2, 9)]  # where it was
+    for _ in range(2):
+        assert torch.equal(fast.generate(**batch, **SETTINGS), expected)
+    assert fast.graphs is not None
+
+
+def test_graphs_of_two_models_share_no_memory(monkeypatch):
+    """What cuBLAS computes in is freed with the graphs of one, and is the other's own."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    models = [on_gpu(name, [1])[0] for name in ("V3", "V3, question-aware")]
+    batch = inputs([1], 8)
+    expected = [model.generate(**batch, **SETTINGS) for model in models]
+    first, second = (
+        compile_for_inference(model, prompt_lengths=[24], max_new_tokens=8, backend=None) for model in models
+    )
+    assert torch.equal(first.generate(**batch, **SETTINGS), expected[0])
+    first.decompile()
+    filled = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(16)]  # where the first one was
+    assert torch.equal(second.generate(**batch, **SETTINGS), expected[1]) and len(filled) == 16

@@ -20,12 +20,14 @@ from llava_merge import (
     MergerConfig,
     TokenMerger,
 )
+from llava_merge.compiled import CompiledModel
 from llava_merge.model.compat import OUTPUT_OF_IMAGES, TRANSFORMERS_VERSION
 
 
 pytestmark = pytest.mark.core
 
-PACKAGE = Path(llava_merge.__file__).parent / "model"  # what travels
+ROOT = Path(llava_merge.__file__).parent
+MODULES = [*(ROOT / "model").glob("*.py"), *(ROOT / "compiled").glob("*.py")]
 EVERYWHERE = ""
 V4, V5, SINCE_5_18 = "<5", ">=5", ">=5.18"
 
@@ -146,12 +148,30 @@ RELIED_ON = [
     Reliance(
         HEAD,
         "generate",
-        "it calls the model itself, behind a cache that it is given, and compiles nothing where it shall not",
+        "its arguments",
+        parameters=("generation_config", "kwargs"),
+    ),
+    Reliance(
+        CompiledModel,
+        "generate",
+        "it compiles nothing where it shall not",
         parameters=("generation_config", "kwargs"),
         mentions=("disable_compile",),
         where="_valid_auto_compile_criteria",
     ),
-    Reliance(HEAD, "__call__", "generate calls the model, and not its forward", ("args", "kwargs")),
+    Reliance(
+        CompiledModel,
+        "generate",
+        "it calls the object itself, and not its forward, behind a cache that it is given",
+        mentions=("self.__call__", "self.prepare_inputs_for_generation("),
+        where="_sample",
+    ),
+    Reliance(
+        CompiledModel,
+        "prepare_inputs_for_generation",
+        "generate gives it the ids, and the cache by name",
+        parameters=("input_ids", "kwargs"),
+    ),
     Reliance(
         HEAD,
         "_update_model_kwargs_for_generation",
@@ -389,7 +409,7 @@ def is_ours(cls: type) -> bool:
 def stock_method(of: type, name: str):
     """The method as transformers has it, unwrapped; None where it has none."""
     for cls in of.__mro__:
-        if not is_ours(cls) and name in vars(cls):
+        if not is_ours(cls) and cls is not object and name in vars(cls):
             return inspect.unwrap(getattr(vars(cls)[name], "__func__", vars(cls)[name]))
     return None
 
@@ -406,7 +426,10 @@ def test_stock_methods_are_what_we_rely_on(reliance):
         assert text in source, message(reliance, f"{where} no longer has {text!r}")
 
 
-@pytest.mark.parametrize("of", [HEAD, HEADLESS, TokenMerger, LlavaMergeConfig, MergerConfig, LlavaMergeProcessor])
+OVERRIDING = [HEAD, HEADLESS, CompiledModel, TokenMerger, LlavaMergeConfig, MergerConfig, LlavaMergeProcessor]
+
+
+@pytest.mark.parametrize("of", OVERRIDING)
 def test_every_override_is_listed(of):
     ours = {
         name
@@ -423,7 +446,7 @@ def test_every_override_is_listed(of):
 
 def inside_imports() -> set[str]:
     found = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
@@ -439,7 +462,7 @@ def test_what_is_imported_from_the_inside_is_there(name):
     if name in NOT_IN and TRANSFORMERS_VERSION in SpecifierSet(NOT_IN[name]):
         return
     module, attribute = name.rsplit(".", 1)
-    users = [path.name for path in PACKAGE.glob("*.py") if attribute in path.read_text()]
+    users = [path.name for path in MODULES if attribute in path.read_text()]
     assert attribute in dir(importlib.import_module(module)), (
         f"transformers {transformers.__version__} has no {name}, which is used for {IMPORTED[name]} in {users}."
     )

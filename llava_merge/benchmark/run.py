@@ -4,6 +4,7 @@
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
+from llava_merge import CompiledModel, LlavaMergeForConditionalGeneration, LlavaMergeProcessor, compile_for_inference
 from llava_merge.benchmark.memory import measure_throughput
 from llava_merge.benchmark.models import SHAPES, inputs_of_cell, make_model, tokens_of_cell
 from llava_merge.benchmark.report import make_tables
@@ -29,7 +30,6 @@ from llava_merge.evaluation.candidates import (
 from llava_merge.evaluation.grid import Cell, make_cells
 from llava_merge.evaluation.protocol import BUNDLED, attention_of, check_device, describe_machine
 from llava_merge.model.checkpoint_saving import refuse_output_in_input, renamed_when_whole, write_whole
-from llava_merge.model.inference_graphs import InferenceGraphs
 from llava_merge.model.placeholders import ALL_TOKENS
 
 
@@ -160,26 +160,24 @@ def make_mergers(model: LlavaMergeForConditionalGeneration, settings: BenchmarkS
 
 @dataclass(frozen=True)
 class Row:
-    """A cell as it is, or answered from graphs that were compiled for it, in so many seconds."""
+    """A cell as it is, or answered by a model that was compiled for it, in so many seconds."""
 
     cell: Cell
-    graphs: InferenceGraphs | None = None
+    compiled: CompiledModel | None = None
     compile_seconds: float | None = None
 
     @property
     def key(self) -> str:
         """What reports call it, such as `tome@16` or `tome@16, compiled`."""
-        return self.cell.key + (", compiled" if self.graphs else "")
+        return self.cell.key + (", compiled" if self.compiled else "")
 
     @contextmanager
-    def answering(self, model: LlavaMergeForConditionalGeneration):
-        """Puts merger and graphs into the model inside."""
+    def answering(
+        self, model: LlavaMergeForConditionalGeneration
+    ) -> Iterator[LlavaMergeForConditionalGeneration | CompiledModel]:
+        """Puts the merger into the model inside; hands over what answers."""
         with self.cell.candidate.answering(model):
-            model.inference_graphs = self.graphs
-            try:
-                yield
-            finally:
-                model.decompile()
+            yield self.compiled or model
 
 
 def make_rows(model, cells: list[Cell], batch_size: int, settings: BenchmarkSettings) -> list[Row]:
@@ -191,19 +189,18 @@ def make_rows(model, cells: list[Cell], batch_size: int, settings: BenchmarkSett
 
 
 def compiled_row(model, cell: Cell, batch_size: int, settings: BenchmarkSettings) -> Row:
-    """The cell with graphs of one batch of prompts as it has them."""
+    """The cell compiled for one batch of prompts as it has them."""
     with cell.candidate.answering(model):
         start = time.perf_counter()
-        model.compile_for_inference(
+        compiled = compile_for_inference(
+            model,
             batch_sizes=[batch_size],
             prompt_lengths=[tokens_of_cell(model, cell) + settings.text_tokens],
             num_merged_tokens=None if cell.budget == ALL_TOKENS else [cell.budget],
             max_new_tokens=settings.new_tokens,
             backend=None if settings.compile == "none" else settings.compile,
         )
-        row = Row(cell, model.inference_graphs, time.perf_counter() - start)
-        model.decompile()
-    return row
+        return Row(cell, compiled, time.perf_counter() - start)
 
 
 def measure_cells(
@@ -220,17 +217,20 @@ def measure_cells(
                 if number:
                     rounds[row.key].append(times)
                 bar.update()
+    for row in rows:
+        if row.compiled:
+            row.compiled.decompile()
     return {row.key: summarize_row(model, row, rows, rounds, peaks[row.key], batch_size, settings) for row in rows}
 
 
 def measure_once(model, row: Row, batch_size: int, settings: BenchmarkSettings) -> tuple[dict[str, float], int | None]:
     """Milliseconds of a row, and the most memory that was used, in bytes, on a GPU where there are no graphs."""
     measures_memory = model.device.type == "cuda" and settings.compile is None
-    with row.answering(model):
+    with row.answering(model) as answering:
         inputs = inputs_of_cell(model, row.cell, batch_size, settings)
         if measures_memory:
             torch.cuda.reset_peak_memory_stats()
-        times = time_generate(model, inputs, settings.new_tokens)
+        times = time_generate(answering, inputs, settings.new_tokens)
     return times, torch.cuda.max_memory_allocated() if measures_memory else None
 
 
@@ -245,7 +245,7 @@ def summarize_row(
 ) -> dict:
     """What a report says of a row; ratios are medians of those of each round."""
     own, num_tokens = rounds[row.key], tokens_of_cell(model, row.cell)
-    stocks = {"": rows[0]} | ({"_of_compiled": rows[len(rows) // 2]} if row.graphs else {})
+    stocks = {"": rows[0]} | ({"_of_compiled": rows[len(rows) // 2]} if row.compiled else {})
     ratios = {
         f"{name}_ratio{of}": statistics.median(
             stock[name] / mine[name] for stock, mine in zip(rounds[other.key], own, strict=True)
@@ -259,7 +259,7 @@ def summarize_row(
         "merger": row.cell.candidate.name,
         "budget": str(row.cell.budget),
         "attention_mass": row.cell.candidate.attention_mass(model),
-        "compiled": row.graphs is not None,
+        "compiled": row.compiled is not None,
         "compile_seconds": row.compile_seconds and round(row.compile_seconds, 1),
         "tokens_entered": num_tokens + settings.text_tokens,
         "tokens_cached": num_tokens + settings.text_tokens + settings.new_tokens - 1,

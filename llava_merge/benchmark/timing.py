@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from llava_merge.model.inference_graphs import InferenceGraphs
+from llava_merge.compiled import CompiledModel
+from llava_merge.compiled.graphs import InferenceGraphs
 
 
 PHASES = ("vision_tower", "merger", "multi_modal_projector", "language_model")
@@ -68,7 +69,7 @@ def time_generate(model, inputs: dict, new_tokens: int) -> dict[str, float]:
         `another_question`, the first token where the images are encoded already. From graphs, [`time_graphs`] and
         `rest`, which is the first token without its graph.
     """
-    stopwatch, graphs = Stopwatch(model.device), model.inference_graphs
+    stopwatch, graphs = Stopwatch(model.device), model.graphs if isinstance(model, CompiledModel) else None
     modules = {} if graphs else {name: getattr(model.model, name) for name in PHASES}
     with timed_calls(modules, stopwatch) as moments:
         first = wall_time(model, inputs, 1, stopwatch)

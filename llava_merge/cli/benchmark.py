@@ -37,7 +37,7 @@ def benchmark(
     compile: Annotated[
         str | None,
         typer.Option(
-            help="Measure each merger also after compile_for_inference(), with this backend of torch.compile, such as "
+            help="Measure each merger also from compile_for_inference(), with this backend of torch.compile, such as "
             "inductor, or none for CUDA graphs alone."
         ),
     ] = None,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated
 
-from llava_merge.version import __version__
+from llava_merge import __version__
 
 
 try:

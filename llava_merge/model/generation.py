@@ -3,9 +3,10 @@
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import GenerationMixin, LlavaForConditionalGeneration
 
 from .compat import (
+    CACHE_ARGUMENT,
     CHUNKS_LACK_IMAGES,
     FORWARD_TAKES_ENCODED_IMAGES,
     TRANSFORMERS_V5,
@@ -15,7 +16,7 @@ from .compat import (
 from .placeholders import check_num_features, check_on_device, repeat_rows_together, tokens_of_budget, warn_of_positions
 from .positions import ImagesOfPrompt, TokenLayout, cached_length, counted_positions, find_cache, keep_layout
 from .questions import Prompt
-from .vision_encoding import TowerFeatures
+from .vision_encoding import TowerFeatures, counted
 
 
 class KeepsEncodedImagesToThePrefill:
@@ -60,6 +61,14 @@ class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):
     image is encoded once and stays with its row, and before drafts of assisted decoding stand behind the prompt. Where
     merged tokens sit is known then too, and goes with the call as `token_layout`.
     """
+
+    @takes_arguments_of(GenerationMixin.generate)
+    @counted
+    def generate(self, **kwargs):
+        """As in transformers, with `past_key_values` on every release."""
+        if "past_key_values" in kwargs:
+            kwargs[CACHE_ARGUMENT] = kwargs.pop("past_key_values")
+        return super().generate(**kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
         """5.18 and newer encode the images here, without a question; ours are encoded in the next step, with it."""

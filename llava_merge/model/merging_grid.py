@@ -3,6 +3,9 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +15,7 @@ from .placeholders import is_recording
 
 
 NUM_KEPT = 64  # results of a function that is made once, the newest
+_held: ContextVar[list | None] = ContextVar("held", default=None)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class SlotGeometry:
     places: Tensor
 
 
+@contextmanager
+def holding_what_is_made_once() -> Iterator[list]:
+    """Inside, all that functions [`made_once`] return goes into this list too, which outlives what they keep."""
+    held = []
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
+
+
 def made_once(make):
     """Decorator of a function of hashable arguments: the same objects each time it is asked for them.
 
@@ -55,6 +70,8 @@ def made_once(make):
                 kept[args] = made
                 while len(kept) > NUM_KEPT:
                     kept.pop(next(iter(kept)), None)
+        if _held.get() is not None:
+            _held.get().append(made)
         return made
 
     return get

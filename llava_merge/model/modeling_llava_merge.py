@@ -29,10 +29,7 @@ from .compat import (
     takes_arguments_of,
 )
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
-from .generation import (
-    images_to_merge,
-)
-from .graph_generation import GeneratesFromGraphs
+from .generation import EncodesImagesBeforeForward, images_to_merge
 from .merging_base import READ_FOR_QUESTION, MergeExtras, MergeOutput, find_merging_method, required_extras, weights_of
 from .modeling_token_merger import TokenMerger
 from .placeholders import (
@@ -798,7 +795,7 @@ class LlavaMergeModel(ResizesPictures, PlacesTokens, ReadsPrompt, Bypassable, Ll
 
 
 class LlavaMergeForConditionalGeneration(
-    GeneratesFromGraphs, LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+    EncodesImagesBeforeForward, LlavaMergePreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     """LLaVA that merges each image's visual tokens before the projector: a drop-in for LlavaForConditionalGeneration.
 

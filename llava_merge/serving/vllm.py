@@ -38,9 +38,9 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from llava_merge import LlavaMergeProcessor
+from llava_merge.compiled.graphs import Recorded
 from llava_merge.model.checkpoint_files import refuse_missing_weights
 from llava_merge.model.configuration_llava_merge import keeps_places
-from llava_merge.model.inference_graphs import Recorded
 from llava_merge.model.merging_base import READ_FOR_QUESTION, find_merging_method, required_extras
 from llava_merge.model.merging_image_resize import resize_pictures
 from llava_merge.model.modeling_token_merger import TokenMerger

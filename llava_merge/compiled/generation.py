@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""`generate` from the graphs of `compile_for_inference`. It sees a cache that is an empty one with a number in it."""
+"""`generate` from the graphs of a compiled model. It sees a cache that is an empty one with a number in it."""
 
 import functools
 import gc
@@ -8,23 +8,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
 
-from .compat import CACHE_ARGUMENT, takes_arguments_of
-from .configuration_llava_merge import keeps_places
-from .generation import EncodesImagesBeforeForward
-from .inference_graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
-from .placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget, warn_of_positions
-from .positions import find_cache
-from .vision_encoding import counted
+from ..model.compat import CACHE_ARGUMENT, takes_arguments_of
+from ..model.configuration_llava_merge import keeps_places
+from ..model.placeholders import ALL_TOKENS, check_placeholders, is_whole_number, tokens_of_budget, warn_of_positions
+from ..model.positions import find_cache
+from ..model.vision_encoding import counted
+from .graphs import GraphShapes, InferenceGraphs, PrefillShape, fingerprint_of
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # Arguments of generate that a call from graphs may have, of those that go to forward.
 INPUTS = {"input_ids", "attention_mask", "pixel_values", "num_merged_tokens", "use_cache"}
+READ_BY_PREFILL = {"pixel_values", "num_merged_tokens"}
 # Settings of generate that need another loop, or more of the model than its logits, where they are not one of these.
 PLAIN = {
     "num_beams": (None, 1),
@@ -79,110 +80,102 @@ class GraphCache(DynamicCache):
         return LlavaCausalLMOutputWithPast(logits=self.logits, **{CACHE_ARGUMENT: self})
 
 
-class GeneratesFromGraphs(EncodesImagesBeforeForward):
-    """Mixin of the model with a head: `compile_for_inference`, and `generate` from what it prepared."""
+class CompiledModel(GenerationMixin):
+    """A model whose `generate` answers from graphs; all else is the model's. [`compile_for_inference`] makes it.
 
-    inference_graphs: InferenceGraphs | None = None
+    The model stays as it is, and can be called meanwhile. A copy has no graphs.
 
-    def compile_for_inference(
-        self,
-        batch_sizes: Sequence[int] = (1,),
-        prompt_lengths: Sequence[int] | None = None,
-        images_per_prompt: Sequence[int] = (1,),
-        num_merged_tokens: Sequence[int | str] | None = None,
-        max_new_tokens: int = 256,
-        backend: str | Callable | None = "inductor",
-    ):
-        """Compiles tower, merger, projector and language model for these shapes, so that `generate` answers from them.
+    Args:
+        uncompiled: The model.
+        graphs: Those of the model; None where it has none.
+    """
 
-        At small batches a GPU waits for the host, which launches thousands of kernels one by one; a graph is one
-        launch. It takes a minute or two for each length and batch size. `generate` is called as before, greedily or
-        sampling; what was not prepared (another batch size, longer prompts, beams, drafts, returned caches, a second
-        thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` frees the memory of it.
+    def __init__(self, uncompiled, graphs: InferenceGraphs | None = None):
+        vars(self).update(uncompiled=uncompiled, graphs=graphs)
 
-        Args:
-            batch_sizes: Prompts of a call.
-            prompt_lengths: Tokens, those of images included; a prompt is padded to the next of them, and each token of
-                its answer attends to so many and `max_new_tokens`. Default: the images, and 64, 192 or 448 tokens of
-                text.
-            images_per_prompt: Images of a call by its prompts; 0 for text alone.
-            num_merged_tokens: Budgets, default the config's.
-            max_new_tokens: Of the longest answer.
-            backend: Of `torch.compile`; None records the kernels as they are, in seconds, and gains a little less. So
-                are tower and merger in any case where the method picks patches in many steps (`chooses_in_steps`).
+    def __getattr__(self, name: str):
+        return getattr(vars(self)["uncompiled"], name)
 
-        Raises:
-            ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training
-                mode, has adapters, FlashAttention, a text model with layers of several kinds or with rotary frequencies
-                that depend on the length (dynamic NTK, longrope), or a `text_tower`.
-        """
-        self.decompile()
-        check_can_be_compiled(self)
-        budgets = self._budgets_to_compile(num_merged_tokens)
-        if prompt_lengths is None:
-            largest = max(tokens_of_budget(budget, self.config.num_patches) for budget in budgets)
-            prompt_lengths = [max(images_per_prompt, default=0) * largest + text for text in TEXT_LENGTHS]
-        shapes = GraphShapes(*map(tuple, (batch_sizes, prompt_lengths, images_per_prompt, budgets)), max_new_tokens)
-        check_shapes(shapes, self.config.num_patches)
-        self._warn_of_shapes(shapes)
-        graphs = InferenceGraphs(self, shapes, backend)
-        graphs.warm_up()
-        self.inference_graphs = graphs
+    def __setattr__(self, name: str, value):
+        setattr(self.uncompiled, name, value)
+
+    @property
+    def __class__(self) -> type:
+        """The model's, by which pipelines tell what it can do."""
+        return type(self.uncompiled)
+
+    def __reduce__(self):
+        return CompiledModel, (self.uncompiled,)  # for copies too
+
+    def eval(self) -> "CompiledModel":
+        """As of the model."""
+        self.uncompiled.eval()
+        return self
+
+    def to(self, *args, **kwargs) -> "CompiledModel":
+        """As of the model; graphs stay behind, so that a model that moves has to be compiled again."""
+        self.uncompiled.to(*args, **kwargs)
+        return self
 
     def decompile(self):
-        """Takes back [`compile_for_inference`], and frees its caches, buffers and graphs.
+        """Frees caches, buffers and graphs. Calls of this object run without them from then on.
 
         Code that torch.compile has made stays in the process, without the model, till `torch.compiler.reset()`.
         """
-        self.inference_graphs = None
+        vars(self)["graphs"] = None
         gc.collect()  # they hold themselves; freed later, maybe while others are recorded, they would spoil these
-
-    def _warn_of_shapes(self, shapes: GraphShapes):
-        """Warns where the longest prompt takes more positions than the language model, which no call then checks."""
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is None or not keeps_places(self.config.merger_config):
-            return
-        num_patches, num_tokens = self.config.num_patches, max(shapes.prompt_lengths) + shapes.max_new_tokens
-        fewest = min(tokens_of_budget(budget, num_patches) for budget in shapes.budgets)
-        skipped = max(shapes.images_per_prompt) * (num_patches - fewest)
-        warn_of_positions(num_tokens + skipped, num_tokens, limit)
-
-    def _budgets_to_compile(self, num_merged_tokens: Sequence[int | str] | None) -> list[int | str]:
-        if num_merged_tokens is None:
-            return self.model.budgets(1)
-        return [self.model.budgets(1, budget)[0] for budget in num_merged_tokens]
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     @takes_arguments_of(GenerationMixin.generate)
     @counted
     def generate(self, **kwargs):
-        """As in transformers; from the graphs of [`compile_for_inference`] where they fit."""
-        if "past_key_values" in kwargs:
-            kwargs[CACHE_ARGUMENT] = kwargs.pop("past_key_values")
-        graphs = self.inference_graphs
-        shape = None if graphs is None else self._shape_of_call(graphs, kwargs)
+        """As in transformers; from graphs where they fit."""
+        graphs = self.graphs  # another thread may take them away
+        shape = self._shape_of_call(graphs, kwargs)
         if shape is None or not graphs.in_use.acquire(blocking=False):
-            return super().generate(**kwargs)
+            return self.uncompiled.generate(**kwargs)
         try:
-            ids, mask, pixels = self._prompt_of_call(kwargs)
+            ids, mask, pixels = prompt_of_call(kwargs)
             cache = GraphCache(graphs, shape, graphs.prefill(shape, ids, mask, pixels))
             num_patches = self.config.num_patches  # checked while it runs already, since the check waits for the device
             check_placeholders(ids == self.config.image_token_id, shape.num_tokens(num_patches), num_patches)
-            ours = {CACHE_ARGUMENT: cache, "disable_compile": True}
-            answer = super().generate(**{**kwargs, **ours})
+            others = {name: kwargs[name] for name in kwargs if name not in READ_BY_PREFILL}
+            answer = GenerationMixin.generate(self, **{**others, CACHE_ARGUMENT: cache, "disable_compile": True})
             graphs.finish(cache.logits)
             return answer
         finally:
             graphs.wait_for_prefill()  # which may still read what the caller gives up now, where there was an error
             graphs.in_use.release()
 
-    def _shape_of_call(self, graphs: InferenceGraphs, arguments: dict) -> PrefillShape | None:
+    def prepare_inputs_for_generation(self, input_ids: Tensor | None = None, **kwargs) -> dict:
+        """As of the model; for graphs what they read."""
+        cache = find_cache(kwargs)
+        if not isinstance(cache, GraphCache):
+            return self.uncompiled.prepare_inputs_for_generation(input_ids, **kwargs)
+        return {"input_ids": input_ids[:, -1:] if cache.num_tokens else input_ids, CACHE_ARGUMENT: cache}
+
+    def __call__(self, *args, **kwargs):
+        """As of the model, or from graphs where `generate` says so."""
+        cache = kwargs.get(CACHE_ARGUMENT)
+        if isinstance(cache, GraphCache):
+            return cache.answer(kwargs["input_ids"])
+        return self.uncompiled(*args, **kwargs)
+
+    def _shape_of_call(self, graphs: InferenceGraphs | None, arguments: dict) -> PrefillShape | None:
         """The prefill that a call of `generate` needs, None where there is none and it has to run without graphs."""
-        if fingerprint_of(self) != graphs.fingerprint:
+        if graphs is not None and fingerprint_of(self.uncompiled) != graphs.fingerprint:
             logger.warning(
-                "The model has another merger, adapter, place or precision than when it was compiled. Call "
-                "compile_for_inference() again; till then it runs without graphs."
+                "The model has another merger, adapter, weight, place or precision than when it was compiled. Call "
+                "compile_for_inference(model) again; till then it runs without graphs."
             )
             self.decompile()
+            return None
+        if graphs is None:
+            logger.warning_once(
+                "This model has no graphs, as after decompile() or in a copy. Call compile_for_inference(model) for "
+                "new ones; till then it runs without."
+            )
             return None
         shape, reason = None, self._why_without_graphs(graphs, arguments)
         if reason is None:
@@ -192,7 +185,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
         return shape
 
     def _why_without_graphs(self, graphs: InferenceGraphs, arguments: dict) -> str | None:
-        """What of a call graphs do not do, besides its shape."""
+        """Why a call cannot use the graphs, its shape aside."""
         configs = (arguments.get("generation_config"), self.generation_config)  # the second fills what the first leaves
 
         def asked(name: str) -> list:
@@ -202,10 +195,9 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             said = [getattr(config, name, None) for config in configs]  # releases have dropped some of the names
             return [value for value in said if value is not None]
 
+        of_forward = arguments_of_forward(type(self.uncompiled)) | {"past_key_values"}
         given = {
-            name
-            for name, value in arguments.items()
-            if value is not None and name not in INPUTS and name in arguments_of_forward(type(self))
+            name for name, value in arguments.items() if value is not None and name not in INPUTS and name in of_forward
         }
         given |= {name for name, plain in PLAIN.items() if any(value not in plain for value in asked(name))}
         if given:
@@ -223,7 +215,7 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
 
     def _find_shape(self, graphs: InferenceGraphs, arguments: dict) -> tuple[PrefillShape | None, str | None]:
         """The prefill of a call, or why there is none."""
-        ids, mask, pixels = self._prompt_of_call(arguments)
+        ids, mask, pixels = prompt_of_call(arguments)
         if ids is None or ids.ndim != 2 or mask is None or mask.shape != ids.shape:
             return None, "they take input_ids and attention_mask as (batch, tokens)"
         num_images = 0 if pixels is None else len(pixels)
@@ -237,31 +229,77 @@ class GeneratesFromGraphs(EncodesImagesBeforeForward):
             return None, f"they were made for other shapes than {found}"
         return shape, None
 
-    def _prompt_of_call(self, arguments: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Ids, mask and pixels of a call of `generate`."""
-        ids = arguments.get("inputs") if arguments.get("input_ids") is None else arguments["input_ids"]
-        return ids, arguments.get("attention_mask"), arguments.get("pixel_values")
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        if isinstance(find_cache(model_kwargs), GraphCache):
-            return input_ids, model_kwargs  # the images are for the prefill
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+def compile_for_inference(
+    model,
+    batch_sizes: Sequence[int] = (1,),
+    prompt_lengths: Sequence[int] | None = None,
+    images_per_prompt: Sequence[int] = (1,),
+    num_merged_tokens: Sequence[int | str] | None = None,
+    max_new_tokens: int = 256,
+    backend: str | Callable | None = "inductor",
+) -> CompiledModel:
+    """Compiles tower, merger, projector and language model for these shapes, so that `generate` answers from them.
 
-    @takes_arguments_of(EncodesImagesBeforeForward.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, **kwargs) -> dict:
-        """As in transformers; for graphs what they read."""
-        cache = find_cache(kwargs)
-        if not isinstance(cache, GraphCache):
-            return super().prepare_inputs_for_generation(**kwargs)
-        ids = kwargs["input_ids"]
-        return {"input_ids": ids[:, -1:] if cache.num_tokens else ids, CACHE_ARGUMENT: cache}
+    At small batches a GPU waits for the host, which launches thousands of kernels one by one; a graph is one launch. It
+    takes a minute or two for each length and batch size. `generate` of the result is called as that of the model,
+    greedily or sampling; what was not prepared (another batch size, longer prompts, beams, drafts, returned caches, a
+    second thread meanwhile) runs as if it were not compiled, with one warning. `decompile()` of the result frees its
+    memory.
 
-    def __call__(self, *args, **kwargs):
-        """As in transformers, or from graphs where `generate` says so."""
-        cache = kwargs.get(CACHE_ARGUMENT)
-        if isinstance(cache, GraphCache):
-            return cache.answer(kwargs["input_ids"])
-        return super().__call__(*args, **kwargs)
+    Args:
+        model: A [`LlavaMergeForConditionalGeneration`], which stays as it is.
+        batch_sizes: Prompts of a call.
+        prompt_lengths: Tokens, those of images included; a prompt is padded to the next of them, and each token of its
+            answer attends to so many and `max_new_tokens`. Default: the images, and 64, 192 or 448 tokens of text.
+        images_per_prompt: Images of a call by its prompts; 0 for text alone.
+        num_merged_tokens: Budgets, default the config's.
+        max_new_tokens: Of the longest answer.
+        backend: Of `torch.compile`; None records the kernels as they are, in seconds, and gains a little less. So are
+            tower and merger in any case where the method picks patches in many steps (`chooses_in_steps`).
+
+    Raises:
+        ValueError: A shape is no number, or the model cannot be compiled: it is on several devices or in training mode,
+            has adapters, FlashAttention, a text model with layers of several kinds or with rotary frequencies that
+            depend on the length (dynamic NTK, longrope), or a `text_tower`.
+    """
+    if isinstance(model, CompiledModel):
+        model = model.uncompiled
+    check_can_be_compiled(model)
+    budgets = budgets_to_compile(model, num_merged_tokens)
+    if prompt_lengths is None:
+        largest = max(tokens_of_budget(budget, model.config.num_patches) for budget in budgets)
+        prompt_lengths = [max(images_per_prompt, default=0) * largest + text for text in TEXT_LENGTHS]
+    shapes = GraphShapes(*map(tuple, (batch_sizes, prompt_lengths, images_per_prompt, budgets)), max_new_tokens)
+    check_shapes(shapes, model.config.num_patches)
+    warn_of_shapes(shapes, model.config)
+    graphs = InferenceGraphs(model, shapes, backend)
+    graphs.warm_up()
+    return CompiledModel(model, graphs)
+
+
+def budgets_to_compile(model, num_merged_tokens: Sequence[int | str] | None) -> list[int | str]:
+    """The budgets, or the configuration's."""
+    if num_merged_tokens is None:
+        return model.model.budgets(1)
+    return [model.model.budgets(1, budget)[0] for budget in num_merged_tokens]
+
+
+def warn_of_shapes(shapes: GraphShapes, config):
+    """Warns where the longest prompt takes more positions than the language model, which no call then checks."""
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    if limit is None or not keeps_places(config.merger_config):
+        return
+    num_tokens = max(shapes.prompt_lengths) + shapes.max_new_tokens
+    fewest = min(tokens_of_budget(budget, config.num_patches) for budget in shapes.budgets)
+    skipped = max(shapes.images_per_prompt) * (config.num_patches - fewest)
+    warn_of_positions(num_tokens + skipped, num_tokens, limit)
+
+
+def prompt_of_call(arguments: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Ids, mask and pixels of a call of `generate`."""
+    ids = arguments.get("inputs") if arguments.get("input_ids") is None else arguments["input_ids"]
+    return ids, arguments.get("attention_mask"), arguments.get("pixel_values")
 
 
 @functools.cache
@@ -271,7 +309,7 @@ def arguments_of_forward(model_class: type) -> frozenset[str]:
 
 
 def check_can_be_compiled(model):
-    """Compares a model with what [`GeneratesFromGraphs.compile_for_inference`] can do.
+    """Compares a model with what [`compile_for_inference`] can do.
 
     Raises:
         ValueError: It cannot.

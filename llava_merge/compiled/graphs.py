@@ -5,9 +5,10 @@ A prompt is padded on the left to the next length that was prepared. All that de
 device: where the padding ends, where its images are, how far it has come.
 """
 
+import functools
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,12 +17,11 @@ from torch import Tensor
 from transformers import Cache, StaticLayer
 from transformers.utils import logging
 
-from .compat import CACHE_ARGUMENT
-from .joint_projections import joint_projections
-from .merging_base import MERGING_METHODS
-from .patch_projection import projected_patches
-from .placeholders import ALL_TOKENS, tokens_of_budget
-from .positions import (
+from ..model.compat import CACHE_ARGUMENT
+from ..model.merging_base import MERGING_METHODS
+from ..model.merging_grid import holding_what_is_made_once
+from ..model.placeholders import ALL_TOKENS, tokens_of_budget
+from ..model.positions import (
     EncodedImages,
     TokenLayout,
     biased_causal_mask,
@@ -29,13 +29,12 @@ from .positions import (
     numbers_of_placeholders,
     sliding_window_of,
 )
-from .questions import Prompt, Question
-from .vision_encoding import attention_layer_of, find_layer
+from ..model.questions import Prompt, Question
 
 
 @dataclass(frozen=True)
 class GraphShapes:
-    """What is prepared; see [`GeneratesFromGraphs.compile_for_inference`]."""
+    """What is prepared; see `compile_for_inference`."""
 
     batch_sizes: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
@@ -179,19 +178,18 @@ class InferenceGraphs:
         self.in_use = threading.Lock()
         self.was_finite: Tensor | bool = True  # the last answer's end; False where it was broken off
         device = model.lm_head.weight.device
-        self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.aside = stream_beside(device.index, "prefill") if device.type == "cuda" else None
         self.fingerprint = fingerprint_of(model)
 
     def warm_up(self):
         """Compiles and records everything, with a progress bar."""
         like, prefills = self.model.lm_head.weight, self.shapes.prefills(self.model.config.num_patches)
         pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
-        faster = self.faster_layers() if like.is_cuda else nullcontext()
         rooms = {(shape.batch_size, shape.length): shape.length + self.shapes.max_new_tokens for shape in prefills}
         limit = 8 + 4 * len(prefills)  # torch.compile gives up on the ninth shape
         with (
             for_graphs(),
-            faster,
+            torch.cuda.device_of(like),
             # by the names of torch before 2.7, which later ones know too
             torch._dynamo.config.patch(cache_size_limit=limit, accumulated_cache_size_limit=8 * limit),
             logging.tqdm(total=len(prefills) + len(rooms), desc="compiling", disable=None) as bar,
@@ -204,21 +202,6 @@ class InferenceGraphs:
             for shape in prefills:
                 self.prefills[shape] = Recorded(self._run_prefill, self._inputs_of(shape), pool)
                 bar.update()
-
-    @contextmanager
-    def faster_layers(self):
-        """[`joint_projections`] of tower and language model and [`projected_patches`], for graphs recorded inside."""
-        headless, apart = self.model.model, []
-        if headless.required_extras & {"cls_attention", "keys"}:
-            layer = find_layer(headless.vision_tower, attention_layer_of(self.model.config.feature_layers()))
-            apart = [layer.self_attn]  # whose projections are read one by one
-        with (
-            joint_projections(headless.vision_tower, apart),
-            joint_projections(headless.language_model),
-            projected_patches(headless.vision_tower),
-        ):
-            torch.cuda.empty_cache()  # graphs cannot use the room of the weights that were moved
-            yield
 
     def _inputs_of(self, shape: PrefillShape) -> dict:
         """Buffers that a prefill of this shape reads, with a prompt that has its images."""
@@ -355,18 +338,24 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor], inputs: dict, pool=None):
         self.function, self.inputs, self.graph = function, inputs, None
-        if pool is None:
-            function(**inputs)
-            return
-        present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        with holding_what_is_made_once() as self.held:  # the graph reads it as long as it lives
+            if pool is None:
+                function(**inputs)
+            else:
+                self._record(pool)
+
+    def _record(self, pool):
+        present, aside = torch.cuda.current_stream(), stream_beside(torch.cuda.current_device(), "recording")
         aside.wait_stream(present)
         with torch.cuda.stream(aside):
             for _ in range(2):  # compiles, and lets libraries choose their kernels
-                function(**inputs)
+                self.function(**self.inputs)
         present.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.result = function(**inputs)
+        free_workspaces()  # so that the graph makes its own, in its pool
+        with torch.cuda.graph(self.graph, pool=pool, stream=aside):
+            self.result = self.function(**self.inputs)
+        free_workspaces()
 
     def __call__(self) -> Tensor:
         """The result, which the next call overwrites."""
@@ -375,6 +364,17 @@ class Recorded:
                 return self.function(**self.inputs)
         self.graph.replay()
         return self.result
+
+
+@functools.cache
+def stream_beside(device: int, purpose: str) -> torch.cuda.Stream:
+    """The one stream of the process for this purpose on a device: libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def free_workspaces():
+    """Gives back what cuBLAS keeps for each stream, where torch can; the next matmul makes it anew."""
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 @contextmanager
@@ -425,13 +425,13 @@ def make_slots(
 
 
 def fingerprint_of(model) -> tuple:
-    """What the graphs of a model were made for, besides the values of its weights."""
-    merger_config = model.config.merger_config
-    return (
-        id(model.model.merger),
-        id(model.model.multi_modal_projector),
-        model.lm_head.weight.data_ptr(),
-        merger_config.position_ids,
-        model.model.attention_mass,
-        "peft_config" in vars(model),  # as PEFT leaves it on a model that it puts adapters into
-    )
+    """All that the graphs of a model were made for, besides the values of its weights.
+
+    It has every module, and the address of every parameter and buffer, since a graph reads at addresses.
+    """
+    modules, addresses = [model], []
+    for module in modules:  # which grows meanwhile
+        modules += [child for child in module._modules.values() if child is not None]
+        for tensors in (module._parameters, module._buffers):
+            addresses += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+    return modules, addresses, model.config.merger_config.position_ids, model.model.attention_mass
