@@ -54,6 +54,7 @@ LORA_MERGERS = {  # in names of files, and the merger of the same kind without L
 LORA_SCENES = {"simple": "demo", "hard": "demo_hard"}  # as the tables say it, and in names of files
 
 LOAD = r"(\w+), (\d+) clients, (\d+) requests, (\d+) tokens, \d+ words, (\w+)"  # of benchmark_serving.py
+CACHED = "fixed_pooling:attention_mass=1"  # of compiling, whose graphs are those of the row before
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -481,6 +482,8 @@ def compiled_table(names: dict[str, str]) -> str:
         head += [f"first token, batch {size}", f"answer, batch {size}"]
     rows = []
     for key, row in next(iter(reports.values()))["results"]["1"].items():
+        if row["merger"] == CACHED:  # the same once more
+            continue
         cells = [report["results"][size].get(key) for size, report in reports.items()]
         times = ["" if cell is None else timed(cell, part) for cell in cells for part in ("first_token", "answer")]
         rows.append([timed_merger(row) + ", compiled" * row["compiled"], row["budget"], *times])
@@ -499,28 +502,11 @@ def compiled_table(names: dict[str, str]) -> str:
     )
 
 
-def another_host_sentence(name: str) -> str:
-    """What compiling gains where the host is another one.
-
-    Args:
-        name: A result of batches of 8.
-    """
-    report = read_result(name)
-    stock, merged = (report["results"]["8"][key] for key in ("none@all", "fixed_pooling@64, compiled"))
-    times = [f"{row['milliseconds']['answer']['median']:.0f} ms" for row in (stock, merged)]
-    return (
-        f"What is not compiled waits for its host. With another one and an earlier version, answers in batches of 8 on "
-        f"an {report['protocol']['hardware']} took {times[0]} and, compiled with `fixed_pooling`, "
-        f"{times[1]}: {merged['answer_ratio']:.2f} × ([batch 8](examples/results/{name}.json))."
-    )
-
-
 def compiling_sentence(names: list[str]) -> str:
     """Seconds of compiling one length and batch size."""
     rows = [row for name in names for rows in read_result(name)["results"].values() for row in rows.values()]
-    cached = "fixed_pooling:attention_mass=1"  # whose graphs but one are those of the row before
-    seconds = [row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] != cached]
-    (again,) = (row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] == cached)
+    seconds = [row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] != CACHED]
+    (again,) = (row["compile_seconds"] for row in rows if row["compiled"] and row["merger"] == CACHED)
     return (
         f"Compiling one length of one batch size took {min(seconds):.0f} to {max(seconds):.0f} s there, and "
         f"{again:.0f} s where torch's cache on the disk had most of it."
@@ -660,7 +646,7 @@ def updated(documents: dict[Path, str]) -> dict[Path, str]:
         for scenes in LORA_SCENES.values()
     }
     accuracy, placed = evaluation_tables(simple, hard)
-    on_h200 = {size: f"benchmark_7b_compiled_{size}_h200" for size in ("1", "8")}
+    compiled = {size: f"benchmark_7b_compiled_{size}" for size in ("1", "8", "32")}
     tables = {
         "mergers": mergers_table(),
         "methods": methods_table(),
@@ -678,10 +664,8 @@ def updated(documents: dict[Path, str]) -> dict[Path, str]:
         "speed": speed_table(read_result("benchmark_7b"), read_result("benchmark_7b_throughput")),
         "compiled": "\n\n".join(
             (
-                compiled_table({size: f"benchmark_7b_compiled_{size}" for size in ("1", "8", "32")}),
-                compiled_table(on_h200),
-                compiling_sentence([*on_h200.values()]),
-                another_host_sentence("benchmark_7b_compiled_8_other_host"),
+                compiled_table(compiled),
+                compiling_sentence([*compiled.values()]),
             )
         ),
         "overhead": overhead_table(read_result("merger_overhead"), read_result("merger_overhead_vispruner")),

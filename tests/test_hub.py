@@ -91,11 +91,11 @@ def test_a_checkpoint_brings_the_code_of_its_own_method_alone(name, tmp_path):
     more = len(ALSO_NEEDED[name])
     methods = {f"merging_{name}", *ALSO_NEEDED[name]} - {"relevance"}
     entries = {"configuration_llava_merge", "modeling_llava_merge", "modeling_token_merger"}
-    check_code(tmp_path / "model", entries, methods, 23 + more, 390_000)
-    check_code(tmp_path / "merger", entries - {"modeling_llava_merge"}, methods, 10 + len(methods), 180_000)
+    check_code(tmp_path / "model", entries, methods, 14 + more, 270_000)
+    check_code(tmp_path / "merger", entries - {"modeling_llava_merge"}, methods, 8 + len(methods), 150_000)
     assert (tmp_path / "model" / "relevance.py").exists() == ("relevance" in ALSO_NEEDED[name])
     model.save_pretrained(tmp_path / "model")  # over the one before
-    check_code(tmp_path / "model", entries, methods, 23 + more, 390_000)
+    check_code(tmp_path / "model", entries, methods, 14 + more, 270_000)
 
 
 @pytest.mark.parametrize("entry", ENTRY_FILES)
