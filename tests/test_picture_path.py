@@ -31,7 +31,7 @@ def modules_called(call) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("fields", "most"), [(agnostic(9), 140), (aware(9), 148)], ids=["agnostic", "aware"])
+@pytest.mark.parametrize(("fields", "most"), [(agnostic(9), 81), (aware(9), 87)], ids=["agnostic", "aware"])
 def test_changes_of_module(fields, most):
     """The aim is 60; raise no figure here."""
     model = tiny_model(fields).eval()
@@ -41,4 +41,4 @@ def test_changes_of_module(fields, most):
     model.generate(**inputs, max_new_tokens=1, do_sample=False)  # what the first call prepares
     modules = modules_called(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False))
     changes = sum(one != other for one, other in zip(modules, modules[1:], strict=False))
-    assert len(modules) > 50 and changes <= most
+    assert len(modules) > 50 and changes <= most, changes

@@ -606,13 +606,14 @@ def height_and_width(name: str, size) -> tuple[int, int]:
     Raises:
         ValueError: It is neither.
     """
-    pair = (size, size) if is_whole_number(size) else size
-    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(is_whole_number, pair)):
+    if type(size) is int and size > 0:
+        return size, size
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(is_whole_number, size)):
         raise ValueError(
             f"{name}={size!r} of the vision tower: rows and columns of its patches can only be told where it is a "
             f"whole number or a pair of them. Set it in vision_config."
         )
-    return tuple(pair)
+    return tuple(size)
 
 
 def stock_or_own_fields(fields: dict, own_type: str = LlavaMergeConfig.model_type) -> dict:

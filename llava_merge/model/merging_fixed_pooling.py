@@ -87,14 +87,14 @@ class PoolAttention(nn.Module):
         self.v_proj = nn.Linear(vision_dim, dim)
         self.layers = LayerProjection(len(layers), config.tower_dim, dim) if layers else None
 
-    def forward(self, queries: Tensor, features: Tensor, layers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, queries: Tensor, features: Tensor, layers: tuple[Tensor, ...]) -> list[Tensor]:
         """Of queries (I, M, dim) and features (I, N, vision_dim), each (I, num_heads, length, dim / num_heads)."""
         normed = self.norm(features)
         keys, values = self.k_proj(normed), self.v_proj(normed)
         if self.layers is not None:
             more_keys, more_values = self.layers(layers)
             keys, values = keys + more_keys, values + more_values
-        return tuple(split_heads(tensor, self.num_heads) for tensor in (self.q_proj(queries), keys, values))
+        return [split_heads(tensor, self.num_heads) for tensor in (self.q_proj(queries), keys, values)]
 
 
 @dataclass

@@ -4,7 +4,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from operator import index
@@ -13,25 +13,46 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .merging_base import MERGING_METHODS, MergeExtras, full_precision
+from .compat import asked_of, asking, hidden_states_to_keep, image_features_result, taken_by
+from .configuration_llava_merge import MergerConfig
+from .merging_base import (
+    MERGING_METHODS,
+    READ_FOR_QUESTION,
+    MergeExtras,
+    MergeOutput,
+    full_precision,
+    required_extras,
+    weights_of,
+)
 from .merging_grid import slot_geometry
-from .placeholders import ALL_TOKENS, tokens_of_budget
+from .placeholders import (
+    ALL_TOKENS,
+    budget_of_each_image,
+    check_num_features,
+    check_placeholders,
+    tokens_of_budget,
+)
 from .positions import EncodedImages
+from .questions import Prompt, Question
 
 
+try:
+    from . import relevance
+except ImportError:  # it travels with the methods that need it alone
+    relevance = None
+
+
+# Arguments of forward that are the tower's too.
+TOWER_ARGUMENTS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "image_sizes",
+    "output_hidden_states",
+    "output_attentions",
+    "interpolate_pos_encoding",
+)
 _bypassed: ContextVar[frozenset[int]] = ContextVar("bypassed", default=frozenset())
 _lock = threading.Lock()
-
-
-class Bypassable:
-    """Mixin of a module that can be asked to do nothing inside `bypassing(module)`."""
-
-    _num_bypassing = 0  # in all threads; where it is 0, torch.compile need not look at the context
-
-    @property
-    def is_bypassed(self) -> bool:
-        """Whether this thread answers without merging now."""
-        return self._num_bypassing > 0 and id(self) in _bypassed.get()
 
 
 @contextmanager
@@ -221,8 +242,485 @@ def mean_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=(1, 2))
 
 
-class ResizesPictures:
-    """Mixin of a model with a merging method that may make pictures smaller, instead of merging what the tower made."""
+def device_of(module: nn.Module, features: Tensor) -> torch.device:
+    """Where `features` meet a `module`; to an offloaded one they need not go, it comes to them."""
+    weight = next(weights_of(module), features)
+    return features.device if weight.is_meta else weight.device
+
+
+def tower_options(vision_feature_layer, vision_feature_select_strategy) -> dict:
+    """The tower's two options that stock LLaVA's functions take by position."""
+    return {
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+    }
+
+
+class EncodesImages:
+    """Mixin of the headless model: tower → merger → projector."""
+
+    _num_bypassing = 0  # in all threads; where it is 0, torch.compile need not look at the context
+
+    @property
+    def headless_model(self):
+        """This model itself."""
+        return self
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether this thread answers without merging now."""
+        return self._num_bypassing > 0 and id(self) in _bypassed.get()
+
+    @property
+    def required_extras(self) -> frozenset[str]:
+        """What the merger requires besides the features: names of fields of [`MergeExtras`]."""
+        return required_extras(self.config.merger_config)
+
+    @counted
+    def get_vision_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The tower's features of each image before merging and projecting: (I, N, vision_dim).
+
+        Args:
+            pixel_values: (I, 3, H, W).
+            vision_feature_layer: Hidden state to take, or several to concatenate; default the config's.
+            vision_feature_select_strategy: "default" drops the CLS token, "full" keeps all; default the config's.
+        """
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        return self._run_tower(pixel_values, **kwargs)[0]
+
+    @counted
+    def get_merge_extras(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question: Question | Tensor | None = None,
+        **kwargs,
+    ) -> MergeExtras:
+        """What the merging method requires besides the features; the other arguments are of [`get_vision_features`].
+
+        `model.model.merger(features, extras=extras)` takes it; `forward` and `generate` fetch it in the same pass of
+        the tower as the features.
+
+        Args:
+            question: See [`get_image_features`].
+        """
+        if not self.required_extras:
+            return MergeExtras()
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        features, _, extras = self._run_tower(pixel_values, with_extras=True, **kwargs)
+        return self._with_relevance(extras, features, question)
+
+    def _with_relevance(
+        self, extras: MergeExtras | None, features: Tensor, question: Question | None
+    ) -> MergeExtras | None:
+        """The extras with the relevance of each patch, where the method asks for it.
+
+        Raises:
+            ValueError: There is no question.
+        """
+        requires = self.required_extras
+        if extras is None or not requires & READ_FOR_QUESTION:
+            return extras
+        if question is None:
+            raise ValueError(
+                f"merger_type={self.config.merger_config.merger_type!r} merges each image for its question, and none "
+                f"is given. Pass question=..., or call forward or generate, which read it from the prompt."
+            )
+        tower = self.find_text_tower(self.config.merger_config)
+        if tower is None:
+            device = device_of(self.multi_modal_projector, features)
+            features, question = features.to(device), question.to(device)
+        read = relevance.read_for_question(
+            requires, features, question, self.multi_modal_projector, tower, self.question_tokenizer
+        )
+        return replace(extras, **read)
+
+    def find_text_tower(self, merger_config: MergerConfig, **hub_kwargs):
+        """The `TextTower` that `merger_config` asks for, if it does; loaded once.
+
+        Raises:
+            ValueError: It cannot be loaded, or is of another vision tower.
+        """
+        name = merger_config.text_tower
+        if name is not None and (self.text_tower is None or self.text_tower.name != name):
+            self.text_tower = relevance.TextTower(name, merger_config.vision_dim, hub_kwargs)
+        return self.text_tower if name is not None else None
+
+    def _run_tower(
+        self,
+        pixel_values,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        output_hidden_states=None,
+        with_extras=False,
+        tower_outputs=None,
+        **kwargs,
+    ):
+        """Unprojected features (I, N, vision_dim), the tower's output, and the extras of the method or None.
+
+        With `tower_outputs`, of these very `pixel_values`, the tower does not run again.
+        """
+        strategy = vision_feature_select_strategy
+        strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy={strategy!r}: has to be 'default' (drops CLS) or 'full'.")
+        self._check_image_size(pixel_values, kwargs)
+        layers = self._tower_layers(vision_feature_layer)
+        requires, extra_layers = self.required_extras, []
+        if with_extras and requires:
+            extra_layers = [*self.config.merger_layers(), attention_layer_of(layers)]
+        if tower_outputs is not None and tower_outputs[0] is pixel_values:  # else an override has changed them
+            outputs = tower_outputs[1]
+        else:
+            outputs = self.vision_tower(
+                pixel_values,
+                output_hidden_states=hidden_states_to_keep([*layers, *extra_layers], output_hidden_states),
+                return_dict=True,
+                **{name: value for name, value in kwargs.items() if value is not None},
+            )
+        first_patch = 1 if strategy == "default" else 0
+        features = features_of(outputs.hidden_states, layers, first_patch)
+        if not extra_layers:
+            return features, outputs, None
+        *extra_layers, attention_layer = extra_layers
+        extras = read_tower(
+            self.vision_tower, outputs.hidden_states, requires, extra_layers, attention_layer, first_patch
+        )
+        return features, outputs, extras
+
+    def _tower_layers(self, layer: int | list[int] | None) -> list[int]:
+        """Indices of hidden states, counted from the front."""
+        layer = self.config.vision_feature_layer if layer is None else layer
+        self.config.check_layers("vision_feature_layer", layer)
+        layers = self.config.feature_layers(layer)
+        self.check_built(layers, f"vision_feature_layer={layer}")
+        return layers
+
+    def check_built(self, layers: list[int], setting: str):
+        """Refuses hidden states of tower layers that this model was built without, counted from the front.
+
+        Args:
+            setting: The argument of `from_pretrained` that asks for them.
+
+        Raises:
+            ValueError: There are some.
+        """
+        built = self.vision_tower.config.num_hidden_layers
+        if not all(0 <= index <= built for index in layers):
+            num_states = self.config.vision_config.num_hidden_layers + 1
+            raise ValueError(
+                f"{setting}: of the tower's {num_states} hidden states this model has only the first {built + 1}, "
+                f"since it was built without the layers that it did not need. Load the model with from_pretrained(..., "
+                f"{setting})."
+            )
+
+    def _check_image_size(self, pixel_values: Tensor, kwargs: dict):
+        rows, columns = self.config.image_shape
+        if kwargs.get("image_sizes") is not None:
+            raise ValueError("image_sizes: towers with images of several sizes in a batch cannot be merged to one M.")
+        resized = kwargs.get("interpolate_pos_encoding", False)
+        if pixel_values.ndim != 4 or not resized and tuple(pixel_values.shape[-2:]) != (rows, columns):
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; the tower takes images as (images, channels, "
+                f"{rows}, {columns}). Use the model's own processor."
+            )
+
+    @property
+    def merger_enabled(self) -> bool:
+        """Whether calls of this thread merge; False inside `merger_bypassed()`."""
+        return not self.is_bypassed
+
+    def budgets(self, num_images: int, num_merged_tokens: int | str | list | None = None) -> list[int | str]:
+        """Tokens of each image, "all" where it is not merged: those of the call, else the config's.
+
+        Raises:
+            ValueError: `num_merged_tokens` is not for this number of images, or there is no merger that could do it.
+        """
+        merger_config = self.config.merger_config
+        keeps_all = not self.merger_enabled or merger_config.merger_type == "none"
+        if num_merged_tokens is None or not self.merger_enabled:
+            return [ALL_TOKENS if keeps_all else merger_config.num_merged_tokens] * num_images
+        budgets = budget_of_each_image(num_merged_tokens, num_images)
+        if keeps_all and set(budgets) - {ALL_TOKENS}:
+            raise ValueError(
+                f"num_merged_tokens={num_merged_tokens!r}: this model has merger_type='none', which keeps all tokens. "
+                f"Load it with merger=... or merger_config=..., or leave num_merged_tokens out."
+            )
+        return budgets
+
+    @counted
+    def merge_features(
+        self,
+        features: Tensor,
+        question: Question | Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        num_merged_tokens: int | str | None = None,
+        extras: MergeExtras | None = None,
+        return_source: bool = False,
+    ) -> MergeOutput:
+        """Merges unprojected features (I, N, vision_dim) to (I, M, vision_dim); none inside `merger_bypassed()`.
+
+        Args:
+            question: See [`get_image_features`].
+            grid: Rows and columns of the patches, default a square.
+            num_merged_tokens: M, or "all" to merge nothing; default the config's.
+            extras: What the method requires besides; see [`get_merge_extras`].
+            return_source: Also return how much of each token came from each patch, (I, M, N).
+        """
+        num_images, num_patches = features.shape[:2]
+        budget = self.budgets(num_images, num_merged_tokens)[0]
+        if budget == ALL_TOKENS:
+            places = torch.arange(num_patches, device=features.device).expand(num_images, -1)
+            sizes = torch.ones(num_images, num_patches, device=features.device)
+            source = None
+            if return_source:
+                source = torch.eye(num_patches, device=features.device).expand(num_images, -1, -1)
+            return MergeOutput(merged_features=features, source=source, positions=places, sizes=sizes)
+        # the budget of this config: PEFT copies the merger with a config of its own
+        features_there = features.to(device_of(self.merger, features))
+        output = self.merger(features_there, question, budget, grid, return_source=return_source, extras=extras)
+        output.merged_features = output.merged_features.to(features.dtype)
+        return output
+
+    @counted
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question: Question | Tensor | None = None,
+        num_merged_tokens: int | str | list | None = None,
+        **kwargs,
+    ) -> EncodedImages | BaseModelOutputWithPooling:
+        """[`get_image_features`], with the same result on every transformers release, to be kept.
+
+        Its `pooler_output` is the list of I tensors (M, hidden). Pass it to `forward` or `generate` as
+        `mm_encoder_outputs={"image": ...}` to ask an image several questions. Of the tower's own output it keeps
+        nothing but what `output_hidden_states` and `output_attentions` ask for.
+        """
+        kwargs |= tower_options(vision_feature_layer, vision_feature_select_strategy)
+        outputs = self._call_image_features(pixel_values, question, num_merged_tokens, kwargs)
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            return outputs
+        return replace(outputs, last_hidden_state=None, hidden_states=None, attentions=None)
+
+    @property
+    def overrides_image_features(self) -> bool:
+        """Whether [`get_image_features`] is that of a subclass, or was replaced on this model."""
+        own = type(self).get_image_features is EncodesImages.get_image_features
+        return not own or "get_image_features" in vars(self)
+
+    def _call_image_features(
+        self,
+        images: Tensor | TowerFeatures,
+        question: Question | Tensor | Prompt | None,
+        num_merged_tokens: int | str | list | None,
+        options: dict,
+    ) -> EncodedImages | BaseModelOutputWithPooling:
+        """What [`get_image_features`], which may be overridden, makes of images, with where its tokens sit.
+
+        Raises:
+            ValueError: An override returns another number of features than the prompt has placeholders.
+        """
+        merged = []
+        ours = {"question": question, "num_merged_tokens": num_merged_tokens, "merged": merged}
+        given = {"pixel_values": images, **options, **ours, "return_dict": True}
+        taken = taken_by(self.get_image_features, given) if self.overrides_image_features else given
+        with nullcontext() if ours.keys() <= taken.keys() else asking(self, *ours.values()):
+            result = self.get_image_features(**taken)
+        features = list(getattr(result, "pooler_output", result))  # 4.57 returns it alone
+        if merged and [*map(len, features)] == merged[1]:
+            merged[0].pooler_output = features
+            return merged[0]
+        if isinstance(question, Prompt):
+            check_num_features(question.new_image_mask, features)
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    def _project(self, merged_features: Tensor) -> Tensor:
+        """Projected features (I, M, hidden) of merged ones (I, M, vision_dim)."""
+        device = device_of(self.multi_modal_projector, merged_features)
+        return self.multi_modal_projector(merged_features.to(device))
+
+    def _merge_and_project(self, features, outputs, image_shape, question, budgets, extras) -> EncodedImages:
+        """What [`encode_images`] returns; images of the same budget are merged together."""
+        grid, num_patches = self.config.patch_grid(image_shape), features.shape[1]
+        if isinstance(question, Tensor):
+            question = Question.of_each_image(question)
+        extras = self._with_relevance(extras, features, question)
+        if len(set(budgets)) == 1:
+            projected, places, sizes = self._merge_alike(features, question, grid, budgets[0], extras)
+            outputs.pooler_output = list(projected)  # I × (M, hidden)
+        else:
+            tokens = merge_by_budget(self._merge_alike, features, question, grid, budgets, extras)
+            outputs.pooler_output, places, sizes = (tokens[0], *map(torch.cat, tokens[1:]))
+        if not self.places_tokens:
+            return outputs
+        return EncodedImages.of(outputs, places.flatten(), sizes.flatten(), num_patches)
+
+    def _merge_alike(self, features, question, grid, budget: int | str, extras) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected features (I, M, hidden), places and sizes (I, M) of images with the same budget."""
+        merged = self.merge_features(features, question, grid, budget, extras)
+        return self._project(merged.merged_features), merged.positions, merged.sizes
+
+    @counted
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        question: Question | Tensor | Prompt | None = None,
+        num_merged_tokens: int | str | list | None = None,
+        return_dict: bool | None = None,
+        merged: list | None = None,
+        **kwargs,
+    ):
+        """Merged and projected features of each image, as stock LLaVA returns them.
+
+        All that looks at images calls it: `forward`, `generate`, `encode_images`, training and evaluation. An override
+        is given their arguments, and may leave out those that stock LLaVA does not have, which are found here again.
+
+        Args:
+            pixel_values: (I, 3, H, W), or what [`run_tower`] made of them.
+            question: For question-aware mergers, the language model's input embeddings (I, T, text_dim) of each image's
+                question, or a [`Question`]; `forward` and `generate` give the prompt, to read it from.
+            num_merged_tokens: M, or one for each image, "all" for those that are not merged; default the config's.
+            merged: A list that gets the result with where its tokens sit, and the number of tokens of each image.
+
+        Returns:
+            A list of I tensors (M, hidden) on transformers 4.57; on 5.x the tower's output with that list as
+            `pooler_output`, a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: The placeholders of the prompt are not those of the images, or a question cannot be told from
+                its answer.
+        """
+        if merged is None and self.overrides_image_features:  # maybe by a method that takes stock's arguments alone
+            question, num_merged_tokens, merged = asked_of(self, question, num_merged_tokens, merged)
+        options = kwargs | tower_options(vision_feature_layer, vision_feature_select_strategy)
+        options["image_sizes"] = image_sizes
+        outputs = self._encode_images(pixel_values, question, num_merged_tokens, options)
+        if merged is not None:
+            merged += outputs, [*map(len, outputs.pooler_output)]
+        return image_features_result(outputs, self.config.return_dict if return_dict is None else return_dict)
+
+    def _encode_images(self, images: Tensor | TowerFeatures, question, num_merged_tokens, options: dict):
+        """[`get_image_features`] with where tokens sit."""
+        if self.resizes_pictures and isinstance(images, Tensor):
+            budgets = self.budgets(len(images), num_merged_tokens)
+            if isinstance(question, Prompt):
+                self._read_question(question, budgets, self.config.num_patches)
+            return self._encode_resized(images, budgets, options)
+        features, outputs, question, budgets, extras = self._read_images(images, question, num_merged_tokens, options)
+        image_shape = images.image_shape if isinstance(images, TowerFeatures) else images.shape[-2:]
+        return self._merge_and_project(features, outputs, image_shape, question, budgets, extras)
+
+    @counted
+    def run_tower(self, pixel_values: Tensor, **kwargs) -> TowerFeatures:
+        """Images (I, 3, H, W) behind the tower, with what the merging method requires.
+
+        The other arguments are those of [`get_vision_features`].
+        """
+        features, _, extras = self._run_tower(pixel_values, with_extras=True, **kwargs)
+        return TowerFeatures(features, extras, tuple(pixel_values.shape[-2:]))
+
+    @counted
+    def encode_images_of_prompt(
+        self,
+        images: Tensor | TowerFeatures,
+        prompt: Prompt,
+        num_merged_tokens: int | str | list | None = None,
+        **kwargs,
+    ) -> EncodedImages:
+        """[`encode_images`] with the question of each image that is new in the `prompt`.
+
+        Args:
+            images: Pixels (I, 3, H, W), or what [`run_tower`] made of them.
+            kwargs: `vision_feature_layer` and `vision_feature_select_strategy` for pixels; `tower_outputs`, the
+                pixels and the output of `vision_tower` with all hidden states, spares its pass: several mergers or
+                questions may share it.
+
+        Raises:
+            ValueError: The placeholders are not those of the images, or a question cannot be told from its answer.
+        """
+        return self._call_image_features(images, prompt, num_merged_tokens, kwargs)
+
+    def _read_images(self, images: Tensor | TowerFeatures, question, num_merged_tokens, options: dict) -> tuple:
+        """Features, output of the tower, question, budgets and extras of images; `question` may be a prompt still."""
+        budgets = self.budgets(len(images), num_merged_tokens)
+        prompt = question if isinstance(question, Prompt) else None
+        if prompt is not None and ALL_TOKENS not in budgets:  # an error comes before the tower runs
+            question = self._read_question(prompt, budgets, self.config.num_patches)
+        if isinstance(images, TowerFeatures):
+            features, outputs, extras = images.features, BaseModelOutputWithPooling(), images.extras
+        else:
+            with_extras = set(budgets) != {ALL_TOKENS}
+            features, outputs, extras = self._run_tower(images, with_extras=with_extras, **options)
+        if prompt is not None and ALL_TOKENS in budgets:
+            question = self._read_question(prompt, budgets, features.shape[1])
+        return features, outputs, question, budgets, extras
+
+    def _read_question(self, prompt: Prompt, budgets: list[int | str], num_patches: int) -> Question | None:
+        """The question of each new image of a prompt that was checked to have the placeholders for them."""
+        num_tokens = [tokens_of_budget(budget, num_patches) for budget in budgets]
+        check_placeholders(prompt.new_image_mask, num_tokens, num_patches)
+        return self.get_question(prompt, num_tokens)
+
+    @counted
+    @torch.no_grad()
+    def merge_sources(self, pixel_values: Tensor, num_merged_tokens=None, **inputs) -> list[Tensor]:
+        """Which patches each merged token of a prompt came from, to be looked at: see `llava_merge.visualization`.
+
+        Args:
+            pixel_values: (I, 3, H, W).
+            num_merged_tokens: See `forward`.
+            inputs: What else the processor returned, `input_ids` and `attention_mask`, and the masks of `forward`.
+
+        Returns:
+            For each image (M, N) float32: the share of each patch in each token; rows sum to 1. Where two attentions
+            make a token, as in V3, the share is by weight times length of what is added (arXiv 2004.10102).
+
+        Raises:
+            ValueError: As `forward`; or a method of one's own does not say it.
+        """
+        masks = {name: inputs.pop(name, None) for name in ("question_mask", "answer_mask")}
+        prompt, options = self._prompt_of_call(masks, inputs)
+        grid = self.config.patch_grid(pixel_values.shape[-2:])
+        if self.resizes_pictures:
+            budgets = self.budgets(len(pixel_values), num_merged_tokens)
+            self._read_question(prompt, budgets, self.config.num_patches)
+            return self._sources_of_resized(pixel_values, budgets)
+        features, _, question, budgets, extras = self._read_images(pixel_values, prompt, num_merged_tokens, options)
+        extras = self._with_relevance(extras, features, question)
+
+        def source_of(*merged_alike) -> tuple[Tensor]:
+            source = self.merge_features(*merged_alike, return_source=True).source
+            if source is None:
+                raise ValueError(
+                    f"merger_type={self.config.merger_config.merger_type!r} does not say where its tokens come from: "
+                    f"its method has to give MergeOutput(source=...) where `return_source` is asked for."
+                )
+            return (source.float(),)
+
+        return merge_by_budget(source_of, features, question, grid, budgets, extras)[0]
+
+    def _prompt_of_call(self, masks: dict, arguments: dict) -> tuple[Prompt, dict]:
+        """The prompt of a forward with these `arguments`, and those of them that are for the tower."""
+        input_ids, inputs_embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        masks |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+        options = {name: arguments[name] for name in TOWER_ARGUMENTS if name in arguments}
+        return self.read_prompt(input_ids, inputs_embeds, **masks), options
 
     @property
     def resizes_pictures(self) -> bool:
