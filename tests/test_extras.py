@@ -31,7 +31,7 @@ M, N = 9, 36
 
 @pytest.fixture
 def asks_for_all():
-    """A method of one's own that requires everything, and keeps what it got."""
+    """A custom method that requires everything, and keeps what it got."""
 
     @register_merging_method("asks_for_all")
     class AsksForAll(MergingMethod):

@@ -16,6 +16,7 @@ from safetensors.torch import load, load_file, save_file
 
 import llava_merge
 from llava_merge import LlavaMergeProcessor
+from llava_merge.model.configuration_llava_merge import QUESTION_METHODS
 
 
 pytestmark = pytest.mark.core
@@ -84,8 +85,10 @@ ALSO_NEEDED = {
 @pytest.mark.parametrize("name", ALSO_NEEDED)
 def test_a_checkpoint_brings_the_code_of_its_own_method_alone(name, tmp_path):
     """The aim is 15 files and 150 KB, 8 and 60 of a merger alone; raise no figure here."""
-    layers = {"feature_layers": [1, 2]} if name == "quecc" else {}
-    model = tiny_model({"merger_type": name, "num_merged_tokens": 9, "num_heads": 4, **layers})
+    fields = {"merger_type": name, "num_merged_tokens": 9, "num_heads": 4}
+    fields |= {"feature_layers": [1, 2]} if name == "quecc" else {}
+    fields |= {"question_end_token_ids": [[6]]} if name in QUESTION_METHODS else {}
+    model = tiny_model(fields)
     model.save_pretrained(tmp_path / "model")
     model.save_merger(tmp_path / "merger")
     more = len(ALSO_NEEDED[name])
@@ -131,6 +134,41 @@ def test_files_that_travel_import_only_the_core_dependencies(entry):
             r"^\s*(?:from|import)\s+([a-z_0-9]+)(?:\.\S+)?(?:\s+import|\s*$)", source, flags=re.MULTILINE
         )
         assert set(packages) <= allowed | standard, name
+
+
+@pytest.mark.parametrize("name", ["aware", "cdpruner", "tome"])
+def test_code_without_the_package_answers_saves_and_loads_as_the_package(name, server, tmp_path, monkeypatch):
+    """Also of a checkpoint that does not know the marks of a question: the code finds them in its chat template."""
+    fields = {"merger_type": name, "num_merged_tokens": 9, "num_heads": 4}
+    fields = {**aware(), "question_end_token_ids": None} if name == "aware" else fields
+    folder, file = tmp_path / "saved", tmp_path / "expected.safetensors"
+    tiny_model(fields, train_merger=True).save_pretrained(folder)
+    make_processor(processor_class=LlavaMergeProcessor, num_merged_tokens=9).save_pretrained(folder)
+    assert (folder / "question_marks.py").exists() == (name != "tome")
+    model = llava_merge.LlavaMergeForConditionalGeneration.from_pretrained(folder)
+    assert (model.config.merger_config.question_end_token_ids is None) == (name == "tome")
+    batch = prompts([1, 2], 9)
+    batch["question_mask"] = batch["attention_mask"].bool()
+    batch["pixel_values"] = pixels(3)
+    save_file({**batch, "logits": model(**batch).logits.detach()}, file)
+    monkeypatch.chdir(tmp_path)
+    code = f"""
+from transformers import AutoModel, AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}, trust_remote_code=True)
+assert model.config.merger_config.question_end_token_ids == {model.config.merger_config.question_end_token_ids!r}
+model.model.merger.save_pretrained("merger")
+AutoModel.from_pretrained("merger", trust_remote_code=True)
+model.save_pretrained("again")
+for name in ("set_merger", "load_merger", "save_merger", "set_question_marks"):
+    try:
+        getattr(model, name)("tome")
+    except ValueError as error:
+        assert "Install the package llava_merge" in str(error), error
+    else:
+        raise SystemExit(name)
+model = AutoModelForImageTextToText.from_pretrained("again", trust_remote_code=True)
+"""
+    run_python(BLOCK_PACKAGE + code + COMPARE.format(file=str(file)), server.environment(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")

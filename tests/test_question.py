@@ -24,7 +24,7 @@ from conftest import (
 
 from llava_merge import LlavaMergeForConditionalGeneration, LlavaMergeProcessor
 from llava_merge.demo import MODEL_DIR
-from llava_merge.model.checkpoint_loading import find_question_marks
+from llava_merge.model.question_marks import find_question_marks
 from llava_merge.model.questions import Prompt, TurnMarks, question_of_images, split_turns
 
 

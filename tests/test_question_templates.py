@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from llava_merge import LlavaMergeConfig, LlavaMergeForConditionalGeneration, LlavaMergeProcessor
-from llava_merge.model.checkpoint_loading import find_question_marks
+from llava_merge.model.question_marks import find_question_marks
 from llava_merge.model.questions import TurnMarks, question_of_images, split_turns
 from llava_merge.serving.requests import RequestRules
 from llava_merge.training.collator import MergerCollator

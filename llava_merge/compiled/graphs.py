@@ -434,4 +434,6 @@ def fingerprint_of(model) -> tuple:
         modules += [child for child in module._modules.values() if child is not None]
         for tensors in (module._parameters, module._buffers):
             addresses += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
-    return modules, addresses, model.config.merger_config.position_ids, model.model.attention_mass
+    merger_config = model.config.merger_config
+    marks = merger_config.question_start_token_ids, merger_config.question_end_token_ids
+    return modules, addresses, merger_config.position_ids, model.model.attention_mass, repr(marks)

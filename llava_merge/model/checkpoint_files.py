@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from .compat import NEEDS_PACKAGE
 
-NEEDS_PACKAGE = (
-    "this code came with a checkpoint, and has its merging method alone. Install the package llava_merge and load "
-    "without trust_remote_code."
-)
+
 WEIGHTS, INDEX = "model{}.safetensors", "model.safetensors.index{}.json"  # with the variant
 MISSING = 1 << 27  # weights that a checkpoint may lack, besides as many as it has, before they are refused
 
@@ -59,6 +58,14 @@ class BoundsMissingWeights:
             refuse_missing_weights(self.config.name_or_path or "The checkpoint", missing)
 
 
+def save_without_weights(model, folder: str | os.PathLike):
+    """Saves code and configuration of a model that has nothing else, which transformers 4.57 cannot save."""
+    model.config.architectures = [type(model).__name__]
+    os.makedirs(folder, exist_ok=True)
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+
+
 def needing_package(name: str):
     """A method that stands for the package's of this `name` in the code of a checkpoint."""
 
@@ -72,21 +79,32 @@ class OfCheckpoint(BoundsMissingWeights):
     """Mixin of a model whose code came with its checkpoint: it loads that, and says what needs the package."""
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, from safetensors, and whole.
 
         Raises:
             ValueError: Weights are missing, or another merger is asked for.
         """
+        path, hub_kwargs = pretrained_model_name_or_path, hub_arguments(kwargs)
         for name in ("merger", "merger_revision"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}={kwargs[name]!r}: {NEEDS_PACKAGE}")
+            if (value := kwargs.pop(name, None)) is not None:
+                raise ValueError(f"{name}={value!r}: {NEEDS_PACKAGE}")
         wants_info, may_lack = (kwargs.pop(name, False) for name in ("output_loading_info", "allow_missing_weights"))
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(path, *args, **kwargs)
         if not may_lack:
             refuse_missing_weights(path, info["missing_keys"])
+        model._prepare_questions(path, hub_kwargs, False)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers, also of a model without weights."""
+        if next(self.parameters(), None) is None:
+            return save_without_weights(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _prepare_questions(self, path: str, hub_kwargs: dict, fetches_text_tower: bool):
+        """Nothing, in a merger."""
 
     set_merger, load_merger, save_merger, push_merger_to_hub, set_question_marks = map(
         needing_package, ("set_merger", "load_merger", "save_merger", "push_merger_to_hub", "set_question_marks")

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import cached_file, logging
 
@@ -30,6 +29,7 @@ from .checkpoint_files import (
     naming_broken_files,
     refuse_missing_weights,
     refusing_broken_file,
+    save_without_weights,
 )
 from .compat import TRANSFORMERS_V5
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
@@ -250,6 +250,7 @@ PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
 
 CODE = Path(__file__).parent  # of the package, or of the checkpoint that this code came with
 CUSTOM_METHOD = "merging_of_checkpoint"
+ASIDE = {"relevance", "question_marks"}  # which a merger alone does without
 MERGER, MODEL = "modeling_token_merger", "modeling_llava_merge"  # entry files of the code of a checkpoint
 SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
 
@@ -267,24 +268,27 @@ def save_code(config: MergerConfig, folder: Path):
     if method.parent == CODE:
         needed = {method.stem}
     if (folder / f"{MODEL}.py").is_file() and MERGING_METHODS[config.merger_type].requires & READ_FOR_QUESTION:
-        needed.add("relevance")  # which the model imports where it is there
+        needed.add("relevance")  # which the model imports where it is there, as it does with the next
+    if config.text_tower is not None or config.question_aware and config.question_end_token_ids is None:
+        needed.add("question_marks")
     for name in [entry for entry in (MERGER, MODEL) if (folder / f"{entry}.py").is_file()]:
         entry = folder / f"{name}.py"
-        siblings, text = bring_code({name, *needed}, folder) - {name}, entry.read_text(encoding="utf-8")
+        names = {name, *(needed if name == MODEL else needed - ASIDE)}
+        siblings, text = bring_code(names, folder) - {name}, entry.read_text(encoding="utf-8")
         unnamed = sorted(siblings - {*SIBLING.findall(text)})
         lines = "".join(f"from .{sibling} import __name__ as _  # noqa: E402\n" for sibling in unnamed)
         entry.write_text(f"{text}\n\n{lines}" if lines else text, encoding="utf-8")
 
 
 def bring_code(names: set[str], folder: Path) -> set[str]:
-    """The modules of `names` and all that they import, which are copied into `folder` where it lacks them."""
+    """The modules of `names` and all that they import, which are copied into `folder`, but for the entry files."""
     found, queue = set(), sorted(names)
     while queue:
         name = queue.pop()
         if name not in found:
             found.add(name)
             file = folder / f"{name}.py"
-            if not file.is_file():
+            if name not in (MERGER, MODEL) and (CODE / file.name).is_file():
                 shutil.copy(CODE / file.name, file)
             queue += SIBLING.findall(file.read_text(encoding="utf-8"))
     return found
@@ -306,13 +310,14 @@ def save_custom_method(file: Path, folder: Path) -> bool:
         )
     shutil.copy(file, folder)
     tree = with_relative_imports(ast.parse(file.read_text(encoding="utf-8")), siblings, file.parent)
-    if tree is None:
+    text = "" if tree is None else ast.unparse(tree) + "\n"
+    if tree is None or not siblings.issuperset(SIBLING.findall(text)):  # of a docstring, which transformers reads too
         logger.warning(
             f"{file.name} imports llava_merge otherwise than by `from llava_merge import NAME`, more of it than a "
             f"checkpoint brings, or a file beside it: with trust_remote_code=True this checkpoint will not load."
         )
         return False
-    (folder / f"{CUSTOM_METHOD}.py").write_text(ast.unparse(tree) + "\n", encoding="utf-8")
+    (folder / f"{CUSTOM_METHOD}.py").write_text(text, encoding="utf-8")
     return True
 
 
@@ -587,9 +592,7 @@ class MergerCheckpoints(BoundsMissingWeights, SavesAtOnce):
         if not self.method.training_free:
             super()._write_files(save_directory, *args, **{**offloaded_weights(self), **kwargs})
         else:
-            self.config.architectures = [type(self).__name__]
-            custom_object_save(self, save_directory, config=self.config)
-            self.config.save_pretrained(save_directory)
+            save_without_weights(self, save_directory)
         if projector is not None:
             save_projector(projector, save_directory)
             file = save_directory / CONFIG

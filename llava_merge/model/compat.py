@@ -25,6 +25,11 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 IS_PACKAGE = __name__.startswith("llava_merge.")  # and not the code that came with a checkpoint
 
+NEEDS_PACKAGE = (
+    "This code came with a checkpoint, and has its merging method alone. Install the package llava_merge and load "
+    "without trust_remote_code."
+)
+
 TRANSFORMERS_VERSION = Version(transformers.__version__)
 
 # 5.0 moved key renaming into a registry, returns output objects from get_image_features, expands placeholders in

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .compat import IS_PACKAGE
+from .compat import IS_PACKAGE, NEEDS_PACKAGE
 from .configuration_llava_merge import MergerConfig
 from .merging_grid import SlotGeometry
 from .questions import Question
@@ -28,7 +28,6 @@ def weights_of(module: nn.Module) -> Iterator[Tensor]:
 MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
 KINDS = ("cls_attention", "keys", "layers", "relevance", "word_relevance")  # of extras
 WHERE_METHODS_ARE = "Import a custom method before; its file lies beside the weights that were saved with it."
-NEEDS_PACKAGE = "A checkpoint brings the code of its own method alone: install the package llava_merge for the others."
 READ_FOR_QUESTION = frozenset({"relevance", "word_relevance"})  # of what a method may require
 
 

@@ -11,12 +11,14 @@ from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .checkpoint_files import OfCheckpoint
+from .checkpoint_files import OfCheckpoint, for_other_repo
 from .compat import (
     IS_PACKAGE,
     MERGER_IN_MODULE_LISTS,
+    NEEDS_PACKAGE,
     OUTPUT_OF_IMAGES,
     record_before_replicas,
     register_llava_key_mapping,
@@ -42,8 +44,14 @@ from .vision_encoding import EncodesImages, RunningCalls, TowerFeatures, bypassi
 from .vllm_backend import check_backend, is_run_by_vllm
 
 
+try:
+    from . import question_marks
+except ImportError:  # it travels with checkpoints that need it alone
+    question_marks = None
 if IS_PACKAGE:
     from . import checkpoint_loading  # what loads, changes, saves and pushes mergers stays at home
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 register_llava_key_mapping("llava_merge", "LlavaMergeForConditionalGeneration", "LlavaMergeModel")
 
@@ -102,6 +110,17 @@ class LlavaMergePreTrainedModel(
     def headless_model(self):
         """The model that holds tower, merger, projector and language model."""
         raise NotImplementedError
+
+    def _prepare_questions(self, path: str, hub_kwargs: dict, fetches_text_tower: bool):
+        """What a question-aware merger needs besides weights: marks between turns, and a text tower and tokenizer."""
+        merger_config, headless = self.config.merger_config, self.headless_model
+        tower_kwargs = for_other_repo(hub_kwargs) | ({} if fetches_text_tower else {"local_files_only": True})
+        text_tower = headless.find_text_tower(merger_config, **tower_kwargs)
+        wants_marks = merger_config.question_aware and merger_config.question_end_token_ids is None
+        if question_marks is None and (wants_marks or text_tower is not None):
+            logger.warning(f"{path}: the question is not told from what stands around it. {NEEDS_PACKAGE}")
+        elif wants_marks or text_tower is not None:
+            headless.question_tokenizer = question_marks.read_questions_of_folder(merger_config, path, hub_kwargs)
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs):
         """As in torch, also with the keys of a checkpoint, which `Trainer` passes to resume."""

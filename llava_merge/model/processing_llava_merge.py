@@ -293,7 +293,7 @@ class LlavaMergeProcessor(MergedPlaceholderProcessor):
     if IS_PACKAGE:
 
         def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-            """As in transformers, but all at once; links in the folder are replaced and not followed."""
+            """As in transformers, but atomically; links in the folder are replaced and not followed."""
             if push_to_hub:
                 kwargs.setdefault("repo_id", Path(save_directory).name)
             write, said = super().save_pretrained, []

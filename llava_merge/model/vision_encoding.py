@@ -690,7 +690,7 @@ class EncodesImages:
             make a token, as in V3, the share is by weight times length of what is added (arXiv 2004.10102).
 
         Raises:
-            ValueError: As `forward`; or a method of one's own does not say it.
+            ValueError: As `forward`; or a custom method does not say it.
         """
         masks = {name: inputs.pop(name, None) for name in ("question_mask", "answer_mask")}
         prompt, options = self._prompt_of_call(masks, inputs)

@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""What of a LLaVA is trained, at which learning rate, and in which mode the rest is."""
+"""Which parts of a LLaVA train, at which learning rate, and in which mode the rest runs."""
 
 import torch
 from torch import nn
