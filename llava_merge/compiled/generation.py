@@ -1,5 +1,5 @@
 # Copyright 2026 The llava_merge authors. Licensed under the Apache License, Version 2.0.
-"""`generate` from the graphs of a compiled model. It sees a cache that is an empty one with a number in it."""
+"""`generate` from the graphs of a compiled model. It is given a dummy cache that only counts tokens."""
 
 import functools
 import gc

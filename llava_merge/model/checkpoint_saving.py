@@ -34,8 +34,7 @@ from .checkpoint_files import (
 from .compat import TRANSFORMERS_V5
 from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .merging_base import MERGING_METHODS, READ_FOR_QUESTION, method_file
-from .model_card import MERGER as MERGER_CARD
-from .model_card import check_push_options, push_arguments, push_card_if_missing, push_folder, refuse_pickles
+from .model_card import MERGER, check_push_options, push_arguments, push_card_if_missing, push_folder, refuse_pickles
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -50,6 +49,14 @@ WEIGHT_FILES = (
     r"model(?P<variant>\..+?)?(-\d{5}-of-\d{5})?\.safetensors",
     r"model\.safetensors\.index(?P<variant>\..+)?\.json",
 )
+
+PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
+CODE = Path(__file__).parent
+CUSTOM_METHOD = "merging_of_checkpoint"
+ASIDE = {"relevance", "question_marks"}  # which the model imports where they are there, and a merger never
+MERGER_ENTRY, MODEL_ENTRY = "modeling_token_merger", "modeling_llava_merge"  # entry files of the code of a checkpoint
+SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
+LAYERS = ("linear_1", "linear_2")
 
 
 def refuse_output_in_input(output: Path, *inputs: str | Path | None):
@@ -246,15 +253,6 @@ def variant_of(name: str) -> str | None:
     return (matches[0]["variant"] or "") if matches else None
 
 
-PROJECTOR = "multi_modal_projector.safetensors"  # may lie beside a merger
-
-CODE = Path(__file__).parent  # of the package, or of the checkpoint that this code came with
-CUSTOM_METHOD = "merging_of_checkpoint"
-ASIDE = {"relevance", "question_marks"}  # which a merger alone does without
-MERGER, MODEL = "modeling_token_merger", "modeling_llava_merge"  # entry files of the code of a checkpoint
-SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
-
-
 def save_code(config: MergerConfig, folder: Path):
     """Completes the code of a checkpoint: the file of its merging method and what that imports join the entry files.
 
@@ -264,17 +262,17 @@ def save_code(config: MergerConfig, folder: Path):
         ValueError: The method is defined in a script, or its file is called as one of this code.
     """
     method = method_file(config)
-    needed = {CUSTOM_METHOD} if method.parent != CODE and save_custom_method(method, folder) else set()
     if method.parent == CODE:
         needed = {method.stem}
-    if (folder / f"{MODEL}.py").is_file() and MERGING_METHODS[config.merger_type].requires & READ_FOR_QUESTION:
-        needed.add("relevance")  # which the model imports where it is there, as it does with the next
+    else:
+        needed = {CUSTOM_METHOD} if save_custom_method(method, folder) else set()
+    if MERGING_METHODS[config.merger_type].requires & READ_FOR_QUESTION:
+        needed.add("relevance")
     if config.text_tower is not None or config.question_aware and config.question_end_token_ids is None:
         needed.add("question_marks")
-    for name in [entry for entry in (MERGER, MODEL) if (folder / f"{entry}.py").is_file()]:
-        entry = folder / f"{name}.py"
-        names = {name, *(needed if name == MODEL else needed - ASIDE)}
-        siblings, text = bring_code(names, folder) - {name}, entry.read_text(encoding="utf-8")
+    for entry in filter(Path.is_file, (folder / f"{name}.py" for name in (MERGER_ENTRY, MODEL_ENTRY))):
+        names = {entry.stem, *(needed if entry.stem == MODEL_ENTRY else needed - ASIDE)}
+        siblings, text = bring_code(names, folder) - {entry.stem}, entry.read_text(encoding="utf-8")
         unnamed = sorted(siblings - {*SIBLING.findall(text)})
         lines = "".join(f"from .{sibling} import __name__ as _  # noqa: E402\n" for sibling in unnamed)
         entry.write_text(f"{text}\n\n{lines}" if lines else text, encoding="utf-8")
@@ -288,7 +286,7 @@ def bring_code(names: set[str], folder: Path) -> set[str]:
         if name not in found:
             found.add(name)
             file = folder / f"{name}.py"
-            if name not in (MERGER, MODEL) and (CODE / file.name).is_file():
+            if name not in (MERGER_ENTRY, MODEL_ENTRY) and (CODE / file.name).is_file():
                 shutil.copy(CODE / file.name, file)
             queue += SIBLING.findall(file.read_text(encoding="utf-8"))
     return found
@@ -368,8 +366,9 @@ def offloaded_weights(module: nn.Module) -> dict:
     """`state_dict` for `save_pretrained` where accelerate keeps weights elsewhere; nothing where it does not."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         return {}
-    # by name, or remote code would need accelerate to be installed
-    return {"state_dict": importlib.import_module("accelerate.utils.modeling").get_state_dict_offloaded_model(module)}
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return {"state_dict": get_state_dict_offloaded_model(module)}
 
 
 def refuse_other_kind(directory: Path, model_type: str):
@@ -434,9 +433,6 @@ class SavesAtOnce:
 
     def _write_files(self, *args, **kwargs):
         super().save_pretrained(*args, **kwargs)
-
-
-LAYERS = ("linear_1", "linear_2")
 
 
 def save_projector(projector: nn.Module, directory: Path):
@@ -565,7 +561,7 @@ def warn_if_another_merger_s(projector: nn.Module):
 class MergerCheckpoints(BoundsMissingWeights, SavesAtOnce):
     """Mixin of [`TokenMerger`]: its checkpoints."""
 
-    _card_kind = MERGER_CARD
+    _card_kind = MERGER
     _optional_files = (PROJECTOR,)
 
     @classmethod
@@ -612,7 +608,7 @@ class MergerCheckpoints(BoundsMissingWeights, SavesAtOnce):
             ValueError: There are others.
         """
         check_push_options(kwargs)
-        push_card_if_missing(self.config, repo_id, MERGER_CARD, kwargs)
+        push_card_if_missing(self.config, repo_id, MERGER, kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, projector=projector)
             return push_folder(folder, repo_id, gone=[] if projector is not None else [PROJECTOR], **kwargs)

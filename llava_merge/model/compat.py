@@ -73,6 +73,10 @@ if TRANSFORMERS_V5:
 else:
     from transformers import AutoModelForVision2Seq
 
+LIGER = "liger_kernel.transformers.monkey_patch"
+PEFT = "peft.utils.constants"
+STOCK = "llava"
+
 
 def register_multimodal_model(config_class: type[PretrainedConfig], model_class: type):
     """Registers with the Auto class that only one of the majors has: Vision2Seq on 4.57, MultimodalLM on 5.x."""
@@ -223,11 +227,6 @@ def taken_by(function: Callable, arguments: dict) -> dict:
     parameters = inspect.signature(function).parameters
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return arguments if takes_all else {name: arguments[name] for name in arguments if name in parameters}
-
-
-LIGER = "liger_kernel.transformers.monkey_patch"
-PEFT = "peft.utils.constants"
-STOCK = "llava"
 
 
 def register_names(model_type: str, for_generation: str, headless: str):

@@ -19,6 +19,13 @@ from .questions import Prompt
 from .vision_encoding import TowerFeatures, counted
 
 
+NO_IMAGES = (
+    "The prompts hold {number} image placeholders, and no images come with them. Pass the pixel_values that the "
+    "processor returned, or mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}."
+)
+TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+
 class KeepsEncodedImagesToThePrefill:
     """Mixin: `mm_encoder_outputs` go into the first forward, into all where nothing is cached, and never to a draft."""
 
@@ -45,13 +52,6 @@ class KeepsEncodedImagesToThePrefill:
 prepare_inputs_for_generation = (
     LlavaForConditionalGeneration if FORWARD_TAKES_ENCODED_IMAGES else KeepsEncodedImagesToThePrefill
 ).prepare_inputs_for_generation
-
-
-NO_IMAGES = (
-    "The prompts hold {number} image placeholders, and no images come with them. Pass the pixel_values that the "
-    "processor returned, or mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}."
-)
-TOWER_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
 class EncodesImagesBeforeForward(KeepsEncodedImagesToThePrefill):

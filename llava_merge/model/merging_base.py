@@ -18,17 +18,17 @@ from .merging_grid import SlotGeometry
 from .questions import Question
 
 
+MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
+KINDS = ("cls_attention", "keys", "layers", "relevance", "word_relevance")  # of extras
+WHERE_METHODS_ARE = "Import a custom method before; its file lies beside the weights that were saved with it."
+READ_FOR_QUESTION = frozenset({"relevance", "word_relevance"})  # of what a method may require
+
+
 def weights_of(module: nn.Module) -> Iterator[Tensor]:
     """Its parameters, or in a replica of DataParallel, which has none, the copies that stand in their places."""
     for part in module.modules():
         weights = part._parameters | getattr(part, "_former_parameters", {})
         yield from (weight for weight in weights.values() if weight is not None)
-
-
-MERGING_METHODS: dict[str, type["MergingMethod"]] = {}
-KINDS = ("cls_attention", "keys", "layers", "relevance", "word_relevance")  # of extras
-WHERE_METHODS_ARE = "Import a custom method before; its file lies beside the weights that were saved with it."
-READ_FOR_QUESTION = frozenset({"relevance", "word_relevance"})  # of what a method may require
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,8 @@ from .configuration_llava_merge import LlavaMergeConfig, MergerConfig
 from .generation import EncodesImagesBeforeForward, images_to_merge
 from .merging_base import find_merging_method, weights_of
 from .modeling_token_merger import TokenMerger
-from .placeholders import (
-    ALL_TOKENS,
-    check_num_features,
-)
-from .positions import (
-    EncodedImages,
-    ImagesOfPrompt,
-    PlacesTokens,
-    find_cache,
-    keep_layout,
-)
+from .placeholders import ALL_TOKENS, check_num_features
+from .positions import EncodedImages, ImagesOfPrompt, PlacesTokens, find_cache, keep_layout
 from .questions import ReadsPrompt
 from .vision_encoding import EncodesImages, RunningCalls, TowerFeatures, bypassing, counted
 from .vllm_backend import check_backend, is_run_by_vllm
@@ -117,9 +108,11 @@ class LlavaMergePreTrainedModel(
         tower_kwargs = for_other_repo(hub_kwargs) | ({} if fetches_text_tower else {"local_files_only": True})
         text_tower = headless.find_text_tower(merger_config, **tower_kwargs)
         wants_marks = merger_config.question_aware and merger_config.question_end_token_ids is None
-        if question_marks is None and (wants_marks or text_tower is not None):
+        if not wants_marks and text_tower is None:
+            return
+        if question_marks is None:
             logger.warning(f"{path}: the question is not told from what stands around it. {NEEDS_PACKAGE}")
-        elif wants_marks or text_tower is not None:
+        else:
             headless.question_tokenizer = question_marks.read_questions_of_folder(merger_config, path, hub_kwargs)
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs):

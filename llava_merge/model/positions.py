@@ -25,6 +25,29 @@ from .vllm_backend import is_run_by_vllm
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
+LOST_LAYOUT = (
+    "The cache holds {past} tokens, but does not know where its merged images sit, as position_ids='source' and "
+    "attention_mass need: it was filled by another model, or copied into a new object. Go on with the cache that "
+    "forward or generate returned, or pass the whole conversation without a cache."
+)
+FEATURES_IN_EMBEDS = (
+    "inputs_embeds hold {number} vectors that are the embedding of no token, and no images come with them. If they are "
+    "image features, this model (position_ids={positions!r}, attention_mass={mass}) has to know where these sit: leave "
+    "the image token's embeddings in, and pass mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}. If "
+    "not, as with soft prompts, or if position_ids and attention_mask are right already, pass tokens_are_placed=True."
+)
+NO_MASS = (
+    "attention_mass={mass} with attn_implementation={attention!r}: a bias on image tokens needs "
+    "attn_implementation='sdpa' or 'eager'. Load the model with one of them, or with "
+    "merger_config={{'attention_mass': 0}}."
+)
+NO_BIAS = (
+    "Merged tokens weigh as one token each (attention_mass=0): a bias on them needs attn_implementation='sdpa' or "
+    "'eager' and text layers of one kind, and this model has {attention!r} and {kinds}. An untrained merger answers "
+    "worse without it; pass merger_config={{'attention_mass': 0}} to say that it is meant."
+)
+TAKE_BIAS = ("sdpa", "eager")
+
 
 @dataclass
 class TokenLayout:
@@ -356,30 +379,6 @@ def keep_layout(cache: Cache | None, layout: TokenLayout):
     if not torch.compiler.is_compiling() and not isinstance(cache, CarriesLayout):
         cache.__class__ = carrying(type(cache))
     cache.token_layout = layout
-
-
-LOST_LAYOUT = (
-    "The cache holds {past} tokens, but does not know where its merged images sit, as position_ids='source' and "
-    "attention_mass need: it was filled by another model, or copied into a new object. Go on with the cache that "
-    "forward or generate returned, or pass the whole conversation without a cache."
-)
-FEATURES_IN_EMBEDS = (
-    "inputs_embeds hold {number} vectors that are the embedding of no token, and no images come with them. If they are "
-    "image features, this model (position_ids={positions!r}, attention_mass={mass}) has to know where these sit: leave "
-    "the image token's embeddings in, and pass mm_encoder_outputs={{'image': model.encode_images(pixel_values)}}. If "
-    "not, as with soft prompts, or if position_ids and attention_mask are right already, pass tokens_are_placed=True."
-)
-NO_MASS = (
-    "attention_mass={mass} with attn_implementation={attention!r}: a bias on image tokens needs "
-    "attn_implementation='sdpa' or 'eager'. Load the model with one of them, or with "
-    "merger_config={{'attention_mass': 0}}."
-)
-NO_BIAS = (
-    "Merged tokens weigh as one token each (attention_mass=0): a bias on them needs attn_implementation='sdpa' or "
-    "'eager' and text layers of one kind, and this model has {attention!r} and {kinds}. An untrained merger answers "
-    "worse without it; pass merger_config={{'attention_mass': 0}} to say that it is meant."
-)
-TAKE_BIAS = ("sdpa", "eager")
 
 
 @dataclass

@@ -30,6 +30,9 @@ else:
 Texts = TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput]  # by these a processor is known
 UNKNOWN_LENGTH = 10**9  # tokenizers that do not know how much their model takes name more
 
+CHANNELS = (1, 3, 4)
+MOST_ELONGATED = 100  # longer side by the shorter; resized to the tower's, a picture grows by that
+
 
 class MergedPlaceholderProcessor(LlavaProcessor):
     """LlavaProcessor that writes as many placeholders as an image has merged tokens.
@@ -186,10 +189,6 @@ def name_plain_tokenizer(path: Path, tokenizer):
         config["additional_special_tokens" if isinstance(extra, list) else "extra_special_tokens"] = extra
     config |= {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names")}  # were of the class
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-CHANNELS = (1, 3, 4)
-MOST_ELONGATED = 100  # longer side by the shorter; resized to the tower's, a picture grows by that
 
 
 def count_images(images: ImageInput | int) -> int:

@@ -17,6 +17,18 @@ from torch import Tensor
 from .placeholders import check_on_device
 
 
+UNMARKED_ANSWER = (
+    "A question-aware merger cannot tell the question of the images in rows {rows} from its answer, and would read "
+    "both: there are neither labels nor a mark of question_end_token_ids in their turns. Pass labels, or question_mask "
+    "(batch, tokens); or make the prompts with the chat template, after `model.set_question_marks(processor)`."
+)
+EMPTY_QUESTION = (
+    "The images in rows {rows} have no question: in their turns every token is answer (label other than -100), "
+    "padding or a mark, so that a question-aware merger would train without one. Set the labels of the prompt to -100, "
+    "or use question_aware=False; a question_mask of False leaves it out on purpose."
+)
+
+
 @dataclass
 class TurnMarks:
     """Ids that tell turns apart.
@@ -262,18 +274,6 @@ def last_index(mask: Tensor) -> Tensor:
 def restarts(position_ids: Tensor) -> Tensor:
     """Where positions (B, L) start again: at 0, or below the one before."""
     return (position_ids == 0) | torch.nn.functional.pad(position_ids.diff(dim=1) < 0, (1, 0))
-
-
-UNMARKED_ANSWER = (
-    "A question-aware merger cannot tell the question of the images in rows {rows} from its answer, and would read "
-    "both: there are neither labels nor a mark of question_end_token_ids in their turns. Pass labels, or question_mask "
-    "(batch, tokens); or make the prompts with the chat template, after `model.set_question_marks(processor)`."
-)
-EMPTY_QUESTION = (
-    "The images in rows {rows} have no question: in their turns every token is answer (label other than -100), "
-    "padding or a mark, so that a question-aware merger would train without one. Set the labels of the prompt to -100, "
-    "or use question_aware=False; a question_mask of False leaves it out on purpose."
-)
 
 
 def turn_marks_of(config) -> TurnMarks:

@@ -54,6 +54,8 @@ TOWER_ARGUMENTS = (
 _bypassed: ContextVar[frozenset[int]] = ContextVar("bypassed", default=frozenset())
 _lock = threading.Lock()
 
+HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # towers that can be asked
+
 
 @contextmanager
 def bypassing(module: nn.Module):
@@ -120,9 +122,6 @@ def counted(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return counting
-
-
-HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # towers that can be asked
 
 
 @dataclass(frozen=True)
